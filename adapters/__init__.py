@@ -1,0 +1,1 @@
+"""The frameworks that race, one folder each."""

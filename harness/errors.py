@@ -1,0 +1,49 @@
+"""What can go wrong, each with the exit code that the command line documents for it."""
+
+from __future__ import annotations
+
+
+class TailraceError(Exception):
+    """A failure that the user should read as one message: what happened, where, and what to do about it.
+
+    ``message`` names the file, field or server; ``remedy`` says what to do; ``detail`` is evidence
+    printed below both (the tail of a server's log, say).
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None, detail: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.detail = detail
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.remedy:
+            parts.append(f"Remedy: {self.remedy}")
+        if self.detail:
+            parts.append(self.detail)
+        return "\n".join(parts)
+
+
+class InputError(TailraceError):
+    """The user's input cannot be used: an experiment, a trace, an option, a run folder."""
+
+    exit_code = 2
+
+
+class EnvironmentBuildError(TailraceError):
+    """The interpreter that a server or a workload runs in could not be built."""
+
+
+class DeployError(TailraceError):
+    """A server did not come up, or did not become able to answer; ``detail`` holds the tail of its log."""
+
+
+class ServerError(TailraceError):
+    """A running server answered something that its interface does not allow."""
+
+
+class StorageError(TailraceError):
+    """A run folder could not be written or read (no space, truncated file, newer schema)."""

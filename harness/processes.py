@@ -1,0 +1,92 @@
+"""Processes by pid *and* start time, so that a recycled pid is never mistaken for one of ours."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class ProcessRef:
+    """One process: its pid and its start time in clock ticks since boot (``/proc/PID/stat``, field 22)."""
+
+    pid: int
+    started_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessRef:
+        """The reference of a living process. Raises ``ProcessLookupError`` when there is none."""
+        ticks = _start_ticks(pid)
+        if ticks is None:
+            raise ProcessLookupError(pid)
+        return cls(pid, ticks)
+
+    def alive(self) -> bool:
+        """Whether this very process still runs (a zombie does not count as running)."""
+        return _start_ticks(self.pid) == self.started_ticks
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command name may hold spaces and parentheses; the fields proper begin after the last ')'.
+    fields = stat[stat.rindex(")") + 2 :].split()
+    state, ticks = fields[0], int(fields[19])
+    return None if state in "ZX" else ticks
+
+
+def descendants(root: ProcessRef) -> Iterator[tuple[ProcessRef, psutil.Process]]:
+    """Every living process below ``root``, ``root`` first; empty when ``root`` has gone."""
+    if not root.alive():
+        return
+    try:
+        top = psutil.Process(root.pid)
+        family = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            yield ProcessRef.of(process.pid), process
+        except ProcessLookupError:
+            continue
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """``count`` distinct TCP ports that are free now. All are held open while choosing, so that they differ."""
+    held: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            listener = socket.socket()
+            listener.bind((host, 0))
+            held.append(listener)
+        return [listener.getsockname()[1] for listener in held]
+    finally:
+        for listener in held:
+            listener.close()
+
+
+def port_open(host: str, port: int, timeout_s: float = 0.2) -> bool:
+    """Whether something accepts TCP connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
+
+
+def log_tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a log file, for an error message; says so when there is none."""
+    try:
+        with path.open("rb") as handle:
+            handle.seek(0, 2)
+            handle.seek(max(0, handle.tell() - 64_000))
+            text = handle.read().decode("utf-8", "replace")
+    except OSError as error:
+        return f"(no log at {path}: {error.strerror})"
+    return "\n".join(text.splitlines()[-lines:]) or f"(the log {path} is empty)"

@@ -1,0 +1,1 @@
+"""Load generation: its own process, hosted by Locust, one dispatcher per worker."""

@@ -1,0 +1,78 @@
+"""Workloads: a model with its inputs, outputs, SLO and proof of sameness, declared in ``workloads/NAME/workload.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+Tensors = dict[str, NDArray[np.generic]]
+"""Named tensors. For one payload without a batch axis; for a batch with the batch as axis 0."""
+
+Device = Literal["emulated", "cpu", "cuda"]
+
+
+class TensorSpec(BaseModel):
+    """One input or output of a model: ``shape`` is that of a single item, without the batch axis."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    dtype: Literal["int32", "int64", "uint8", "float32", "float16"]
+    shape: tuple[int, ...]
+
+
+class Slo(BaseModel):
+    """The service-level objective of one request: an answer later than ``latency_ms`` after its intended start is a miss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    latency_ms: float = Field(gt=0)
+
+
+class Tolerance(BaseModel):
+    """How far an output may lie from the reference: ``|x − ref| ≤ atol + rtol·|ref|``, element by element."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    atol: float = 0.0
+    rtol: float = 0.0
+
+
+class WorkloadSpec(BaseModel):
+    """The contents of ``workload.yaml``; the field documentation is in CONTRIBUTING.md, «add a workload»."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    title: str
+    description: str
+    devices: tuple[Device, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    slo: Slo
+    tolerance: Tolerance = Tolerance()
+    payloads: int = Field(default=64, ge=1)
+    """How many distinct payloads a run uses; arrivals draw from them with the run's seed."""
+    cost: dict[str, float] = {}
+    """Parameters of the model that an experiment may override (``workload_options``); the emulated accelerator's times, say."""
+
+
+@dataclass(frozen=True)
+class PreparedWorkload:
+    """A workload made concrete for a run: the artifact that every server loads, and what it must answer.
+
+    ``model_file`` is ``workloads/NAME/model.py``, the only file a server imports; it defines ``class Model`` with
+    ``__init__(artifact: str, name: str, device: str)`` and ``predict(inputs) -> outputs`` over batches.
+    ``requirements`` is what that file needs beside numpy in the server's environment (``None``: nothing).
+    ``payloads[i]`` and ``references[model][i]`` belong together.
+    """
+
+    spec: WorkloadSpec
+    device: Device
+    model_file: Path
+    artifact: Path
+    artifact_sha256: str
+    requirements: Path | None
+    payloads: tuple[Tensors, ...]
+    references: dict[str, tuple[Tensors, ...]]

@@ -1,0 +1,1 @@
+"""Run records in, one self-contained HTML file out."""

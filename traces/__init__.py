@@ -1,0 +1,1 @@
+"""Traffic: generators, importers, and the arithmetic of traces."""
