@@ -138,9 +138,7 @@ class MetricSample:
 class ProcessHost(Protocol):
     """Who owns the processes of a run (the guardian): adapters start and signal servers through it alone."""
 
-    def spawn(
-        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
-    ) -> ProcessRef:
+    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
         """Start a process in a session of its own, stdout and stderr to ``log``. ``env`` is its whole environment."""
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
@@ -221,7 +219,7 @@ class Adapter(ABC):
     """The first one is the default."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     """The adapter's own options (``options: {NAME: …}`` in an experiment), every field with a description."""
-    Deployment: ClassVar[type[Deployment]]
+    deployment_type: ClassVar[type[Deployment]]
     knobs: ClassVar[Mapping[str, str]]
     """Neutral knob → the native key that it lands in."""
     refused: ClassVar[Mapping[str, str]]
@@ -249,7 +247,7 @@ class Adapter(ABC):
 
     def capabilities(self) -> list[str]:
         """The capabilities that this adapter's deployments override, in the order of :data:`CAPABILITIES`."""
-        return [name for name in CAPABILITIES if getattr(self.Deployment, name) is not getattr(Deployment, name)]
+        return [name for name in CAPABILITIES if getattr(self.deployment_type, name) is not getattr(Deployment, name)]
 
     @abstractmethod
     def render(self, request: DeployRequest) -> dict[str, str]:

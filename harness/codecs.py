@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.errors import ServerError
 from harness.workload import Tensors, TensorSpec
@@ -78,13 +79,16 @@ class RawHTTP:
         return tensors
 
 
-def _without_batch_axis(name: str, array: np.ndarray | None, specs: tuple[TensorSpec, ...]) -> np.ndarray:
+def _without_batch_axis(
+    name: str, array: NDArray[np.generic] | None, specs: tuple[TensorSpec, ...]
+) -> NDArray[np.generic]:
     if array is None:
         raise ServerError(f"the answer has no output `{name}`")
     shape = next(spec.shape for spec in specs if spec.name == name)
     if array.shape != (1, *shape):
         raise ServerError(f"output `{name}` has the shape {list(array.shape)} instead of {[1, *shape]}")
-    return array[0]
+    item: NDArray[np.generic] = array[0]
+    return item
 
 
 @dataclass(frozen=True)
