@@ -170,23 +170,23 @@ class Deployment(ABC):
 
     def replicas(self) -> list[Replica]:
         """Capability: the model workers alive now. Overriding it is what makes ``kill_replica`` possible."""
-        raise CapabilityMissing("replicas")
+        raise CapabilityMissingError("replicas")
 
     def scrape(self) -> list[MetricSample]:
         """Capability: the server's own metrics under canonical names. Raises ``OSError`` when it cannot be reached."""
-        raise CapabilityMissing("scrape")
+        raise CapabilityMissingError("scrape")
 
     def applied(self) -> dict[str, object]:
         """Capability: the neutral knobs as the running server reports them; knobs that it does not report are left out."""
-        raise CapabilityMissing("applied")
+        raise CapabilityMissingError("applied")
 
     def load_model(self, model: str) -> None:
         """Capability: load a model of the artifact at run time; returns when the server says it is ready."""
-        raise CapabilityMissing("load_model")
+        raise CapabilityMissingError("load_model")
 
     def unload_model(self, model: str) -> None:
         """Capability: unload a model at run time; returns when the server no longer answers for it."""
-        raise CapabilityMissing("unload_model")
+        raise CapabilityMissingError("unload_model")
 
     def check_alive(self) -> None:
         """Raise :class:`DeployError` with the log's tail when the server's main process has gone."""
@@ -202,7 +202,7 @@ class Deployment(ABC):
         self.host.stop_tree(self.process, grace_s)
 
 
-class CapabilityMissing(Exception):
+class CapabilityMissingError(Exception):
     """The adapter does not have this capability; never seen by users, because plans are checked against capabilities first."""
 
 
