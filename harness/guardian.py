@@ -1,0 +1,358 @@
+"""The guardian: a process that owns every server of a run and ends them all when the harness ends, however it ends.
+
+Three layers, because each alone leaks:
+
+* The *guardian* holds one end of a socket to the harness. When that closes, even by SIGKILL of the harness, it ends
+  every descendant, removes what it was told to remove, and leaves a note for the next run.
+* Each server has a *keeper* between it and the guardian: a child subreaper (``PR_SET_CHILD_SUBREAPER``), so that
+  whatever the server daemonises still belongs to exactly one tree. Should the guardian die, the keeper is told by
+  the kernel (``PR_SET_PDEATHSIG``; reliable here, for the guardian has one thread) and ends its tree.
+* A *ledger* file names the processes and paths of a run, so that after a power cut ``tailrace clean`` can find them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+
+from harness.errors import DeployError, TailraceError
+from harness.folders import state_folder
+from harness.processes import ProcessRef
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_PATIENCE_S = 20.0
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _reap() -> None:
+    """Collect every child of this process that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0] != 0:
+            pass
+
+
+def _kill_descendants() -> list[str]:
+    """SIGKILL everything below this process until nothing is left; returns the command names of what was alive."""
+    killed: list[str] = []
+    deadline = time.monotonic() + _KILL_PATIENCE_S
+    while time.monotonic() < deadline:
+        _reap()
+        alive = [child for child in _children(os.getpid()) if child.is_running()]
+        if not alive:
+            break
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    killed.append(f"{child.name()} ({child.pid})")
+                    child.kill()
+        time.sleep(0.01)
+    return sorted(set(killed))
+
+
+def remove_paths(patterns: Sequence[str]) -> list[str]:
+    """Remove files, folders and glob patterns; returns what was there. What cannot be removed is left and not listed."""
+    removed: list[str] = []
+    for pattern in patterns:
+        for path in glob.glob(pattern):
+            with contextlib.suppress(OSError):
+                if Path(path).is_dir() and not Path(path).is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    Path(path).unlink()
+                removed.append(path)
+    return removed
+
+
+def _run_keeper(request: dict[str, Any], report: int) -> NoReturn:
+    """The body of a keeper: start the server, reap its orphans, end when its last descendant has ended."""
+
+    def end_tree(_signal: int, _frame: FrameType | None) -> NoReturn:
+        _kill_descendants()
+        os._exit(0)
+
+    signal.signal(signal.SIGUSR1, end_tree)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+    try:
+        with Path(request["log"]).open("ab") as log:
+            server = subprocess.Popen(
+                request["argv"],
+                env=request["env"],
+                cwd=request["cwd"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                restore_signals=True,
+            )
+        answer: dict[str, object] = {"pid": server.pid, "started_ticks": ProcessRef.of(server.pid).started_ticks}
+    except ProcessLookupError:
+        answer = {"error": "the process ended at once"}
+    except OSError as error:
+        answer = {"error": f"{error.strerror}: {error.filename or request['argv'][0]}"}
+    os.write(report, json.dumps(answer).encode() + b"\n")
+    os.close(report)
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            os._exit(0)
+
+
+class _GuardianServer:
+    """The guardian's side of the socket: one JSON request a line, one JSON answer a line."""
+
+    def __init__(self, control: socket.socket, ledger: Path) -> None:
+        self._control = control
+        self._ledger = ledger
+        self._keepers: dict[tuple[int, int], int] = {}
+        self._removals: list[str] = []
+
+    def serve(self) -> None:
+        """Answer requests until the harness says goodbye or its end of the socket closes; then clean up."""
+        graceful = False
+        with self._control.makefile("rw", encoding="utf-8") as stream, contextlib.suppress(OSError, ValueError):
+            for line in stream:
+                request = json.loads(line)
+                if request["do"] == "goodbye":
+                    graceful = True
+                    break
+                _reap()
+                try:
+                    answer = getattr(self, f"_{request['do']}")(request)
+                except OSError as error:
+                    answer = {"error": str(error)}
+                stream.write(json.dumps(answer) + "\n")
+                stream.flush()
+        killed = _kill_descendants()
+        removed = remove_paths(self._removals)
+        if graceful:
+            self._ledger.unlink(missing_ok=True)
+        else:
+            self._write_ledger(cleaned={"processes": killed, "paths": removed})
+
+    def _write_ledger(self, cleaned: dict[str, list[str]] | None = None) -> None:
+        own = ProcessRef.of(os.getpid())
+        content = {
+            "guardian": [own.pid, own.started_ticks],
+            "processes": [list(key) for key in self._keepers],
+            "paths": self._removals,
+            "cleaned": cleaned,
+        }
+        staged = self._ledger.with_suffix(".tmp")
+        staged.write_text(json.dumps(content), encoding="utf-8")
+        staged.replace(self._ledger)
+
+    def _spawn(self, request: dict[str, Any]) -> dict[str, Any]:
+        read_end, write_end = os.pipe()
+        keeper = os.fork()
+        if keeper == 0:
+            os.close(read_end)
+            self._control.close()
+            with contextlib.suppress(BaseException):
+                _run_keeper(request, write_end)
+            os._exit(1)
+        os.close(write_end)
+        with os.fdopen(read_end, encoding="utf-8") as pipe:
+            line = pipe.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "its keeper ended"}
+        if "error" not in answer:
+            self._keepers[(answer["pid"], answer["started_ticks"])] = keeper
+            self._write_ledger()
+        return answer
+
+    def _signal(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = ProcessRef(request["pid"], request["started_ticks"])
+        ours = process.alive() and any(child.pid == process.pid for child in _children(os.getpid()))
+        if ours:
+            try:
+                os.kill(process.pid, request["signal"])
+            except ProcessLookupError:
+                ours = False
+        return {"sent": ours}
+
+    def _stop_tree(self, request: dict[str, Any]) -> dict[str, Any]:
+        key = (request["pid"], request["started_ticks"])
+        keeper = self._keepers.get(key)
+        if keeper is None:
+            return {"error": f"process {key[0]} was not started by this run"}
+        with contextlib.suppress(ProcessLookupError):
+            if ProcessRef(*key).alive():
+                os.kill(key[0], signal.SIGTERM)
+                os.kill(key[0], signal.SIGCONT)  # a paused process cannot act on SIGTERM
+        deadline = time.monotonic() + request["grace_s"]
+        while time.monotonic() < deadline and _alive(keeper):
+            time.sleep(0.01)
+        killed = sorted({child.name() for child in _named(_children(keeper))})
+        if _alive(keeper):
+            os.kill(keeper, signal.SIGUSR1)
+            deadline = time.monotonic() + _KILL_PATIENCE_S + 5
+            while time.monotonic() < deadline and _alive(keeper):
+                time.sleep(0.01)
+        if _alive(keeper):
+            return {"error": f"processes that SIGKILL does not end: {killed}"}
+        del self._keepers[key]
+        self._write_ledger()
+        return {"killed": killed}
+
+    def _remove_later(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._removals.append(request["path"])
+        self._write_ledger()
+        return {}
+
+
+def _named(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running()]
+
+
+def _alive(child: int) -> bool:
+    """Whether this child of ours still runs; reaps it when it does not."""
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
+
+
+class Guardian:
+    """The harness's side: a :class:`harness.adapter.ProcessHost`. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        folder = state_folder() / "guardians"
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = folder / f"{os.getpid()}-{time.monotonic_ns()}.json"
+        with theirs:
+            # A session of its own: Ctrl-C on the terminal reaches the harness, which then stops servers in order.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "harness.guardian", str(theirs.fileno()), str(ledger)],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket = ours
+        self._stream = ours.makefile("rw", encoding="utf-8")
+
+    def __enter__(self) -> Guardian:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything that was started, remove what was to be removed, and end the guardian."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(json.dumps({"do": "goodbye"}) + "\n")
+            self._stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.close()
+        self._socket.close()
+        self._process.wait()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        try:
+            self._stream.write(json.dumps(request) + "\n")
+            self._stream.flush()
+            line = self._stream.readline()
+        except (OSError, ValueError):
+            line = ""
+        if not line:
+            raise TailraceError("the guardian process has ended; its servers ended with it")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def spawn(
+        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
+    ) -> ProcessRef:
+        """See :class:`harness.adapter.ProcessHost`. Raises :class:`DeployError` when the program cannot be started."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        request = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log)}
+        answer = self._ask(do="spawn", **request)
+        if "error" in answer:
+            raise DeployError(f"{name} could not be started: {answer['error']}", detail=" ".join(argv))
+        return ProcessRef(answer["pid"], answer["started_ticks"])
+
+    def signal(self, process: ProcessRef, signal_number: int) -> bool:
+        """See :class:`harness.adapter.ProcessHost`; never touches a process that this run did not start."""
+        answer = self._ask(
+            do="signal", pid=process.pid, started_ticks=process.started_ticks, signal=int(signal_number)
+        )
+        return bool(answer["sent"])
+
+    def stop_tree(self, process: ProcessRef, grace_s: float) -> None:
+        """See :class:`harness.adapter.ProcessHost`."""
+        answer = self._ask(do="stop_tree", pid=process.pid, started_ticks=process.started_ticks, grace_s=grace_s)
+        if "error" in answer:
+            raise TailraceError(f"a server could not be stopped: {answer['error']}")
+
+    def remove_later(self, path: Path | str) -> None:
+        """See :class:`harness.adapter.ProcessHost`."""
+        self._ask(do="remove_later", path=str(path))
+
+
+def sweep() -> list[str]:
+    """Clean what crashed runs left, and say so: one sentence for each thing that was ended or removed.
+
+    Ledgers of guardians that still live belong to a run in progress and are left alone.
+    """
+    told: list[str] = []
+    for ledger in sorted((state_folder() / "guardians").glob("*.json")):
+        try:
+            content = json.loads(ledger.read_text(encoding="utf-8"))
+            guardian = ProcessRef(*content["guardian"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if guardian.alive():
+            continue
+        cleaned = content["cleaned"] or {"processes": [], "paths": []}
+        told += [f"after a crash its guardian ended {name}" for name in cleaned["processes"]]
+        told += [f"after a crash its guardian removed {path}" for path in cleaned["paths"]]
+        for pid, ticks in content["processes"]:
+            if ProcessRef(pid, ticks).alive():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for process in [*_children(pid), psutil.Process(pid)]:
+                        process.kill()
+                told.append(f"ended process {pid} and what it had started, left by a crashed run")
+        told += [f"removed {path}, left by a crashed run" for path in remove_paths(content["paths"])]
+        ledger.unlink(missing_ok=True)
+    return told
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of the guardian process: the control socket's descriptor and the ledger's path."""
+    # Signals meant for the harness (terminal, CI) must not end the one who cleans up after it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    _GuardianServer(socket.socket(fileno=int(argv[0])), Path(argv[1])).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,147 @@
+"""The guardian ends what a run started, however the run ends; real processes, no server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.errors import DeployError
+from harness.guardian import Guardian, sweep
+from harness.processes import ProcessRef
+
+# A server that daemonises: it starts a grandchild in a session of its own and a child that ignores SIGTERM.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+        time.sleep(600)
+    os._exit(0)
+open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAILRACE_STATE", str(tmp_path / "state"))
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting until {what}"
+        time.sleep(0.02)
+
+
+def pids(file: Path) -> list[int]:
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def spawn_stubborn(host: Guardian, tmp_path: Path) -> tuple[ProcessRef, list[int]]:
+    notes = tmp_path / "pids"
+    process = host.spawn(
+        "stubborn",
+        [sys.executable, "-c", STUBBORN, str(notes)],
+        env=dict(os.environ),
+        cwd=tmp_path,
+        log=tmp_path / "log",
+    )
+    wait_until(lambda: len(pids(notes)) == 2, "both processes run")
+    return process, pids(notes)
+
+
+def test_stop_tree_ends_daemonised_descendants_that_ignore_sigterm(tmp_path: Path) -> None:
+    with Guardian() as host:
+        process, family = spawn_stubborn(host, tmp_path)
+        assert not any(gone(pid) for pid in family)
+        host.stop_tree(process, grace_s=0.1)
+        assert all(gone(pid) for pid in family)
+        assert not process.alive()
+
+
+def test_stopping_one_tree_leaves_the_other_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with Guardian() as host:
+        first, first_family = spawn_stubborn(host, tmp_path / "a")
+        _, second_family = spawn_stubborn(host, tmp_path / "b")
+        host.stop_tree(first, grace_s=0)
+        assert all(gone(pid) for pid in first_family)
+        assert not any(gone(pid) for pid in second_family)
+    assert all(gone(pid) for pid in second_family)
+
+
+def test_a_signal_reaches_ours_and_never_a_process_that_the_run_did_not_start(tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with Guardian() as host:
+            _, family = spawn_stubborn(host, tmp_path)
+            assert not host.signal(ProcessRef.of(bystander.pid), signal.SIGKILL)
+            assert bystander.poll() is None
+            victim = ProcessRef.of(family[0])
+            assert not host.signal(ProcessRef(victim.pid, victim.started_ticks + 1), signal.SIGKILL), "a recycled pid"
+            assert victim.alive()
+            assert host.signal(victim, signal.SIGKILL)
+            wait_until(lambda: not victim.alive(), "the victim is dead")
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_program_that_does_not_exist_is_a_deploy_error_with_its_name(tmp_path: Path) -> None:
+    with Guardian() as host, pytest.raises(DeployError, match="no-such-program"):
+        host.spawn("ghost", ["/no-such-program"], env={}, cwd=tmp_path, log=tmp_path / "log")
+
+
+HARNESS = """
+import os, sys, time
+from pathlib import Path
+from harness.guardian import Guardian
+host = Guardian()
+host.remove_later(sys.argv[2] + "/leftover*")
+host.spawn("s", [sys.executable, "-c", sys.argv[1], sys.argv[2] + "/pids"], env=dict(os.environ),
+           cwd=Path(sys.argv[2]), log=Path(sys.argv[2]) / "log")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("victim", ["harness", "guardian", "both"])
+def test_sigkill_of_harness_or_guardian_leaves_no_server(tmp_path: Path, victim: str) -> None:
+    (tmp_path / "leftover-1").write_text("x")
+    harness = subprocess.Popen([sys.executable, "-c", HARNESS, STUBBORN, str(tmp_path)])
+    try:
+        wait_until(lambda: len(pids(tmp_path / "pids")) == 2, "the server runs")
+        guardian = psutil.Process(harness.pid).children()[0]
+        if victim in ("guardian", "both"):
+            guardian.kill()
+        if victim in ("harness", "both"):
+            harness.kill()
+        wait_until(lambda: all(gone(pid) for pid in pids(tmp_path / "pids")), "every server process is gone")
+        wait_until(lambda: gone(guardian.pid), "the guardian is gone")
+    finally:
+        harness.kill()
+        harness.wait()
+    told = sweep()
+    assert not (tmp_path / "leftover-1").exists()
+    assert any("leftover-1" in sentence for sentence in told), told
+    if victim == "harness":
+        assert any("ended" in sentence for sentence in told), told
+    assert sweep() == [], "what was cleaned is told once"
