@@ -1,1 +1,1 @@
-
+"""Built-in experiments: YAML files to run by name, and to copy."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class TailraceError(Exception):
     """A failure that the user should read as one message: what happened, where, and what to do about it.
@@ -47,3 +50,14 @@ class ServerError(TailraceError):
 
 class StorageError(TailraceError):
     """A run folder could not be written or read (no space, truncated file, newer schema)."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> StorageError:
+        """A failed write, with the remedy that fits."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return cls(
+            f"{path} could not be written: {error.strerror or error}",
+            remedy="free some disk space, or choose another folder with --out; what was measured so far is kept"
+            if full
+            else "check that the folder exists and is writable",
+        )

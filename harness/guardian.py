@@ -288,9 +288,7 @@ class Guardian:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def spawn(
-        self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path
-    ) -> ProcessRef:
+    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
         """See :class:`harness.adapter.ProcessHost`. Raises :class:`DeployError` when the program cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log)}
@@ -301,9 +299,7 @@ class Guardian:
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         """See :class:`harness.adapter.ProcessHost`; never touches a process that this run did not start."""
-        answer = self._ask(
-            do="signal", pid=process.pid, started_ticks=process.started_ticks, signal=int(signal_number)
-        )
+        answer = self._ask(do="signal", pid=process.pid, started_ticks=process.started_ticks, signal=int(signal_number))
         return bool(answer["sent"])
 
     def stop_tree(self, process: ProcessRef, grace_s: float) -> None:

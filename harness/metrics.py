@@ -1,0 +1,248 @@
+"""From run records to figures: every number that a report prints about a trial is computed here, from stored records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy.stats import binom
+
+from harness.records import OUTCOME_NAMES, PHASE_NAMES, Outcome
+from harness.schedule import Phase
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NS_PER_MS = 1e6
+NS_PER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The arrivals of the trace itself (phase ``measure``) as arrays, one entry per arrival, ordered by intended start.
+
+    Times in nanoseconds from the epoch. ``outcome`` holds :class:`Outcome` values; ``sent_ns`` is −1 for dropped ones.
+    """
+
+    intended_ns: Ints
+    sent_ns: Ints
+    first_byte_ns: Ints
+    done_ns: Ints
+    outcome: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.intended_ns)
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """Which arrivals were answered with success."""
+        return np.equal(self.outcome, Outcome.OK)
+
+    def response_ms(self) -> Floats:
+        """Response time of every arrival: done − intended, +∞ for whatever was not answered with success."""
+        return np.where(self.ok, (self.done_ns - self.intended_ns) / NS_PER_MS, np.inf)
+
+    def service_ms(self) -> Floats:
+        """Service time (done − sent) of the successes alone."""
+        return (self.done_ns[self.ok] - self.sent_ns[self.ok]) / NS_PER_MS
+
+    def send_lag_ms(self) -> Floats:
+        """Send lag (sent − intended) of everything that was sent."""
+        sent = self.sent_ns >= 0
+        return (self.sent_ns[sent] - self.intended_ns[sent]) / NS_PER_MS
+
+    def count(self, outcome: Outcome) -> int:
+        """How many arrivals had this outcome."""
+        return int(np.count_nonzero(self.outcome == outcome))
+
+
+def measured(requests: pa.Table, phase: Phase = Phase.MEASURE) -> Measured:
+    """The arrivals of one phase of a run record."""
+    table = requests.filter(pc.equal(requests["phase"], PHASE_NAMES[phase]))
+    table = table.sort_by("intended_ns")
+    codes = pc.index_in(table["outcome"], value_set=pa.array(OUTCOME_NAMES))
+
+    def column(name: str) -> Ints:
+        return np.asarray(pc.fill_null(table[name], -1).to_numpy(), dtype=np.int64)
+
+    return Measured(
+        intended_ns=column("intended_ns"),
+        sent_ns=column("sent_ns"),
+        first_byte_ns=column("first_byte_ns"),
+        done_ns=column("done_ns"),
+        outcome=np.asarray(codes.to_numpy(), dtype=np.uint8),
+    )
+
+
+def percentile(values: Floats, q: float) -> float:
+    """The nearest-rank percentile: the ⌈q·n⌉-th smallest value, +∞ included; NaN of nothing. ``q`` in (0, 1]."""
+    n = len(values)
+    if n == 0:
+        return math.nan
+    rank = nearest_rank(n, q)
+    return float(np.partition(values, rank - 1)[rank - 1])
+
+
+def nearest_rank(n: int, q: float) -> int:
+    """⌈q·n⌉, at least 1; guarded against binary fractions (0.99·100 is 99, not 100)."""
+    return max(1, math.ceil(q * n - 1e-9))
+
+
+def order_statistic_bounds(n: int, q: float, confidence: float = 0.95) -> tuple[int | None, int | None]:
+    """Ranks (from 1) of the order statistics that enclose the true ``q``-quantile with at least ``confidence``.
+
+    Exact and free of distribution: the number of observations below the quantile is Binomial(n, q), so the interval
+    between ranks l and u covers with probability P(l ≤ B < u). Each side gives away at most half of the error. A bound
+    that would lie outside the sample does not exist: ``None``. (Conover, Practical Nonparametric Statistics, 3.2.)
+    """
+    if n == 0:
+        return None, None
+    half = (1 - confidence) / 2
+    lower = int(binom.ppf(half, n, q))  # the largest l with P(B < l) ≤ half lies here or one above
+    while lower + 1 <= n and binom.cdf(lower, n, q) <= half:
+        lower += 1
+    while lower >= 1 and binom.cdf(lower - 1, n, q) > half:
+        lower -= 1
+    upper = int(binom.ppf(1 - half, n, q)) + 1  # the smallest u with P(B ≥ u) ≤ half
+    return (lower if lower >= 1 else None), (upper if upper <= n else None)
+
+
+def samples_needed(q: float, confidence: float = 0.95) -> int:
+    """The fewest arrivals from which the upper bound of the ``q``-quantile exists: qⁿ ≤ (1 − confidence)/2."""
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(q))
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile with its within-trial interval in milliseconds; ``inf`` where the rank falls among failures.
+
+    ``value`` is ``None`` when it is not claimed; ``more_needed`` then says how many more arrivals would do.
+    The interval treats arrivals as independent, which queueing makes optimistic.
+    """
+
+    q: float
+    value: float | None
+    low: float | None
+    high: float | None
+    more_needed: int
+
+
+def claim_percentile(values: Floats, q: float, confidence: float = 0.95) -> Percentile:
+    """A percentile, claimed only when its upper confidence bound exists."""
+    n = len(values)
+    low, high = order_statistic_bounds(n, q, confidence)
+    if high is None:
+        return Percentile(q, None, None, None, max(1, samples_needed(q, confidence) - n))
+    ordered = np.sort(values)
+    return Percentile(
+        q,
+        float(ordered[nearest_rank(n, q) - 1]),
+        float(ordered[low - 1]) if low is not None else float(ordered[0]),
+        float(ordered[high - 1]),
+        0,
+    )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One-second bins of a trial, by intended start; all arrays have one entry per second of the trace."""
+
+    t_s: Floats
+    offered: Ints
+    ok: Ints
+    good: Ints
+    p50_ms: Floats
+    p99_ms: Floats
+    """Nearest-rank over the second's arrivals, +∞ where it falls among failures, NaN in empty seconds."""
+
+    @property
+    def attainment(self) -> Floats:
+        """Good ÷ offered; NaN in seconds without arrivals."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.offered > 0, self.good / np.maximum(self.offered, 1), np.nan)
+
+
+def series(records: Measured, span_s: float, slo_ms: float) -> Series:
+    """The per-second view of a trial. The last second may be a partial one."""
+    seconds = max(1, math.ceil(span_s - 1e-9))
+    response = records.response_ms()
+    second = np.clip(records.intended_ns // int(NS_PER_S), 0, seconds - 1)
+    edges = np.searchsorted(second, np.arange(seconds + 1))
+    p50 = np.full(seconds, np.nan)
+    p99 = np.full(seconds, np.nan)
+    for i in range(seconds):
+        values = response[edges[i] : edges[i + 1]]
+        if len(values):
+            p50[i] = percentile(values, 0.50)
+            p99[i] = percentile(values, 0.99)
+    return Series(
+        t_s=np.arange(seconds, dtype=np.float64),
+        offered=np.diff(edges).astype(np.int64),
+        ok=np.bincount(second[records.ok], minlength=seconds).astype(np.int64),
+        good=np.bincount(second[response <= slo_ms], minlength=seconds).astype(np.int64),
+        p50_ms=p50,
+        p99_ms=p99,
+    )
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What one fault cost. ``recovery_s`` is ``None`` when attainment did not come back before the trace ended."""
+
+    at_s: float
+    baseline_attainment: float | None
+    dip_attainment: float
+    recovery_s: float | None
+    lost: int
+    """Arrivals from the fault on, until recovery (or the end), that were not answered with success."""
+    outage_p99_ms: float
+    """Nearest-rank p99 of the arrivals between fault and recovery (or the end); +∞ where it falls among failures."""
+
+
+RECOVERY_MARGIN = 0.05
+RECOVERY_HOLD_S = 3
+
+
+def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Recovery:
+    """Recovery from a fault at ``at_s``: the time until the SLO attainment of 1-second bins, counted from the fault,
+    is back to at least its pre-fault mean minus 5 points and stays there for 3 s.
+
+    Bins begin at the fault, so that the instant of the fault does not fall inside one. Empty bins say nothing and
+    neither break nor prove a recovery.
+    """
+    t_s = records.intended_ns / NS_PER_S
+    response = records.response_ms()
+    good = response <= slo_ms
+    before = t_s < at_s
+    baseline = float(np.mean(good[before])) if before.any() else None
+    bins = int(math.floor(max(0.0, span_s - at_s) + 1e-9))
+    attainment = np.full(bins, np.nan)
+    index = np.floor(t_s - at_s).astype(np.int64)
+    for i in range(bins):
+        members = index == i
+        if members.any():
+            attainment[i] = np.mean(good[members])
+    floor = (baseline if baseline is not None else 1.0) - RECOVERY_MARGIN
+    recovered: int | None = None
+    for i in range(bins - RECOVERY_HOLD_S + 1):
+        held = attainment[i : i + RECOVERY_HOLD_S]
+        if not np.isnan(held).all() and not np.any(held < floor):
+            recovered = i
+            break
+    # An outage that the bins never saw lasted less than one: it is over by the first bin.
+    until = at_s + recovered if recovered is not None else span_s
+    after = t_s >= at_s
+    outage = after & (t_s < max(until, at_s + 1))
+    dip = float(np.nanmin(attainment)) if bins and not np.isnan(attainment).all() else math.nan
+    return Recovery(
+        at_s=at_s,
+        baseline_attainment=baseline,
+        dip_attainment=dip,
+        recovery_s=float(recovered) if recovered is not None else None,
+        lost=int(np.count_nonzero(outage & ~records.ok)),
+        outage_p99_ms=percentile(response[outage], 0.99),
+    )

@@ -1,0 +1,339 @@
+"""The experiment: what a user writes in YAML, validated, expanded into cells and trials."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from harness.adapter import Tuning, WireProtocol
+from harness.errors import InputError
+from harness.workload import Device, Slo
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TraceChoice(_Strict):
+    """Which traffic to replay, and what to make of it. A bare name stands for ``{name: NAME}``: the whole trace, unscaled."""
+
+    name: str = Field(description="A trace of the catalogue, or one that `tailrace traces add` registered.")
+    params: dict[str, Any] = Field(default={}, description="Parameters of a generated trace (`tailrace traces show`).")
+    window_s: tuple[float, float] | None = Field(
+        default=None, description="Replay only this part: start and end in seconds of the trace."
+    )
+    mean_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Rescale to this many arrivals/s: gap subdivision upwards, seeded thinning downwards; the shape stays.",
+    )
+    compress_time: float | None = Field(
+        default=None,
+        gt=0,
+        description="Divide all times by this factor. Changes burstiness against every fixed clock; never done unasked.",
+    )
+    tail_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Steady arrivals after the trace, at its closing rate, so that a recovery can be seen.",
+    )
+
+
+class FaultChoice(_Strict):
+    """One fault on the trace clock."""
+
+    kind: Literal["kill_replica"] = Field(description="`kill_replica`: SIGKILL one worker process of the model.")
+    at_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="When, in seconds of the trace. Left out: where the trace suggests it, else two thirds through.",
+    )
+    target: Literal["random"] | int = Field(
+        default="random", description="Which replica: `random` (by the trial's seed) or its index, oldest first."
+    )
+
+
+class Scenario(_Strict):
+    """A named list of faults; every adapter runs under every scenario."""
+
+    name: str = Field(description="Short name, used in folder names and in the report.")
+    faults: tuple[FaultChoice, ...] = Field(default=(), description="What goes wrong; empty: nothing.")
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("use letters, digits, '.', '_' and '-' only, for it becomes part of a folder's name")
+        return name
+
+
+class Client(_Strict):
+    """How requests are sent."""
+
+    protocol: WireProtocol | None = Field(default=None, description="`http` or `grpc`; left out: the adapter's first.")
+    timeout_s: float = Field(default=10.0, gt=0, description="An answer later than this after sending is a `timeout`.")
+    max_connections: int = Field(
+        default=8192, ge=1, description="Connections (HTTP) or calls in flight (gRPC); an arrival past it is `dropped`."
+    )
+
+
+class Warmup(_Strict):
+    """Traffic before the trace, recorded as `warmup` and left out of every figure."""
+
+    duration_s: float = Field(default=3.0, ge=0, description="How long; 0 leaves the server as cold as it came up.")
+    rate: float | None = Field(default=None, gt=0, description="Arrivals/s; left out: the trace's mean rate.")
+
+
+class Experiment(_Strict):
+    """One experiment: adapters × scenarios, each repeated ``trials`` times, interleaved."""
+
+    name: str = Field(description="Short name, used for the run's folder.")
+    question: str = Field(default="", description="What the run is to answer; printed at the top of the report.")
+    adapters: tuple[str, ...] = Field(min_length=1, description="The frameworks that race (`tailrace adapters`).")
+    workload: str = Field(default="emulated", description="The model: a name, or the path of a workload folder.")
+    workload_options: dict[str, float] = Field(
+        default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms)."
+    )
+    device: Device | None = Field(
+        default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."
+    )
+    devices: int = Field(default=1, ge=1, description="How many devices the server may use; goodput is divided by it.")
+    environment: Literal["venv", "current"] = Field(
+        default="venv",
+        description="Where servers run: `venv` (built from the adapter's lock file, cached) or `current` (this interpreter).",
+    )
+    trace: TraceChoice = Field(description="The traffic: a trace's name, or a mapping (keys below).")
+    rate_by_workload: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Mean arrivals/s (as `trace.mean_rate`) for workloads that need another rate than the trace's own.",
+    )
+    tuning: Tuning = Field(default=Tuning(), description="Neutral knobs, or `defaults` for the framework's own.")
+    options: dict[str, dict[str, Any]] = Field(default={}, description="Options of single adapters, by adapter name.")
+    scenarios: tuple[Scenario, ...] = Field(
+        default=(Scenario(name="no-fault"),), min_length=1, description="What goes wrong (keys below)."
+    )
+    trials: int = Field(default=1, ge=1, le=1000, description="Repetitions of every cell, in seeded interleaved order.")
+    seed: int = Field(default=7, ge=0, lt=2**32, description="Everything random follows from it.")
+    slo: Slo | None = Field(default=None, description="`latency_ms`: the objective; left out: the workload's own.")
+    client: Client = Field(default=Client(), description="How requests are sent (keys below).")
+    warmup: Warmup = Field(default=Warmup(), description="Traffic before the trace (keys below).")
+
+    @field_validator("trace", mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("tuning", mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return {} if value == "defaults" else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name: {self.name!r} becomes a folder's name; use letters, digits, '.', '_' and '-' only")
+        for field, names in (("adapters", self.adapters), ("scenarios", [s.name for s in self.scenarios])):
+            twice = {name for name in names if list(names).count(name) > 1}
+            if twice:
+                raise ValueError(f"{field}: {', '.join(sorted(twice))} is listed twice; use `trials` to repeat")
+        for name in self.options:
+            if name not in self.adapters:
+                raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the resolved experiment, for telling whether two runs asked the same question."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the experiment's matrix."""
+
+    adapter: str
+    scenario: Scenario
+
+    @property
+    def id(self) -> str:
+        """Unique within the run, and fit for a folder's name."""
+        return f"{self.adapter}--{self.scenario.name}"
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One repetition of a cell. ``seed`` is shared by all cells of a block, so that they meet the same arrivals."""
+
+    cell: Cell
+    number: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """The trial's folder name."""
+        return f"{self.cell.id}--{self.number}"
+
+
+def cells(experiment: Experiment) -> list[Cell]:
+    """The matrix: every adapter under every scenario."""
+    return [Cell(a, s) for a, s in itertools.product(experiment.adapters, experiment.scenarios)]
+
+
+def interleave(experiment: Experiment) -> list[TrialPlan]:
+    """Trials in the order in which they run: block by block, each block every cell once, shuffled by the seed."""
+    plans: list[TrialPlan] = []
+    for number in range(1, experiment.trials + 1):
+        seed = int(np.random.SeedSequence([experiment.seed, number]).generate_state(1)[0])
+        block = [TrialPlan(cell, number, seed) for cell in cells(experiment)]
+        order = np.random.default_rng([experiment.seed, number, 1]).permutation(len(block))
+        plans += [block[i] for i in order]
+    return plans
+
+
+def load_experiment(
+    source: str, *, overrides: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+) -> Experiment:
+    """Read a built-in experiment by name, or a YAML file by path.
+
+    ``overrides`` replace top-level keys (command-line options); ``assignments`` are ``key.sub=value`` texts (``--set``),
+    values in YAML. Raises :class:`InputError` that names the file, the key and the remedy.
+    """
+    path = find_experiment(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: an experiment is a mapping of keys, this is a {type(content).__name__}")
+    content.update(overrides or {})
+    for assignment in assignments:
+        _assign(content, assignment)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, Experiment, str(path)))) from error
+
+
+def builtin_experiments() -> dict[str, Path]:
+    """The experiments that come with tailrace, by name."""
+    import experiments
+
+    folder = Path(experiments.__path__[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_experiment(source: str) -> Path:
+    """The file of a built-in name or a path."""
+    builtin = builtin_experiments()
+    if source in builtin:
+        return builtin[source]
+    path = Path(source)
+    if path.is_file():
+        return path
+    near = nearest(source, builtin)
+    raise InputError(
+        f"there is no experiment {source!r}: neither a file nor one of {', '.join(builtin)}",
+        remedy=f"did you mean {near!r}?" if near else "give the path of a YAML file, or one of the names above",
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that ``word`` was probably meant to be."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {assignment!r}: write it as key=value, for example --set trials=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    place: Any = content
+    for depth, parent in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(place, list):
+            place = place[_index(place, parent, assignment)]
+            continue
+        inner = place.get(parent)
+        if parent == "trace" and isinstance(inner, str):
+            inner = {"name": inner}
+        if parent == "tuning" and inner == "defaults":
+            inner = {}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict | list):
+            raise InputError(f"--set {assignment!r}: {where} is {inner!r}, which has no keys of its own")
+        place[parent] = inner
+        place = inner
+    if isinstance(place, list):
+        place[_index(place, last, assignment)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], text: str, assignment: str) -> int:
+    if not text.isdigit() or int(text) >= len(place):
+        raise InputError(f"--set {assignment!r}: {text!r} is no index of a list of {len(place)} (they count from 0)")
+    return int(text)
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
+    """A validation error as sentences that name file, key, what is wrong and the nearest known key."""
+    sentences = []
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            known = _keys_at(model, problem["loc"][:-1])
+            near = nearest(key, known)
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
+            sentences.append(f"{where}: unknown key `{location}`; {hint}")
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            shown = "" if problem["type"] == "missing" else f" (got {problem['input']!r:.80})"
+            sentences.append(f"{where}: `{location}`: {reason}{shown}")
+    return sentences
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that are allowed at a place inside ``model``."""
+    current: Any = model
+    for part in location:
+        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
+            continue
+        field = current.model_fields.get(part)
+        current = _model_in(field.annotation) if field is not None else None
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as ``tuple[Scenario, ...]`` or ``Slo | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,201 @@
+"""The run folder: staged writes, so that whatever ends a run leaves files that can be read.
+
+The layout is documented for readers in ``results/README.md``. Everything here is either a *source* (manifest,
+trial facts, events, requests, samples, server configuration and logs) or *derived* (summary, report) and can be made
+again from the sources.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from harness.errors import InputError, StorageError
+from harness.tables import read_table
+
+SCHEMA_VERSION = 1
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old content or the new, never half of it."""
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        with staged.open("w", encoding="utf-8") as handle:
+            json.dump(content, handle, indent=1, allow_nan=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        staged.replace(path)
+    except OSError as error:
+        raise StorageError.of(path, error) from error
+
+
+class EventLog:
+    """``events.jsonl`` of one trial: one JSON object a line, written through at once.
+
+    ``mono_ns`` is the monotonic clock of this host, for the trial's epoch is not known yet while the server is coming
+    up; readers subtract ``epoch_mono_ns`` of the trial's facts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._handle: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, *, mono_ns: int | None = None, **details: Any) -> None:
+        """Append one event; ``mono_ns`` defaults to now. Raises :class:`StorageError` when the disk refuses."""
+        record = {"mono_ns": time.monotonic_ns() if mono_ns is None else mono_ns, "event": event, **details}
+        with self._lock:
+            try:
+                self._handle.write(json.dumps(record, allow_nan=False) + "\n")
+                self._handle.flush()
+            except OSError as error:
+                raise StorageError.of(self._path, error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._handle.close()
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """One trial of a run; sources are read on first use and kept."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """The trial's name, ``ADAPTER--SCENARIO--NUMBER``."""
+        return self.folder.name
+
+    @property
+    def facts_path(self) -> Path:
+        """What the harness measured about the trial beside requests and samples."""
+        return self.folder / "trial.json"
+
+    @property
+    def server(self) -> Path:
+        """The rendered configuration and the logs of the server."""
+        return self.folder / "server"
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """``trial.json``."""
+        return _read_json(self.facts_path)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """The events in order, each with ``t_ns`` from the trial's epoch (absent while no epoch was set).
+
+        A last line cut short by a crash is left out.
+        """
+        path = self.folder / "events.jsonl"
+        events: list[dict[str, Any]] = []
+        epoch = self.facts.get("epoch_mono_ns")
+        if not path.exists():
+            return events
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if epoch is not None:
+                event["t_ns"] = event["mono_ns"] - epoch
+            events.append(event)
+        return sorted(events, key=lambda event: int(event["mono_ns"]))
+
+    @cached_property
+    def requests(self) -> pa.Table | None:
+        """The run record (see :data:`harness.records.REQUEST_SCHEMA`); ``None`` when no request was ever made."""
+        return read_table(self.folder / "requests")
+
+    @cached_property
+    def samples(self) -> pa.Table | None:
+        """What the collectors read (see :data:`harness.records.SAMPLE_SCHEMA`); ``None`` when there is nothing."""
+        return read_table(self.folder / "samples")
+
+
+class RunFolder:
+    """One run: a manifest and its trials."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Mapping[str, Any]) -> RunFolder:
+        """Make a new run folder, the manifest first. Refuses a folder that holds anything: runs are immutable."""
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"{folder} already exists and is not an empty folder",
+                remedy="runs are never overwritten: give --out another folder, or delete this one",
+            )
+        run = cls(folder)
+        try:
+            (folder / "trials").mkdir(parents=True)
+        except OSError as error:
+            raise StorageError.of(folder, error) from error
+        write_json(folder / "manifest.json", {"schema_version": SCHEMA_VERSION, **manifest})
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> RunFolder:
+        """A run to read. Raises :class:`InputError` when there is none, or when a newer tailrace wrote it."""
+        if not (folder / "manifest.json").is_file():
+            raise InputError(
+                f"{folder} is no run folder: it holds no manifest.json",
+                remedy="give the folder that `tailrace run` printed (--out, or results/NAME-TIME)",
+            )
+        run = cls(folder)
+        version = run.manifest.get("schema_version")
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise InputError(
+                f"{folder}/manifest.json: schema_version {version!r} is not one that this tailrace reads "
+                f"(up to {SCHEMA_VERSION})",
+                remedy="upgrade tailrace",
+            )
+        return run
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """``manifest.json``."""
+        return _read_json(self.folder / "manifest.json")
+
+    def amend_manifest(self, **changes: Any) -> None:
+        """Add facts that were not known when the run began."""
+        content = {**_read_json(self.folder / "manifest.json"), **changes}
+        write_json(self.folder / "manifest.json", content)
+        self.__dict__.pop("manifest", None)
+
+    def trial(self, trial_id: str) -> TrialFolder:
+        """The trial of that name, whether it has run or not."""
+        return TrialFolder(self.folder / "trials" / trial_id)
+
+    @property
+    def trials(self) -> list[TrialFolder]:
+        """The trials that have begun, in the order in which they were planned."""
+        planned = [self.trial(trial["id"]) for trial in self.manifest["trials"]]
+        return [trial for trial in planned if trial.facts_path.is_file()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is not valid JSON: {error}", remedy="the file is damaged; delete the run"
+        ) from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path}: expected an object, found a {type(content).__name__}")
+    return content

@@ -1,0 +1,324 @@
+"""The summary of a run: per trial and per cell, every figure by its documented key, made from stored records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.stats import t as student_t
+
+from harness.metrics import (
+    NS_PER_S,
+    Floats,
+    Measured,
+    Percentile,
+    claim_percentile,
+    measured,
+    percentile,
+    recovery,
+)
+from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from harness.schedule import Phase
+from harness.store import RunFolder, TrialFolder, write_json
+from harness.verdicts import judge
+
+SUMMARY_FILE = "summary.json"
+
+Summary = dict[str, Any]
+
+
+def summarise(run: RunFolder) -> Summary:
+    """The summary of a run, with ``inf`` as floats; see ``results/README.md`` for every key."""
+    trials = [summarise_trial(trial) for trial in run.trials]
+    planned = [trial["id"] for trial in run.manifest["trials"]]
+    return {
+        "schema_version": run.manifest["schema_version"],
+        "run": run.manifest["experiment"]["name"],
+        "question": run.manifest["experiment"]["question"],
+        "verdict": _worst(trial["verdict"] for trial in trials) if trials else "INVALID",
+        "planned_trials": len(planned),
+        "cells": _cells(trials),
+        "trials": trials,
+    }
+
+
+def write_summary(run: RunFolder) -> Summary:
+    """Make ``summary.json`` of a run, and return its content."""
+    summary = summarise(run)
+    write_json(run.folder / SUMMARY_FILE, jsonable(summary))
+    return summary
+
+
+def jsonable(value: Any) -> Any:
+    """The same value fit for JSON: +∞ as ``"inf"``, NaN (nothing to say) as ``null``."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return value if math.isfinite(value) else "inf"
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def _worst(verdicts: Iterable[str]) -> str:
+    return max(verdicts, key=["VALID", "UNKNOWN", "INVALID"].index)
+
+
+def summarise_trial(trial: TrialFolder) -> Summary:
+    """All figures of one trial."""
+    facts = trial.facts
+    requests = trial.requests if trial.requests is not None else REQUEST_SCHEMA.empty_table()
+    samples = Samples(trial.samples if trial.samples is not None else SAMPLE_SCHEMA.empty_table())
+    trace, warmup = measured(requests), measured(requests, Phase.WARMUP)
+    span_s, slo_ms, devices = float(facts["span_s"]), float(facts["slo_ms"]), int(facts["devices"])
+    if facts["state"] != "done" and len(trace):
+        # A trial cut short is judged on the part that was measured.
+        span_s = min(span_s, math.ceil(float(trace.intended_ns[-1]) / NS_PER_S + 1e-9) or 1.0)
+    response, service, lag = trace.response_ms(), trace.service_ms(), trace.send_lag_ms()
+    good = int(np.count_nonzero(response <= slo_ms))
+    arrivals = len(trace)
+    p50, p90, p99 = (claim_percentile(response, q) for q in (0.50, 0.90, 0.99))
+    usage = resource_use(facts, samples, span_s)
+    verdict, reasons = judge(facts, trace, warmup, usage)
+    return {
+        "trial": trial.id,
+        "cell": facts["cell"],
+        "number": facts["number"],
+        "adapter": facts["adapter"],
+        "scenario": facts["scenario"],
+        "workload": facts["workload"],
+        "trace": facts["trace"],
+        "device": facts["device"],
+        "emulated": facts["device"] == "emulated",
+        "devices": devices,
+        "protocol": facts["protocol"],
+        "span_s": span_s,
+        "slo_ms": slo_ms,
+        "arrivals": arrivals,
+        "offered_rps": arrivals / span_s,
+        "throughput_rps": trace.count(Outcome.OK) / span_s,
+        "goodput_rps": good / span_s,
+        "goodput_rps_per_device": good / span_s / devices,
+        "slo_attainment": good / arrivals if arrivals else math.nan,
+        "p50_ms": p50.value,
+        "p50_ci_ms": _interval(p50),
+        "p90_ms": p90.value,
+        "p90_ci_ms": _interval(p90),
+        "p99_ms": p99.value,
+        "p99_ci_ms": _interval(p99),
+        "p99_more_needed": p99.more_needed,
+        "p50_ok_ms": percentile(response[trace.ok], 0.50),
+        "p99_ok_ms": percentile(response[trace.ok], 0.99),
+        "p50_service_ms": percentile(service, 0.50),
+        "p99_service_ms": percentile(service, 0.99),
+        "good": good,
+        "ok": trace.count(Outcome.OK),
+        "errors": trace.count(Outcome.ERROR),
+        "shed": trace.count(Outcome.SHED),
+        "timeouts": trace.count(Outcome.TIMEOUT),
+        "connection_errors": trace.count(Outcome.CONNECTION),
+        "dropped": trace.count(Outcome.DROPPED),
+        "send_lag_p50_ms": percentile(lag, 0.50),
+        "send_lag_p99_ms": percentile(lag, 0.99),
+        "send_lag_max_ms": float(lag.max()) if len(lag) else math.nan,
+        **usage,
+        "cold_start_s": (facts.get("cold_start") or {}).get("first_answer_s"),
+        "cold_start_phases_s": facts.get("cold_start"),
+        "outputs": facts.get("outputs"),
+        "generator_cpu_us_per_request": (facts.get("load_generator") or {}).get("cpu_us_per_request"),
+        "faults": [
+            {
+                **fault,
+                "recovery": vars(recovery(trace, span_s, slo_ms, fault["injected_s"]))
+                if fault.get("injected_s") is not None
+                else None,
+            }
+            for fault in facts.get("faults") or []
+        ],
+        "verdict": verdict,
+        "reasons": [vars(reason) for reason in reasons],
+    }
+
+
+def _interval(claimed: Percentile) -> list[float] | None:
+    return None if claimed.low is None or claimed.high is None else [claimed.low, claimed.high]
+
+
+class Samples:
+    """Readings of the collectors, by source, scope and metric."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def scopes(self, source: str, metric: str) -> list[str]:
+        """The scopes for which a source gave a metric."""
+        return sorted(set(self._select(source, metric)["scope"].to_pylist()))
+
+    def _select(self, source: str, metric: str, scope: str | None = None) -> pa.Table:
+        chosen = pc.and_(pc.equal(self._table["source"], source), pc.equal(self._table["metric"], metric))
+        if scope is not None:
+            chosen = pc.and_(chosen, pc.equal(self._table["scope"], scope))
+        return self._table.filter(chosen).sort_by("t_ns")
+
+    def series(self, source: str, metric: str, scope: str | None = None) -> tuple[Floats, Floats]:
+        """Times in seconds from the epoch, and values, in order."""
+        table = self._select(source, metric, scope)
+        return table["t_ns"].to_numpy() / NS_PER_S, np.asarray(table["value"].to_numpy(), dtype=np.float64)
+
+    def mean(self, source: str, metric: str, span_s: float, scope: str | None = None) -> float | None:
+        """The mean of a gauge over the trace; ``None`` without readings."""
+        t_s, values = self.series(source, metric, scope)
+        values = values[(t_s >= 0) & (t_s <= span_s)]
+        return float(values.mean()) if len(values) else None
+
+    def peak(self, source: str, metric: str, span_s: float) -> float | None:
+        """The largest reading over the trace; ``None`` without readings."""
+        t_s, values = self.series(source, metric)
+        values = values[(t_s >= 0) & (t_s <= span_s)]
+        return float(values.max()) if len(values) else None
+
+    def rate(self, source: str, metric: str, span_s: float, scope: str | None = None) -> float | None:
+        """The mean increase per second of a counter over the trace, by linear interpolation at its ends."""
+        t_s, values = self.series(source, metric, scope)
+        if len(t_s) < 2 or span_s <= 0:
+            return None
+        start, end = max(0.0, float(t_s[0])), min(span_s, float(t_s[-1]))
+        if end <= start:
+            return None
+        at_start, at_end = np.interp([start, end], t_s, values)
+        return float(at_end - at_start) / (end - start)
+
+
+def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> dict[str, float | None]:
+    """Utilisation of devices and host over the trace; shares in 0..1, ``None`` for what was not read."""
+    devices, cores = int(facts["devices"]), int(facts["cpu_count"])
+    server_cores = samples.rate("server-process", "cpu_s_total", span_s)
+    own = [server_cores, *(samples.rate(s, "cpu_s_total", span_s) for s in ("load-generator", "harness"))]
+    busy = samples.mean("host", "cpu_busy", span_s)
+    outside = None if busy is None else max(0.0, busy - sum(rate or 0.0 for rate in own) / cores)
+    if facts["device"] == "emulated":
+        rates = [
+            samples.rate("device", "busy_s_total", span_s, scope) for scope in samples.scopes("device", "busy_s_total")
+        ]
+        known = [rate for rate in rates if rate is not None]
+        utilization = min(1.0, sum(known) / devices) if known else None
+    elif facts["device"] == "cuda":
+        utilization = samples.mean("gpu", "utilization", span_s)
+    else:
+        utilization = None if server_cores is None else server_cores / cores
+    return {
+        "utilization": utilization,
+        "server_cpu_cores": server_cores,
+        "server_memory_bytes": samples.peak("server-process", "memory_bytes", span_s),
+        "batch_size_mean": samples.mean("server", "batch_size", span_s),
+        "queue_depth_max": samples.peak("server", "queue_depth", span_s),
+        "gpu_memory_bytes": samples.peak("gpu", "memory_bytes", span_s),
+        "gpu_power_w": samples.mean("gpu", "power_w", span_s),
+        "host_cpu": busy,
+        "steal": samples.mean("host", "steal", span_s),
+        "outside_load": outside,
+    }
+
+
+def _cells(trials: Sequence[Summary]) -> list[Summary]:
+    cells: list[Summary] = []
+    for cell_id in dict.fromkeys(trial["cell"] for trial in trials):
+        members = [trial for trial in trials if trial["cell"] == cell_id]
+        first = members[0]
+        cells.append(
+            {
+                **{
+                    key: first[key]
+                    for key in (
+                        "cell",
+                        "adapter",
+                        "scenario",
+                        "workload",
+                        "trace",
+                        "device",
+                        "emulated",
+                        "devices",
+                        "protocol",
+                        "slo_ms",
+                    )
+                },  # fmt: skip
+                "trials": len(members),
+                **{
+                    key: _mean(trial[key] for trial in members)
+                    for key in (
+                        "offered_rps",
+                        "throughput_rps",
+                        "goodput_rps",
+                        "goodput_rps_per_device",
+                        "slo_attainment",
+                        "utilization",
+                        "cold_start_s",
+                        "server_cpu_cores",
+                        "server_memory_bytes",
+                        "batch_size_mean",
+                        "queue_depth_max",
+                    )
+                },  # fmt: skip
+                **{
+                    key: sum(trial[key] for trial in members)
+                    for key in (
+                        "arrivals",
+                        "good",
+                        "ok",
+                        "errors",
+                        "shed",
+                        "timeouts",
+                        "connection_errors",
+                        "dropped",
+                    )
+                },  # fmt: skip
+                **_across(members, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),
+                **_percentile_across(members, "p50_ms", "p50_ci_ms"),
+                **_percentile_across(members, "p99_ms", "p99_ci_ms"),
+                "send_lag_p99_ms": max(trial["send_lag_p99_ms"] for trial in members),
+                "verdict": _worst(trial["verdict"] for trial in members),
+                "reasons": sorted({reason["code"] for trial in members for reason in trial["reasons"]}),
+            }
+        )
+    return cells
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else None
+
+
+MIN_TRIALS_FOR_T = 3
+
+
+def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> Summary:
+    """Mean (geometric when ``log``) and Student-t 95 % interval over trials; no interval from fewer than three."""
+    values = np.array([trial[key] for trial in members], dtype=np.float64)
+    if len(values) < MIN_TRIALS_FOR_T or not np.isfinite(values).all() or (log and not (values > 0).all()):
+        return {ci_key: None}
+    scale = np.log(values) if log else values
+    half = float(student_t.ppf(0.975, len(scale) - 1) * scale.std(ddof=1) / math.sqrt(len(scale)))
+    centre = float(scale.mean())
+    ends = [centre - half, centre + half]
+    return {key: math.exp(centre), ci_key: [math.exp(end) for end in ends]} if log else {key: centre, ci_key: ends}
+
+
+def _percentile_across(members: Sequence[Summary], key: str, ci_key: str) -> Summary:
+    """A percentile of a cell: from three finite trials on the geometric mean with a t interval on logarithms;
+    from fewer, the median trial with the envelope of the within-trial intervals; nothing when a trial claims nothing."""
+    source = f"{ci_key}_source"
+    values = [trial[key] for trial in members]
+    if any(value is None for value in values):
+        return {key: None, ci_key: None, source: None}
+    across = _across(members, key, ci_key, log=True)
+    if across[ci_key] is not None:
+        return {**across, source: "across-trials"}
+    intervals = [trial[ci_key] for trial in members]
+    envelope = [min(low for low, _ in intervals), max(high for _, high in intervals)]
+    return {key: percentile(np.array(values), 0.5), ci_key: envelope, source: "within-trial"}

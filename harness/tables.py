@@ -1,0 +1,96 @@
+"""Tables that survive a crash: an Arrow stream while they grow, Parquet by rename once they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.errors import StorageError
+
+
+class TableWriter:
+    """Appends batches to ``STEM.arrow`` (Arrow IPC stream), each flushed to the kernel as it is written."""
+
+    def __init__(self, stem: Path, schema: pa.Schema) -> None:
+        self.path = stem.with_name(stem.name + ".arrow")
+        self._schema = schema
+        try:
+            self._file = self.path.open("wb", buffering=0)
+            self._stream = pa.ipc.new_stream(self._file, schema)
+        except OSError as error:
+            raise StorageError.of(self.path, error) from error
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Append one batch. Raises :class:`StorageError` when the disk refuses; what was written stays readable."""
+        try:
+            self._stream.write_batch(batch)
+        except OSError as error:
+            raise StorageError.of(self.path, error) from error
+
+    def close(self) -> None:
+        """End the stream; a full disk at this point costs nothing but the end marker."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        self._file.close()
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def finish_table(stem: Path, *, sort_by: str) -> None:
+    """Turn ``STEM.arrow`` into ``STEM.parquet``, sorted by a column, by rename; does nothing when there is no stream."""
+    stream = stem.with_name(stem.name + ".arrow")
+    if not stream.exists():
+        return
+    table = _read_stream(stream).sort_by(sort_by)
+    parquet = stem.with_name(stem.name + ".parquet")
+    staged = stem.with_name(stem.name + ".parquet.tmp")
+    try:
+        pq.write_table(table, staged, compression="zstd")
+        staged.replace(parquet)
+        stream.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise StorageError.of(parquet, error) from error
+
+
+def read_table(stem: Path) -> pa.Table | None:
+    """The table ``STEM``: from Parquet, else from the stream as far as it was written; ``None`` when neither exists.
+
+    Raises :class:`StorageError` when a Parquet file is damaged.
+    """
+    parquet = stem.with_name(stem.name + ".parquet")
+    if parquet.exists():
+        try:
+            return pq.read_table(parquet)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{parquet} is damaged: {error}",
+                remedy="the trial cannot be analysed; delete its folder and run it again",
+            ) from error
+    stream = stem.with_name(stem.name + ".arrow")
+    return _read_stream(stream) if stream.exists() else None
+
+
+def _read_stream(path: Path) -> pa.Table:
+    """Every whole batch of a stream that may end anywhere."""
+    batches: list[pa.RecordBatch] = []
+    with path.open("rb") as handle:
+        try:
+            reader = pa.ipc.open_stream(handle)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"{path} holds no readable record: {error}") from error
+        with contextlib.suppress(OSError, pa.ArrowException, StopIteration):
+            while True:
+                batches.append(reader.read_next_batch())
+        return pa.Table.from_batches(batches, schema=reader.schema)

@@ -1,0 +1,308 @@
+"""A real Triton through its adapter: answers, batches, knobs, faults, refusals, and what is left when it has stopped."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from adapters.triton.adapter import ADAPTER, TritonDeployment
+from harness.adapter import Deployment, DeployRequest, Endpoint, ServerEnvironment, Tuning, WireProtocol
+from harness.errors import DeployError, ServerError
+from harness.folders import cache_folder
+from harness.guardian import Guardian
+from harness.processes import ProcessRef, descendants, free_ports, port_open
+from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+
+pytestmark = pytest.mark.e2e
+
+MODEL = '''
+import json, os, time
+from pathlib import Path
+import numpy as np
+
+
+class Model:
+    def __init__(self, artifact, name, device):
+        self.options = json.loads(Path(artifact).read_text())
+        if name in self.options["broken"]:
+            raise RuntimeError("the weights of " + name + " are not there")
+        self.offset = float(sum(name.encode()))
+
+    def predict(self, inputs):
+        time.sleep(self.options["seconds"])
+        x = inputs["x"]
+        if (x == 666).any():
+            raise ValueError("no answer to the beast")
+        marker = np.full((len(x), 1), int(os.environ["MARKER"]), dtype=np.int64)
+        return {"y": x * 2 + self.offset, "marker": marker}
+'''
+SPEC = WorkloadSpec(
+    name="doubler",
+    title="Doubler",
+    description="Twice the input plus a number that the model's name gives.",
+    devices=("cpu",),
+    inputs=(TensorSpec(name="x", dtype="float32", shape=(4,)),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=(4,)), TensorSpec(name="marker", dtype="int64", shape=(1,))),
+    slo=Slo(latency_ms=100),
+)
+MARKER = 4711
+
+
+def payload(number: int) -> Tensors:
+    return {"x": np.arange(4, dtype=np.float32) + number}
+
+
+def check(model: str, number: int, answer: Tensors) -> None:
+    np.testing.assert_array_equal(answer["y"], payload(number)["x"] * 2 + sum(model.encode()))
+    np.testing.assert_array_equal(answer["marker"], [MARKER])
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting until {what}"
+        time.sleep(0.02)
+
+
+def ask_http(endpoint: Endpoint, model: str, inputs: Tensors) -> tuple[int, Tensors | bytes]:
+    with socket.create_connection((endpoint.host, endpoint.port), timeout=30) as connection:
+        connection.sendall(endpoint.codec.encode(model, inputs).data)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        body = response.read()
+        if response.status != 200:
+            return response.status, body
+        return 200, endpoint.codec.decode({name.lower(): value for name, value in response.getheaders()}, body)
+
+
+def ask_grpc(endpoint: Endpoint, model: str, inputs: Tensors) -> Tensors:
+    request = endpoint.codec.encode(model, inputs)
+    with grpc.insecure_channel(f"{endpoint.host}:{endpoint.port}") as channel:
+        return endpoint.codec.decode({}, channel.unary_unary(request.method)(request.data, timeout=30))
+
+
+def answered(endpoint: Endpoint, model: str, number: int) -> None:
+    status, answer = ask_http(endpoint, model, payload(number))
+    assert status == 200, answer
+    assert isinstance(answer, dict)
+    check(model, number, answer)
+
+
+@pytest.fixture(scope="module")
+def environment() -> ServerEnvironment:
+    folder = cache_folder() / "x"
+    python = Path(f"/tmp/dev/envs/triton3{sys.version_info.minor}/bin/python")
+    return ServerEnvironment(python, "venv")
+
+
+@pytest.fixture
+def guardian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guardian]:
+    monkeypatch.setenv("TAILRACE_STATE", str(tmp_path / "state"))
+    with Guardian() as host:
+        yield host
+
+
+@pytest.fixture
+def request_for(tmp_path: Path, environment: ServerEnvironment) -> Callable[..., DeployRequest]:
+    def build(
+        tuning: Tuning | None = None,
+        *,
+        models: tuple[str, ...] = ("alpha",),
+        protocol: WireProtocol = "http",
+        seconds: float = 0.0,
+        broken: tuple[str, ...] = (),
+        ports: tuple[int, ...] = (),
+    ) -> DeployRequest:
+        model_file, artifact = tmp_path / "a workload" / "model.py", tmp_path / "artifact.json"
+        model_file.parent.mkdir()
+        model_file.write_text(MODEL)
+        artifact.write_text(json.dumps({"seconds": seconds, "broken": broken}))
+        (tmp_path / "scratch").mkdir()
+        return DeployRequest(
+            workload=PreparedWorkload(SPEC, "cpu", model_file, artifact, "", None, (), {}),
+            models=models,
+            tuning=tuning or Tuning(),
+            options=ADAPTER.Options(),
+            protocol=protocol,
+            environment=environment,
+            workdir=tmp_path / "server",
+            scratch=tmp_path / "scratch",
+            server_env={"MARKER": str(MARKER)},
+            ports=ports,
+        )
+
+    return build
+
+
+def deploy(request: DeployRequest, host: Guardian) -> TritonDeployment:
+    for path, text in ADAPTER.render(request).items():
+        file = request.workdir / "config" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    deployment = ADAPTER.deploy(request, host)
+    assert isinstance(deployment, TritonDeployment)
+    return deployment
+
+
+def await_ready(deployment: Deployment) -> None:
+    def ready() -> bool:
+        deployment.check_alive()
+        return deployment.claims_ready()
+
+    wait_until(ready, "triton says that it is ready")
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("tailrace_triton_*")}
+
+
+def values(deployment: Deployment, model: str) -> dict[str, float]:
+    return {sample.metric: sample.value for sample in deployment.scrape() if sample.scope == model}
+
+
+def test_batches_answers_and_leaves_nothing(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    tuning = Tuning(max_batch=8, batch_window_ms=20, replicas=2, queue_limit=500, server_timeout_s=20)
+    before = shared_memory()
+    deployment = deploy(request_for(tuning, models=("alpha", "beta"), seconds=0.02), guardian)
+    await_ready(deployment)
+
+    assert deployment.applied() == tuning.chosen()
+    assert Counter(worker.model for worker in deployment.replicas()) == {"alpha": 2, "beta": 2}
+    assert {worker.name for worker in deployment.replicas()} == {"alpha_0_0", "alpha_0_1", "beta_0_0", "beta_0_1"}
+
+    deployment.scrape()
+    with ThreadPoolExecutor(24) as pool:
+        for future in [pool.submit(answered, deployment.endpoint, m, i) for i in range(96) for m in ("alpha", "beta")]:
+            future.result()
+    for model in ("alpha", "beta"):
+        seen = values(deployment, model)
+        assert seen["requests_ok_total"] == seen["items_total"] == 96
+        assert seen["requests_failed_total"] == seen["queue_depth"] == 0
+        assert 1 < seen["batch_size"] <= 8
+        assert seen["batch_size"] == 96 / seen["batches_total"]
+        assert "batch_size" not in values(deployment, model), "no batch since the last scrape, so there is no mean"
+
+    status, answer = ask_http(deployment.endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
+    assert status == 500
+    assert b"ValueError: no answer to the beast" in bytes(answer)
+    answered(deployment.endpoint, "alpha", 1)
+
+    family = [reference for reference, _ in descendants(deployment.process)]
+    assert len(family) == 5
+    assert len(shared_memory() - before) == 4
+    guardian.signal(deployment.replicas()[0].process, signal.SIGKILL)
+    deployment.stop()
+    assert not any(reference.alive() for reference in family)
+    assert not port_open(deployment.endpoint.host, deployment.endpoint.port)
+    assert shared_memory() == before
+    assert not deployment.claims_ready()
+    with pytest.raises(OSError):
+        deployment.scrape()
+
+
+def test_defaults_over_grpc(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    deployment = deploy(request_for(protocol="grpc"), guardian)
+    await_ready(deployment)
+    assert deployment.applied() == {"max_batch": 1, "replicas": 1}
+    for number in range(20):
+        check("alpha", number, ask_grpc(deployment.endpoint, "alpha", payload(number)))
+    assert values(deployment, "alpha")["batch_size"] == 1
+    with pytest.raises(grpc.RpcError, match="no answer to the beast"):
+        ask_grpc(deployment.endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
+    deployment.stop()
+
+
+def test_a_killed_worker_stays_dead(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    deployment = deploy(request_for(Tuning(replicas=2)), guardian)
+    await_ready(deployment)
+    victim = deployment.replicas()[0]
+    assert guardian.signal(victim.process, signal.SIGKILL)
+    wait_until(lambda: victim not in deployment.replicas(), "the worker has gone")
+
+    t = time.monotonic()
+    statuses = []
+    for number in range(12):
+        t = time.monotonic()
+        statuses.append(ask_http(deployment.endpoint, "alpha", payload(number))[0])
+        print(statuses[-1], time.monotonic() - t, ask_http(deployment.endpoint, "alpha", payload(number)))
+    assert len(deployment.replicas()) == 1
+    assert deployment.claims_ready()
+    deployment.stop()
+
+
+def test_models_come_and_go(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    deployment = deploy(request_for(models=("alpha", "beta"), broken=("wreck",)), guardian)
+    await_ready(deployment)
+
+    deployment.unload_model("beta")
+    assert deployment.claims_ready(), "what was unloaded on purpose does not count"
+    assert ask_http(deployment.endpoint, "beta", payload(0))[0] == 400
+    wait_until(lambda: {worker.model for worker in deployment.replicas()} == {"alpha"}, "beta's worker has gone")
+
+    deployment.load_model("beta")
+    deployment.load_model("gamma")  # of the same artifact, but unknown at the start
+    assert deployment.claims_ready()
+    for model in ("alpha", "beta", "gamma"):
+        answered(deployment.endpoint, model, 7)
+    assert {worker.model for worker in deployment.replicas()} == {"alpha", "beta", "gamma"}
+
+    with pytest.raises(ServerError, match="the weights of wreck are not there"):
+        deployment.load_model("wreck")
+    assert deployment.claims_ready()
+    deployment.stop()
+
+
+def test_a_full_queue_refuses_and_a_long_wait_ends(
+    guardian: Guardian, request_for: Callable[..., DeployRequest]
+) -> None:
+    tuning = Tuning(queue_limit=2, server_timeout_s=0.7)
+    deployment = deploy(request_for(tuning, seconds=0.5), guardian)
+    await_ready(deployment)
+    assert deployment.applied() == {"max_batch": 1, "replicas": 1, "batch_window_ms": 0.0, **tuning.chosen()}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: ask_http(deployment.endpoint, "alpha", payload(i)), range(8)))
+    refusals = [bytes(body) for status, body in answers if status == 503]
+    assert any(b"Exceeds maximum queue size" in body for body in refusals)
+    assert {status for status, _ in answers} == {200, 503}
+    deployment.stop()
+
+
+def test_a_model_that_cannot_start_ends_the_server(
+    guardian: Guardian, request_for: Callable[..., DeployRequest]
+) -> None:
+    deployment = deploy(request_for(models=("alpha", "wreck"), broken=("wreck",)), guardian)
+    with pytest.raises(DeployError, match="RuntimeError: the weights of wreck are not there"):
+        await_ready(deployment)
+    assert not deployment.claims_ready()
+    deployment.stop()
+
+
+def test_a_busy_port_is_named(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    ports = tuple(free_ports(3))
+    request = request_for(ports=ports)
+    with socket.socket() as squatter:
+        squatter.bind((request.host, ports[2]))
+        squatter.listen()
+        with pytest.raises(DeployError, match=f"cannot listen on 127.0.0.1:{ports[2]}: Address already in use"):
+            deploy(request, guardian)
+    deployment = deploy(request, guardian)
+    await_ready(deployment)
+    assert deployment.endpoint.port == ports[0]
+    deployment.stop()
+    deployment = deploy(request, guardian)  # at once on the same ports
+    await_ready(deployment)
+    deployment.stop()

@@ -1,0 +1,147 @@
+"""The arithmetic of the tail: percentiles with failures as +∞, exact intervals, goodput per second, recovery."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from harness.metrics import (
+    Measured,
+    claim_percentile,
+    nearest_rank,
+    order_statistic_bounds,
+    percentile,
+    recovery,
+    samples_needed,
+    series,
+)
+from harness.records import Outcome
+
+
+def records(intended_s: list[float], response_ms: list[float], outcomes: list[Outcome] | None = None) -> Measured:
+    intended = (np.asarray(intended_s) * 1e9).astype(np.int64)
+    finite = np.nan_to_num(np.asarray(response_ms, dtype=float), posinf=5.0)
+    outcome = outcomes or [Outcome.OK if math.isfinite(r) else Outcome.SHED for r in response_ms]
+    return Measured(
+        intended_ns=intended,
+        sent_ns=intended,
+        first_byte_ns=intended,
+        done_ns=intended + (finite * 1e6).astype(np.int64),
+        outcome=np.asarray(outcome, dtype=np.uint8),
+    )
+
+
+def test_a_server_that_sheds_in_4_ms_has_no_p99_of_4_ms() -> None:
+    shed = records([0.0] * 1000, [4.0] * 1000, [Outcome.SHED] * 1000)
+    assert percentile(shed.response_ms(), 0.99) == math.inf
+    two_percent = records([0.0] * 1000, [4.0] * 1000, [Outcome.SHED] * 20 + [Outcome.OK] * 980)
+    assert percentile(two_percent.response_ms(), 0.99) == math.inf
+    assert percentile(two_percent.response_ms(), 0.50) == pytest.approx(4.0)
+
+
+@given(st.lists(st.floats(0, 1e6) | st.just(math.inf), min_size=1, max_size=300), st.floats(0.01, 1.0))
+def test_percentile_is_the_nearest_rank(values: list[float], q: float) -> None:
+    array = np.asarray(values)
+    result = percentile(array, q)
+    assert result in values
+    assert np.count_nonzero(array <= result) >= q * len(values) - 1e-6
+    assert np.count_nonzero(array < result) < q * len(values) + 1e-6
+
+
+def test_nearest_rank_is_exact_where_binary_fractions_are_not() -> None:
+    assert nearest_rank(100, 0.99) == 99
+    assert nearest_rank(1000, 0.999) == 999
+    assert nearest_rank(101, 0.99) == 100
+    assert nearest_rank(1, 0.5) == 1
+    assert math.isnan(percentile(np.array([]), 0.5))
+
+
+@given(st.integers(1, 3000), st.sampled_from([0.5, 0.9, 0.99, 0.999]))
+def test_order_statistic_bounds_are_exact_and_tight(n: int, q: float) -> None:
+    low, high = order_statistic_bounds(n, q)
+    if low is not None:
+        assert binom.cdf(low - 1, n, q) <= 0.025
+        assert low == n or binom.cdf(low, n, q) > 0.025, "one rank higher would still hold: not tight"
+    else:
+        assert binom.cdf(0, n, q) > 0.025
+    if high is not None:
+        assert binom.sf(high - 1, n, q) <= 0.025
+        assert binom.sf(high - 2, n, q) > 0.025, "one rank lower would still hold: not tight"
+    else:
+        assert binom.sf(n - 1, n, q) > 0.025
+    if low is not None and high is not None:
+        assert binom.cdf(high - 1, n, q) - binom.cdf(low - 1, n, q) >= 0.95
+
+
+def test_p99_is_claimed_from_368_arrivals_on() -> None:
+    assert samples_needed(0.99) == 368
+    short = claim_percentile(np.arange(367.0), 0.99)
+    assert short.value is None
+    assert short.more_needed == 1
+    enough = claim_percentile(np.arange(368.0), 0.99)
+    assert enough.value == 364.0
+    assert enough.high == 367.0
+
+
+def test_the_interval_covers_the_true_quantile_as_often_as_computed() -> None:
+    rng = np.random.default_rng(1)
+    n, draws = 500, 2000
+    truth = -math.log(0.01)
+    samples = np.sort(rng.exponential(size=(draws, n)), axis=1)
+    low, high = order_statistic_bounds(n, 0.99)
+    assert low is not None
+    assert high is not None
+    covered = np.mean((samples[:, low - 1] <= truth) & (truth <= samples[:, high - 1]))
+    exact = binom.cdf(high - 1, n, 0.99) - binom.cdf(low - 1, n, 0.99)
+    assert exact >= 0.95
+    assert abs(covered - exact) < 4 * math.sqrt(exact * (1 - exact) / draws)
+
+
+@given(st.lists(st.tuples(st.floats(0, 9.999), st.floats(0, 500) | st.just(math.inf)), min_size=0, max_size=200))
+def test_series_loses_and_invents_nothing(arrivals: list[tuple[float, float]]) -> None:
+    arrivals = sorted(arrivals)
+    data = records([a for a, _ in arrivals], [r for _, r in arrivals])
+    bins = series(data, 10.0, 200.0)
+    assert len(bins.t_s) == 10
+    assert bins.offered.sum() == len(arrivals)
+    assert bins.ok.sum() == sum(math.isfinite(r) for _, r in arrivals)
+    assert bins.good.sum() == np.count_nonzero(data.response_ms() <= 200.0)
+    assert np.isnan(bins.p99_ms).sum() == np.count_nonzero(bins.offered == 0)
+
+
+def steady(span_s: int, bad: tuple[float, float] | None = None) -> Measured:
+    times = [i / 20 for i in range(span_s * 20)]
+    return records(times, [math.inf if bad and bad[0] <= t < bad[1] else 10.0 for t in times])
+
+
+def test_recovery_is_the_time_until_attainment_is_back_and_stays() -> None:
+    result = recovery(steady(40, bad=(20.0, 24.5)), 40, 200, 20.0)
+    assert result.baseline_attainment == 1.0
+    assert result.dip_attainment == 0.0
+    assert result.recovery_s == 5.0
+    assert result.lost == 90
+    assert result.outage_p99_ms == math.inf
+
+
+def test_a_fault_without_effect_recovers_at_once_and_loses_nothing() -> None:
+    result = recovery(steady(40), 40, 200, 20.0)
+    assert result.recovery_s == 0.0
+    assert result.lost == 0
+    assert result.outage_p99_ms == pytest.approx(10.0)
+
+
+def test_what_does_not_come_back_within_the_trace_is_not_recovered() -> None:
+    result = recovery(steady(40, bad=(20.0, 38.0)), 40, 200, 20.0)
+    assert result.recovery_s is None
+    assert result.lost == 18 * 20
+
+
+def test_a_relapse_within_three_seconds_is_no_recovery() -> None:
+    times = [i / 20 for i in range(800)]
+    data = records(times, [math.inf if 20 <= t < 22 or 24 <= t < 25 else 10.0 for t in times])
+    assert recovery(data, 40, 200, 20.0).recovery_s == 5.0
