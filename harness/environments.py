@@ -36,6 +36,8 @@ _FORMAT = 1
 # Written last: an environment without it is an interrupted build.
 _MARKER = "tailrace-packages.json"
 _TAIL_LINES = 30
+# What uv says on its way that a waiting user wants to read.
+_WORTH_TELLING = ("Resolved", "Downloading", "Prepared", "Installed", "Bytecode")
 
 
 def build(
@@ -56,17 +58,19 @@ def build(
     Raises :class:`EnvironmentBuildError` when the environment cannot be had, :class:`InputError` when a
     requirement file cannot be used.
     """
-    progress = on_progress or _silent
+    progress = on_progress or silent
     if kind == "current":
         return _current(requirements, name, progress)
     folder = cache_folder() / "envs" / f"{name}-{fingerprint(kind, requirements)}"
     if environment := _finished(folder):
         return environment
-    with exclusive(folder.with_name(f"{folder.name}.lock"), lambda: progress(f"waiting for another build of {name}")) as lock:
+    with exclusive(
+        folder.with_name(f"{folder.name}.lock"), lambda: progress(f"waiting for another build of {name}")
+    ) as lock:
         if environment := _finished(folder):
             return environment
         try:
-            _build_venv(folder, requirements, name, progress, compile_bytecode, lock)
+            _build_venv(folder, requirements, name, progress=progress, compile_bytecode=compile_bytecode, lock=lock)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -86,6 +90,7 @@ def build(
 
 def fingerprint(kind: Kind, requirements: Sequence[Path]) -> str:
     """What an environment of these requirement files is known by: whatever changes it changes this text."""
+    parsed = _parsed(requirements)
     facts: dict[str, object] = {
         "format": _FORMAT,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -94,13 +99,16 @@ def fingerprint(kind: Kind, requirements: Sequence[Path]) -> str:
     if kind == "venv":
         facts["requirements"] = [_text(path) for path in requirements]
     else:
-        facts["packages"] = {name: _installed(name) for name in ["numpy", *(r.name for r in _parsed(requirements))]}
+        facts["packages"] = {name: _installed(name) for name in ["numpy", *(r.name for r in parsed)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
-    """Hold a lock file alone, among threads and processes; yields its descriptor. ``on_wait`` is called if it is held."""
+    """Hold a lock file alone, among threads and processes, and yield its descriptor.
+
+    ``on_wait`` is called when somebody else holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -114,7 +122,41 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _silent(message: str) -> None:
+def run_streamed(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    on_line: Callable[[str], None],
+    pass_fds: Sequence[int] = (),
+) -> tuple[int, str]:
+    """Run a program to its end, its lines (stdout and stderr together) to ``on_line`` as they come.
+
+    Returns the exit status and the last lines. If this is interrupted, the program is ended.
+    """
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    with subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=pass_fds,
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                tail.append(line.rstrip())
+                on_line(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, "\n".join(tail)
+
+
+def silent(message: str) -> None:
     """The progress callback of those who want none."""
 
 
@@ -129,78 +171,57 @@ def _finished(folder: Path) -> ServerEnvironment | None:
 
 
 def _build_venv(
-    folder: Path, requirements: Sequence[Path], name: str, progress: Progress, compile_bytecode: bool, lock: int
+    folder: Path, requirements: Sequence[Path], name: str, *, progress: Progress, compile_bytecode: bool, lock: int
 ) -> None:
     progress(f"building the environment of {name}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for sentence in package_index.left_out():
         progress(sentence)
+    variables = _uv_variables(folder.parent)
+
+    def run_uv(*arguments: str) -> None:
+        # In our own folder, so that no project file of the user's current folder has a say; holding the build's lock
+        # too, so that nobody builds beside a uv whose harness was killed.
+        code, said = run_streamed(
+            [uv.find_uv_bin(), *arguments],
+            cwd=folder.parent,
+            env=variables,
+            on_line=lambda line: progress(f"{name}: {line}") if line.startswith(_WORTH_TELLING) else None,
+            pass_fds=(lock,),
+        )
+        if code != 0:
+            raise EnvironmentBuildError(
+                f"the environment of {name} could not be built: uv ended with {code}",
+                remedy=_remedy(said),
+                detail=said,
+            )
+
     # uv finds the base interpreter behind a virtual environment by itself.
-    _uv(["venv", "--no-project", "--python", sys.executable, str(folder)], folder.parent, name, progress, lock)
-    files = [word for path in requirements for word in ("--requirements", str(path.absolute()))]
-    if files:
-        options = ["--python", str(folder / "bin" / "python"), "--link-mode", "hardlink"]
-        options += ["--compile-bytecode"] if compile_bytecode else []
-        arguments = ["pip", "install", *options, *package_index.uv_arguments(), *files]
-        _uv(arguments, folder.parent, name, progress, lock)
+    run_uv("venv", "--no-project", "--python", sys.executable, str(folder))
+    if requirements:
+        files = [word for path in requirements for word in ("--requirements", str(path.absolute()))]
+        options = ["--compile-bytecode"] if compile_bytecode else []
+        python = str(folder / "bin" / "python")
+        where = package_index.uv_arguments()
+        run_uv("pip", "install", "--python", python, "--link-mode", "hardlink", *options, *where, *files)
     libraries = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     staged = folder / f"{_MARKER}.new"
     staged.write_text(json.dumps(_packages([str(libraries)]), indent=1))
     staged.replace(folder / _MARKER)
 
 
-def _uv(arguments: Sequence[str], cwd: Path, name: str, progress: Progress, lock: int) -> None:
-    """Run uv, passing on what it says; its last words go into the error when it fails.
-
-    It runs in our own folder, so that no project file of the user's current folder has a say, and it holds the
-    build's lock too, so that nobody builds beside a uv whose harness was killed.
-    """
-    environment = {**os.environ, **package_index.uv_environment(), "NO_COLOR": "1", "UV_PYTHON_DOWNLOADS": "never"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # it would undo --compile-bytecode
-    if not _same_disk(cwd, environment):
-        environment["UV_CACHE_DIR"] = str(cache_folder() / "uv")
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    process = subprocess.Popen(
-        [uv.find_uv_bin(), *arguments],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=(lock,),
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            tail.append(line.rstrip())
-            if line.startswith(("Resolved", "Downloading", "Prepared", "Installed", "Bytecode")):
-                progress(f"{name}: {line.strip()}")
-        process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-        process.stdout.close()
-    if process.returncode != 0:
-        said = "\n".join(tail)
-        raise EnvironmentBuildError(
-            f"the environment of {name} could not be built: uv ended with {process.returncode}",
-            remedy=_remedy(said),
-            detail=said,
-        )
-
-
-def _same_disk(folder: Path, environment: Mapping[str, str]) -> bool:
-    """Whether uv's cache and ours can share files by hard links; where they cannot, every server copies its torch."""
-    said = subprocess.run(
-        [uv.find_uv_bin(), "cache", "dir"], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    cache = Path(said.stdout.strip() or folder)
-    existing = next(path for path in (cache, *cache.parents) if path.exists())
-    return existing.stat().st_dev == folder.stat().st_dev
+def _uv_variables(folder: Path) -> dict[str, str]:
+    """The whole environment of a uv that builds below ``folder``."""
+    variables = {**os.environ, **package_index.uv_environment(), "NO_COLOR": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # it would undo --compile-bytecode
+    command = [uv.find_uv_bin(), "cache", "dir"]
+    said = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False).stdout
+    shared = Path(said.strip() or folder)
+    existing = next(path for path in (shared, *shared.parents) if path.exists())
+    if existing.stat().st_dev != folder.stat().st_dev:
+        # Hard links do not cross disks: with uv's usual cache every server would hold a copy of its torch.
+        variables["UV_CACHE_DIR"] = str(cache_folder().absolute() / "uv")
+    return variables
 
 
 def _remedy(said: str) -> str:

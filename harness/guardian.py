@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -259,6 +260,8 @@ class Guardian:
             )
         self._socket = ours
         self._stream = ours.makefile("rw", encoding="utf-8")
+        self._lock = threading.Lock()  # faults are injected from a thread of their own
+        self._spawned_ns: dict[ProcessRef, int] = {}
 
     def __enter__(self) -> Guardian:
         return self
@@ -278,9 +281,10 @@ class Guardian:
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         try:
-            self._stream.write(json.dumps(request) + "\n")
-            self._stream.flush()
-            line = self._stream.readline()
+            with self._lock:
+                self._stream.write(json.dumps(request) + "\n")
+                self._stream.flush()
+                line = self._stream.readline()
         except (OSError, ValueError):
             line = ""
         if not line:
@@ -292,10 +296,17 @@ class Guardian:
         """See :class:`harness.adapter.ProcessHost`. Raises :class:`DeployError` when the program cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log)}
+        asked_ns = time.monotonic_ns()
         answer = self._ask(do="spawn", **request)
         if "error" in answer:
             raise DeployError(f"{name} could not be started: {answer['error']}", detail=" ".join(argv))
-        return ProcessRef(answer["pid"], answer["started_ticks"])
+        process = ProcessRef(answer["pid"], answer["started_ticks"])
+        self._spawned_ns[process] = asked_ns
+        return process
+
+    def spawned_ns(self, process: ProcessRef) -> int:
+        """When the start of a process was asked for, on the monotonic clock: the zero of its cold start."""
+        return self._spawned_ns[process]
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         """See :class:`harness.adapter.ProcessHost`; never touches a process that this run did not start."""

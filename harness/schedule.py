@@ -34,3 +34,48 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.intended_ns)
+
+
+WARMUP_GAP_S = 1.0
+"""Silence between the last warm-up arrival and the trace, so that warm-up leaves no queue behind."""
+
+
+def build_schedule(
+    arrivals_ns: NDArray[np.int64],
+    *,
+    models: tuple[str, ...],
+    payload_count: int,
+    warmup_s: float,
+    warmup_rate: float,
+    seed: int,
+) -> Schedule:
+    """Warm-up and trace as one schedule; payloads are drawn uniformly.
+
+    ``arrivals_ns`` (sorted, from 0) are the trace; warm-up is Poisson with ``warmup_rate`` arrivals/s over ``warmup_s``
+    seconds, at least one arrival when it is not empty, and ends ``WARMUP_GAP_S`` before the trace begins.
+    """
+    streams = np.random.SeedSequence(seed).spawn(2)
+    warm_rng, payload_rng = (np.random.default_rng(stream) for stream in streams)
+    warm = np.empty(0, dtype=np.int64)
+    if warmup_s > 0:
+        count = max(1, int(warm_rng.poisson(warmup_rate * warmup_s)))
+        offsets = np.sort(warm_rng.uniform(0, warmup_s, count))
+        warm = ((offsets - warmup_s - WARMUP_GAP_S) * 1e9).astype(np.int64)
+    intended = np.concatenate([warm, arrivals_ns.astype(np.int64)])
+    phase = np.full(len(intended), Phase.MEASURE, dtype=np.uint8)
+    phase[: len(warm)] = Phase.WARMUP
+    return Schedule(
+        intended_ns=intended,
+        model=np.zeros(len(intended), dtype=np.uint16),
+        payload_id=payload_rng.integers(0, payload_count, len(intended), dtype=np.int32),
+        phase=phase,
+        models=models,
+    )
+
+
+def most_at_once(arrivals_ns: NDArray[np.int64], window_s: float) -> int:
+    """The largest number of arrivals within any window of that length: what waits at once if nothing is answered."""
+    if len(arrivals_ns) == 0:
+        return 0
+    ends = np.searchsorted(arrivals_ns, arrivals_ns + int(window_s * 1e9), side="right")
+    return int((ends - np.arange(len(arrivals_ns))).max())

@@ -204,11 +204,16 @@ def interleave(experiment: Experiment) -> list[TrialPlan]:
 
 
 def load_experiment(
-    source: str, *, overrides: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+    source: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    trace: str | None = None,
+    assignments: Sequence[str] = (),
 ) -> Experiment:
     """Read a built-in experiment by name, or a YAML file by path.
 
-    ``overrides`` replace top-level keys (command-line options); ``assignments`` are ``key.sub=value`` texts (``--set``),
+    ``overrides`` replace top-level keys (command-line options); ``trace`` replaces the trace's name and leaves behind
+    what belongs to the former trace (``params``, ``window_s``); ``assignments`` are ``key.sub=value`` texts (``--set``),
     values in YAML. Raises :class:`InputError` that names the file, the key and the remedy.
     """
     path = find_experiment(source)
@@ -223,6 +228,13 @@ def load_experiment(
     if not isinstance(content, dict):
         raise InputError(f"{path}: an experiment is a mapping of keys, this is a {type(content).__name__}")
     content.update(overrides or {})
+    if overrides and "adapters" in overrides and isinstance(content.get("options"), dict):
+        # Options of an adapter that was not chosen have nothing to say.
+        content["options"] = {k: v for k, v in content["options"].items() if k in overrides["adapters"]}
+    if trace is not None:
+        former = content.get("trace")
+        kept = {k: v for k, v in former.items() if k not in ("params", "window_s")} if isinstance(former, dict) else {}
+        content["trace"] = {**kept, "name": trace}
     for assignment in assignments:
         _assign(content, assignment)
     try:

@@ -76,3 +76,23 @@ class PreparedWorkload:
     requirements: Path | None
     payloads: tuple[Tensors, ...]
     references: dict[str, tuple[Tensors, ...]]
+
+
+def mismatch(outputs: Tensors, reference: Tensors, tolerance: Tolerance) -> str | None:
+    """``None`` when the outputs of one item equal the reference within the tolerance, else one sentence on the first
+    difference. A NaN never equals anything."""
+    for name, expected in reference.items():
+        if name not in outputs:
+            return f"the answer has no output `{name}`"
+        got = outputs[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"`{name}` is {got.dtype}{list(got.shape)} instead of {expected.dtype}{list(expected.shape)}"
+        if np.issubdtype(expected.dtype, np.integer):
+            wrong = got != expected
+        else:
+            wrong = ~np.isclose(got, expected, rtol=tolerance.rtol, atol=tolerance.atol)
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            count = int(np.count_nonzero(wrong))
+            return f"`{name}`{list(at)} is {got[at]} instead of {expected[at]} ({count} of {expected.size} elements differ)"
+    return None

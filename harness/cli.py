@@ -1,0 +1,327 @@
+"""The command line. Exit codes: 0 all trials valid, 1 failure, 2 bad usage or input, 3 some trial INVALID, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness import __version__
+from harness.errors import InputError, TailraceError
+
+EXIT_INVALID = 3
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="tailrace",
+    help="Races model-serving frameworks on the same model, hardware and traffic, and tells the truth about the tail.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+traces_app = typer.Typer(help="Traffic: list, show and add traces.", no_args_is_help=True)
+app.add_typer(traces_app, name="traces")
+
+
+class SummaryFormat(StrEnum):
+    """Forms of `tailrace summary`."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tailrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="A built-in experiment (default, smoke, compare) or a YAML file.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Race this adapter; may be given again.")] = None,
+    workload: Annotated[str | None, typer.Option(help="A workload's name, or the path of its folder.")] = None,
+    trace: Annotated[str | None, typer.Option(help="A trace's name.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Repetitions of every cell.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the experiment, in YAML.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder itself; default results/NAME-TIME.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for UNKNOWN trials too.")] = False,
+) -> None:
+    """Run an experiment: bring the servers up, race them, analyse, and write the report."""
+    from harness.console import ConsoleObserver, print_summary
+    from harness.run import default_folder, run_experiment
+    from harness.spec import load_experiment
+    from harness.store import RunFolder
+    from reports.report import write
+
+    overrides: dict[str, Any] = {}
+    if adapter:
+        overrides["adapters"] = adapter
+    if workload is not None:
+        overrides["workload"] = workload
+    if trials is not None:
+        overrides["trials"] = trials
+    chosen = load_experiment(experiment, overrides=overrides, trace=trace, assignments=assignments or ())
+    folder = out or default_folder(chosen)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    console = _stderr()
+    try:
+        with ConsoleObserver(console) as observer:
+            summary = run_experiment(chosen, folder, observer)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was measured is in {folder}", soft_wrap=True)
+        _report_quietly(folder, console)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except InputError:
+        raise
+    except TailraceError:
+        _report_quietly(folder, console)
+        raise
+    print_summary(summary, _stdout())
+    path = write([RunFolder.open(folder)], folder / "report.html")
+    typer.echo(path.resolve())
+    bad = ("INVALID", "UNKNOWN") if strict else ("INVALID",)
+    if summary["verdict"] in bad:
+        raise typer.Exit(EXIT_INVALID)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """The first Ctrl-C or SIGTERM stops the run in order; while that goes on, further ones are heard but change nothing."""
+    signal.signal(signal.SIGINT, _already_stopping)
+    signal.signal(signal.SIGTERM, _already_stopping)
+    raise KeyboardInterrupt
+
+
+def _already_stopping(_signal: int, _frame: FrameType | None) -> None:
+    print("already stopping: servers are being ended", file=sys.stderr)
+
+
+def _report_quietly(folder: Path, console: Console) -> None:
+    """After a run that did not end well: a report of what there is, without hiding why it ended."""
+    from harness.store import RunFolder
+    from reports.report import write
+
+    try:
+        run_folder = RunFolder.open(folder)
+        if run_folder.trials:
+            path = write([run_folder], folder / "report.html")
+            console.print(f"report of what was measured: {path}", soft_wrap=True)
+    except TailraceError as error:
+        console.print(f"no report could be written: {error.message}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are put side by side.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file; default RUN/report.html.")
+    ] = None,
+) -> None:
+    """Make the summary and the report of runs again, from their records alone."""
+    from harness.store import RunFolder
+    from harness.summary import write_summary
+    from reports.report import write
+
+    if output is None and len(runs) > 1:
+        raise InputError("several runs make one report", remedy="say where it goes: -o FILE")
+    opened = [RunFolder.open(folder) for folder in runs]
+    for run_folder in opened:
+        write_summary(run_folder)
+    typer.echo(write(opened, output or runs[0] / "report.html").resolve())
+
+
+@app.command()
+def summary(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    form: Annotated[SummaryFormat, typer.Option("--format", help="table, json or csv (one line per trial).")] = (
+        SummaryFormat.TABLE
+    ),
+) -> None:
+    """Print the figures of a run, recomputed from its records."""
+    from harness.console import print_summary, trials_csv
+    from harness.store import RunFolder
+    from harness.summary import jsonable, summarise
+
+    content = summarise(RunFolder.open(run_folder))
+    if form is SummaryFormat.JSON:
+        typer.echo(json.dumps(jsonable(content), indent=1, allow_nan=False))
+    elif form is SummaryFormat.CSV:
+        typer.echo(trials_csv(content["trials"]), nl=False)
+    else:
+        print_summary(content, _stdout())
+
+
+@app.command()
+def adapters() -> None:
+    """List the adapters: what each can do, where each knob lands, and what it refuses."""
+    from harness.registry import all_adapters
+
+    console = _stdout()
+    for adapter in all_adapters().values():
+        table = Table(
+            title=Text(f"{adapter.name}: {adapter.title} ({adapter.homepage})"), title_justify="left", width=110
+        )
+        table.add_column("", no_wrap=True)
+        table.add_column("")
+        table.add_row("protocols", ", ".join(adapter.protocols))
+        table.add_row("capabilities", ", ".join(adapter.capabilities()) or "none beyond deploy and stop")
+        for knob, native in adapter.knobs.items():
+            table.add_row(knob, Text(native))
+        for knob, reason in adapter.refused.items():
+            table.add_row(knob, Text(f"refused: {reason}", style="yellow"))
+        for name, field in adapter.Options.model_fields.items():
+            table.add_row(f"option {name}", Text(f"{field.description or ''} (default {field.default!r})"))
+        console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine lacks, and the command that mends it."""
+    from harness.doctor import examine
+
+    console = _stdout()
+    table = Table(show_header=True)
+    for heading in ("", "what", "found", "remedy"):
+        table.add_column(heading, overflow="fold")
+    findings = examine()
+    for finding in findings:
+        mark = Text("ok", style="green") if finding.ok else Text("missing" if finding.needed else "optional", "yellow")
+        table.add_row(mark, finding.what, Text(finding.found), Text("" if finding.ok else finding.remedy))
+    console.print(table)
+    if any(finding.needed and not finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean() -> None:
+    """End processes and remove files that a crashed run left; runs in progress are not touched."""
+    from harness.guardian import sweep
+
+    told = sweep()
+    for sentence in told:
+        typer.echo(sentence)
+    if not told:
+        typer.echo("nothing to clean")
+
+
+@traces_app.command("list")
+def traces_list() -> None:
+    """List all traces by name."""
+    from traces import catalogue
+
+    table = Table()
+    for heading in ("name", "title", "kind"):
+        table.add_column(heading)
+    for name in catalogue.names():
+        entry = catalogue.entry(name)
+        table.add_row(name, Text(entry.title), entry.kind)
+    _stdout().print(table)
+
+
+@traces_app.command("show")
+def traces_show(
+    name: Annotated[str, typer.Argument(help="A trace's name.")],
+    seed: Annotated[int, typer.Option(help="The seed of a generated trace.")] = 7,
+) -> None:
+    """Describe one trace: its parameters, its figures, where it comes from."""
+    from traces import catalogue
+    from traces.statistics import describe
+
+    entry = catalogue.entry(name)
+    trace = catalogue.load(name, seed=seed)
+    console = _stdout()
+    console.print(Text(f"{entry.name}: {entry.title}", style="bold"))
+    console.print(Text(entry.description.strip()))
+    _describe(describe(trace).as_dict(), {**entry.params, "fault_at_s": trace.fault_at_s, "transient": trace.transient})
+
+
+def _describe(figures: dict[str, Any], parameters: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    for key, value in {**parameters, **figures}.items():
+        shown = "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        table.add_row(key.replace("_", " "), Text(shown))
+    _stdout().print(table)
+
+
+@traces_app.command("add")
+def traces_add(
+    file: Annotated[Path, typer.Argument(help="The file to import; it is copied.")],
+    name: Annotated[str | None, typer.Option(help="The trace's name; default: the file's stem.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="csv, jsonl, counts, azure_llm_2023, mooncake or worldcup98.")
+    ] = "csv",
+    column: Annotated[str | None, typer.Option(help="The column of times; default: timestamp.")] = None,
+    unit: Annotated[str | None, typer.Option(help="s, ms, us, ns or datetime; default: s.")] = None,
+    count_column: Annotated[str | None, typer.Option(help="counts: the column of counts per interval.")] = None,
+    interval_s: Annotated[float | None, typer.Option(help="counts: the length of an interval in seconds.")] = None,
+    model_column: Annotated[
+        str | None, typer.Option(help="The column that names each arrival's model or tenant.")
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="counts, worldcup98: import from here, written like a stamp.")] = None,
+    end: Annotated[str | None, typer.Option(help="counts, worldcup98: import up to here, written like a stamp.")] = None,
+    transient: Annotated[bool, typer.Option("--transient", help="A surge or flash crowd: never steady.")] = False,
+    fault_at_s: Annotated[float | None, typer.Option(help="Where the trace suggests a fault.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a trace of that name.")] = False,
+) -> None:
+    """Check, describe and register a trace, so that `--trace NAME` works."""
+    from traces import catalogue
+
+    given = {
+        "format": form,
+        "column": column,
+        "unit": unit,
+        "count_column": count_column,
+        "interval_s": interval_s,
+        "model_column": model_column,
+        "start": start,
+        "end": end,
+    }
+    options: Any = {key: value for key, value in given.items() if value is not None}
+    trace, description = catalogue.add(
+        file, name=name, replace=replace, transient=transient, fault_at_s=fault_at_s, **options
+    )
+    _describe(description.as_dict(), {"name": trace.name, "transient": trace.transient})
+    typer.echo(f"added: use it with --trace {trace.name}")
+
+
+def main() -> None:
+    """Entry point: errors as one clear message and the documented exit code."""
+    try:
+        app()
+    except TailraceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What the terminal shows: a live line per trial on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from harness.observer import Observer
+from harness.replay.driver import Progress as ReplayProgress
+from harness.spec import TrialPlan
+from harness.summary import Summary, jsonable
+
+VERDICT_STYLES = {"VALID": "green", "INVALID": "bold red", "UNKNOWN": "yellow"}
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency for reading: three significant digits, ∞ where failures own the rank, «not claimed» for ``None``."""
+    if value is None:
+        return "not claimed"
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+class _Live(ProgressColumn):
+    """Live rate and p99 of the trial that runs."""
+
+    def render(self, task: Task) -> Text:
+        live: ReplayProgress | None = task.fields.get("live")
+        if live is None:
+            return Text("")
+        failed = f", {live.failed} failed" if live.failed else ""
+        return Text(f"{live.rate_rps:.0f}/s, p99 {milliseconds(live.p99_ms)} ms{failed}")
+
+
+class ConsoleObserver(Observer):
+    """Progress bars with live rate and p99 on a terminal; plain lines where stderr is none."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Live(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+        self._label = ""
+        self._before_s = 0.0
+
+    def __enter__(self) -> ConsoleObserver:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+
+    def trial_begins(self, plan: TrialPlan, position: int, count: int, duration_s: float) -> None:
+        self._label = f"[{position}/{count}] {plan.cell.adapter}, {plan.cell.scenario.name}, trial {plan.number}"
+        self._task = self._progress.add_task(self._label, total=duration_s, live=None)
+        if not self._console.is_terminal:
+            self.note(f"{self._label}: {duration_s:.0f} s of traffic")
+
+    def stage(self, plan: TrialPlan, name: str) -> None:
+        self._progress.update(self._task, description=f"{self._label}: {name}")
+
+    def progress(self, plan: TrialPlan, progress: ReplayProgress) -> None:
+        task = self._progress.tasks[self._progress.task_ids.index(self._task)] if self._task is not None else None
+        if task is not None and task.total is not None:
+            if progress.t_s < 0:
+                self._before_s = max(self._before_s, -progress.t_s)
+            completed = min(task.total, max(0.0, progress.t_s + self._before_s))
+            self._progress.update(self._task, completed=completed, live=progress)
+
+    def trial_ends(self, plan: TrialPlan, summary: Summary) -> None:
+        self._progress.remove_task(self._task)
+        self._before_s = 0.0
+        line = Text(f"{self._label}: ")
+        line.append(summary["verdict"], style=VERDICT_STYLES[summary["verdict"]])
+        line.append(
+            f", {summary['goodput_rps']:.1f} good of {summary['offered_rps']:.1f} offered/s, "
+            f"p50 {milliseconds(summary['p50_ms'])} ms, p99 {milliseconds(summary['p99_ms'])} ms"
+        )
+        self._console.print(line, soft_wrap=True)
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """The cells of a run as a table, with the reasons and remedies of whatever is not VALID below it."""
+    cells = summary["cells"]
+    emulated = any(cell["emulated"] for cell in cells)
+    table = Table(title="emulated accelerator: not a real device" if emulated else None, title_style="yellow")
+    for heading, justify in (
+        ("adapter", "left"), ("scenario", "left"), ("trials", "right"), ("offered/s", "right"),
+        ("goodput/s\nper device", "right"), ("p50 ms", "right"), ("p99 ms", "right"), ("p99 95 % interval", "right"),
+        ("within SLO", "right"), ("shed", "right"), ("failed", "right"), ("used", "right"), ("cold\nstart s", "right"),
+        ("verdict", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for cell in cells:
+        failed = cell["errors"] + cell["timeouts"] + cell["connection_errors"] + cell["dropped"]
+        interval = cell["p99_ci_ms"]
+        table.add_row(
+            cell["adapter"],
+            cell["scenario"],
+            str(cell["trials"]),
+            f"{cell['offered_rps']:.1f}",
+            f"{cell['goodput_rps_per_device']:.1f}",
+            milliseconds(cell["p50_ms"]),
+            milliseconds(cell["p99_ms"]),
+            "–" if interval is None else " – ".join(milliseconds(end) for end in interval),
+            _share(cell["slo_attainment"]),
+            str(cell["shed"]),
+            str(failed),
+            _share(cell["utilization"]),
+            "–" if cell["cold_start_s"] is None else f"{cell['cold_start_s']:.1f}",
+            Text(cell["verdict"], style=VERDICT_STYLES[cell["verdict"]]),
+        )
+    console.print(table)
+    for trial in summary["trials"]:
+        for reason in trial["reasons"]:
+            console.print(
+                Text(f"{trial['trial']}: {reason['code']}: {reason['text']}. Remedy: {reason['remedy']}."),
+                soft_wrap=True,
+            )
+        for fault in trial["faults"]:
+            console.print(Text(f"{trial['trial']}: {fault_sentence(fault)}"), soft_wrap=True)
+
+
+def fault_sentence(fault: Mapping[str, Any]) -> str:
+    """What a fault did, in one sentence."""
+    recovery = fault["recovery"]
+    if recovery is None:
+        return f"{fault['kind']} at {fault['at_s']:g} s hit nothing (see events.jsonl)"
+    back = recovery["recovery_s"]
+    told = "attainment did not come back" if back is None else f"attainment back after {back:g} s"
+    return (
+        f"{fault['kind']} at {fault['injected_s']:.2f} s: {told}, "
+        f"{recovery['lost']} requests lost, p99 of the outage {milliseconds(recovery['outage_p99_ms'])} ms"
+    )
+
+
+def trials_csv(trials: Sequence[Summary]) -> str:
+    """One line per trial; nested values as ``key.subkey`` columns, lists joined by spaces."""
+    rows = [_flat(jsonable(trial)) for trial in trials]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        elif isinstance(item, list):
+            flat[prefix + key] = " ".join(
+                str(i["code"]) if isinstance(i, dict) and "code" in i else str(i) for i in item
+            )
+        else:
+            flat[prefix + key] = item
+    return flat
