@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def _folder(override: str, xdg: str, fallback: str) -> Path:
+    # Absolute, for servers run in folders of their own.
     if chosen := os.environ.get(override):
-        return Path(chosen)
-    return Path(os.environ.get(xdg) or Path.home() / fallback) / "tailrace"
+        return Path(chosen).absolute()
+    return Path(os.environ.get(xdg) or Path.home() / fallback).absolute() / "tailrace"
 
 
 def cache_folder() -> Path:

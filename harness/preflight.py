@@ -88,6 +88,11 @@ def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) 
                 f"`devices`: {experiment.devices} GPUs are asked for, this machine has {found}",
                 remedy="lower `devices`, or run on a machine with more" if found else "use `device: cpu`",
             )
+        if experiment.devices > 1:
+            raise InputError(
+                "`devices`: adapters place replicas on one GPU so far, and goodput per device would be wrong",
+                remedy="use `devices: 1`",
+            )
 
 
 def _contestant(experiment: Experiment, name: str) -> Contestant:

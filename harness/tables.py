@@ -51,11 +51,13 @@ def finish_table(stem: Path, *, sort_by: str) -> None:
     stream = stem.with_name(stem.name + ".arrow")
     if not stream.exists():
         return
-    table = _read_stream(stream).sort_by(sort_by)
+    table = _read_stream(stream)
+    if table is None:
+        return
     parquet = stem.with_name(stem.name + ".parquet")
     staged = stem.with_name(stem.name + ".parquet.tmp")
     try:
-        pq.write_table(table, staged, compression="zstd")
+        pq.write_table(table.sort_by(sort_by), staged, compression="zstd")
         staged.replace(parquet)
         stream.unlink()
     except OSError as error:
@@ -82,14 +84,14 @@ def read_table(stem: Path) -> pa.Table | None:
     return _read_stream(stream) if stream.exists() else None
 
 
-def _read_stream(path: Path) -> pa.Table:
-    """Every whole batch of a stream that may end anywhere."""
+def _read_stream(path: Path) -> pa.Table | None:
+    """Every whole batch of a stream that may end anywhere; ``None`` when it ends before the first could begin."""
     batches: list[pa.RecordBatch] = []
     with path.open("rb") as handle:
         try:
             reader = pa.ipc.open_stream(handle)
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(f"{path} holds no readable record: {error}") from error
+        except (OSError, pa.ArrowException):
+            return None
         with contextlib.suppress(OSError, pa.ArrowException, StopIteration):
             while True:
                 batches.append(reader.read_next_batch())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -317,7 +318,7 @@ class Trial:
         self.facts["not_applied"] = [
             f"{knob}: asked for {value}, the server has {applied[knob]}"
             for knob, value in asked.items()
-            if knob in applied and applied[knob] != value
+            if knob in applied and not _same_setting(applied[knob], value)
         ]
 
     # -- measure -------------------------------------------------------------------------------------------------
@@ -430,6 +431,13 @@ class Trial:
         }
         self.facts["final_probe"] = probe
         events.write("final-probe", **probe, **({} if answer.ok else {"answer": answer.text}))
+
+
+def _same_setting(reported: Any, asked: Any) -> bool:
+    """Whether a server applied what was asked for; times may be rounded to the server's own unit."""
+    if isinstance(reported, float) or isinstance(asked, float):
+        return math.isclose(float(reported), float(asked), rel_tol=1e-3, abs_tol=1e-3)
+    return bool(reported == asked)
 
 
 def _sleep_until(mono_ns: int) -> None:

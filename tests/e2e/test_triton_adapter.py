@@ -1,4 +1,4 @@
-"""A real Triton through its adapter: answers, batches, knobs, faults, refusals, and what is left when it has stopped."""
+"""A real Triton through its adapter: answers, batches, knobs, faults, refusals, and what is left in the end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import http.client
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -20,16 +18,26 @@ import numpy as np
 import pytest
 
 from adapters.triton.adapter import ADAPTER, TritonDeployment
-from harness.adapter import Deployment, DeployRequest, Endpoint, ServerEnvironment, Tuning, WireProtocol
+from harness import environments
+from harness.adapter import (
+    Deployment,
+    DeployRequest,
+    Endpoint,
+    MetricSample,
+    ServerEnvironment,
+    Tuning,
+    WireProtocol,
+)
+from harness.emulated_device import device_environment, read_counters
 from harness.errors import DeployError, ServerError
-from harness.folders import cache_folder
 from harness.guardian import Guardian
-from harness.processes import ProcessRef, descendants, free_ports, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from harness.processes import descendants, free_ports, port_open
+from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec, mismatch
+from workloads import catalogue
 
 pytestmark = pytest.mark.e2e
 
-MODEL = '''
+MODEL = """
 import json, os, time
 from pathlib import Path
 import numpy as np
@@ -49,7 +57,7 @@ class Model:
             raise ValueError("no answer to the beast")
         marker = np.full((len(x), 1), int(os.environ["MARKER"]), dtype=np.int64)
         return {"y": x * 2 + self.offset, "marker": marker}
-'''
+"""
 SPEC = WorkloadSpec(
     name="doubler",
     title="Doubler",
@@ -78,15 +86,21 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) 
         time.sleep(0.02)
 
 
-def ask_http(endpoint: Endpoint, model: str, inputs: Tensors) -> tuple[int, Tensors | bytes]:
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+    tensors: Tensors
+
+
+def ask_http(endpoint: Endpoint, model: str, inputs: Tensors) -> Answer:
     with socket.create_connection((endpoint.host, endpoint.port), timeout=30) as connection:
         connection.sendall(endpoint.codec.encode(model, inputs).data)
         response = http.client.HTTPResponse(connection)
         response.begin()
         body = response.read()
-        if response.status != 200:
-            return response.status, body
-        return 200, endpoint.codec.decode({name.lower(): value for name, value in response.getheaders()}, body)
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, body, endpoint.codec.decode(headers, body) if response.status == 200 else {})
 
 
 def ask_grpc(endpoint: Endpoint, model: str, inputs: Tensors) -> Tensors:
@@ -96,24 +110,39 @@ def ask_grpc(endpoint: Endpoint, model: str, inputs: Tensors) -> Tensors:
 
 
 def answered(endpoint: Endpoint, model: str, number: int) -> None:
-    status, answer = ask_http(endpoint, model, payload(number))
-    assert status == 200, answer
-    assert isinstance(answer, dict)
-    check(model, number, answer)
+    answer = ask_http(endpoint, model, payload(number))
+    assert answer.status == 200, answer.body
+    check(model, number, answer.tensors)
+
+
+class RecordingGuardian(Guardian):
+    """Remembers what it was asked to remove."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patterns: list[str] = []
+
+    def remove_later(self, path: Path | str) -> None:
+        self.patterns.append(str(path))
+        super().remove_later(path)
+
+    def leftovers(self) -> list[Path]:
+        return [path for pattern in self.patterns for path in Path(pattern).parent.glob(Path(pattern).name)]
 
 
 @pytest.fixture(scope="module")
 def environment() -> ServerEnvironment:
-    folder = cache_folder() / "x"
-    python = Path(f"/tmp/dev/envs/triton3{sys.version_info.minor}/bin/python")
-    return ServerEnvironment(python, "venv")
+    return environments.build("venv", [ADAPTER.requirements], name="triton")
 
 
 @pytest.fixture
-def guardian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guardian]:
+def guardian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingGuardian]:
+    """Ends every server of a test by SIGKILL, and must leave no shared memory all the same."""
     monkeypatch.setenv("TAILRACE_STATE", str(tmp_path / "state"))
-    with Guardian() as host:
+    host = RecordingGuardian()
+    with host:
         yield host
+    assert not host.leftovers()
 
 
 @pytest.fixture
@@ -148,7 +177,7 @@ def request_for(tmp_path: Path, environment: ServerEnvironment) -> Callable[...,
     return build
 
 
-def deploy(request: DeployRequest, host: Guardian) -> TritonDeployment:
+def deploy(request: DeployRequest, host: RecordingGuardian) -> TritonDeployment:
     for path, text in ADAPTER.render(request).items():
         file = request.workdir / "config" / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -166,17 +195,14 @@ def await_ready(deployment: Deployment) -> None:
     wait_until(ready, "triton says that it is ready")
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("tailrace_triton_*")}
+def values(samples: list[MetricSample], model: str) -> dict[str, float]:
+    return {sample.metric: sample.value for sample in samples if sample.scope == model}
 
 
-def values(deployment: Deployment, model: str) -> dict[str, float]:
-    return {sample.metric: sample.value for sample in deployment.scrape() if sample.scope == model}
-
-
-def test_batches_answers_and_leaves_nothing(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+def test_batches_answers_and_leaves_nothing(
+    guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]
+) -> None:
     tuning = Tuning(max_batch=8, batch_window_ms=20, replicas=2, queue_limit=500, server_timeout_s=20)
-    before = shared_memory()
     deployment = deploy(request_for(tuning, models=("alpha", "beta"), seconds=0.02), guardian)
     await_ready(deployment)
 
@@ -188,69 +214,86 @@ def test_batches_answers_and_leaves_nothing(guardian: Guardian, request_for: Cal
     with ThreadPoolExecutor(24) as pool:
         for future in [pool.submit(answered, deployment.endpoint, m, i) for i in range(96) for m in ("alpha", "beta")]:
             future.result()
+    samples = deployment.scrape()
     for model in ("alpha", "beta"):
-        seen = values(deployment, model)
+        seen = values(samples, model)
         assert seen["requests_ok_total"] == seen["items_total"] == 96
         assert seen["requests_failed_total"] == seen["queue_depth"] == 0
-        assert 1 < seen["batch_size"] <= 8
-        assert seen["batch_size"] == 96 / seen["batches_total"]
-        assert "batch_size" not in values(deployment, model), "no batch since the last scrape, so there is no mean"
+        assert 1 < seen["batch_size"] == 96 / seen["batches_total"] <= 8
+    assert "batch_size" not in values(deployment.scrape(), "alpha"), "no batch since the last scrape: no mean"
 
-    status, answer = ask_http(deployment.endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
-    assert status == 500
-    assert b"ValueError: no answer to the beast" in bytes(answer)
+    answer = ask_http(deployment.endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
+    assert answer.status == 500
+    assert b"ValueError: no answer to the beast" in answer.body
     answered(deployment.endpoint, "alpha", 1)
 
     family = [reference for reference, _ in descendants(deployment.process)]
     assert len(family) == 5
-    assert len(shared_memory() - before) == 4
+    assert len(guardian.leftovers()) == 4, "one shared-memory region per worker"
     guardian.signal(deployment.replicas()[0].process, signal.SIGKILL)
     deployment.stop()
     assert not any(reference.alive() for reference in family)
     assert not port_open(deployment.endpoint.host, deployment.endpoint.port)
-    assert shared_memory() == before
+    assert not guardian.leftovers()
     assert not deployment.claims_ready()
     with pytest.raises(OSError):
         deployment.scrape()
 
 
-def test_defaults_over_grpc(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+def test_defaults_over_grpc(guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]) -> None:
     deployment = deploy(request_for(protocol="grpc"), guardian)
     await_ready(deployment)
     assert deployment.applied() == {"max_batch": 1, "replicas": 1}
     for number in range(20):
         check("alpha", number, ask_grpc(deployment.endpoint, "alpha", payload(number)))
-    assert values(deployment, "alpha")["batch_size"] == 1
+    assert values(deployment.scrape(), "alpha")["batch_size"] == 1
     with pytest.raises(grpc.RpcError, match="no answer to the beast"):
         ask_grpc(deployment.endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
-    deployment.stop()
 
 
-def test_a_killed_worker_stays_dead(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+def test_the_emulated_workload_answers_as_its_reference(
+    guardian: RecordingGuardian, request_for: Callable[..., DeployRequest], tmp_path: Path
+) -> None:
+    workload = catalogue.prepare(
+        "emulated", models=("alpha",), device="emulated", seed=1, options={"base_ms": 1}, environment_kind="current"
+    )
+    devices = tmp_path / "devices"
+    request = replace(
+        request_for(Tuning(max_batch=4)), workload=workload, server_env=device_environment(devices, devices=1)
+    )
+    deployment = deploy(request, guardian)
+    await_ready(deployment)
+    for inputs, reference in zip(workload.payloads, workload.references["alpha"], strict=True):
+        answer = ask_http(deployment.endpoint, "alpha", inputs)
+        assert answer.status == 200, answer.body
+        assert mismatch(answer.tensors, reference, workload.spec.tolerance) is None
+    (counters,) = read_counters(devices)
+    assert counters.items == len(workload.payloads)
+    assert counters.pid == deployment.replicas()[0].process.pid
+
+
+def test_a_killed_worker_stays_dead(guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]) -> None:
     deployment = deploy(request_for(Tuning(replicas=2)), guardian)
     await_ready(deployment)
     victim = deployment.replicas()[0]
     assert guardian.signal(victim.process, signal.SIGKILL)
     wait_until(lambda: victim not in deployment.replicas(), "the worker has gone")
 
-    t = time.monotonic()
-    statuses = []
-    for number in range(12):
-        t = time.monotonic()
-        statuses.append(ask_http(deployment.endpoint, "alpha", payload(number))[0])
-        print(statuses[-1], time.monotonic() - t, ask_http(deployment.endpoint, "alpha", payload(number)))
-    assert len(deployment.replicas()) == 1
-    assert deployment.claims_ready()
-    deployment.stop()
+    answers = [ask_http(deployment.endpoint, "alpha", payload(number)) for number in range(4)]
+    assert {answer.status for answer in answers} == {200, 500}
+    failures = [answer.body.decode() for answer in answers if answer.status == 500]
+    assert all(f"'{victim.name}' is not healthy" in body for body in failures)
+    assert len(deployment.replicas()) == 1, "triton starts no worker in place of a dead one"
+    assert deployment.claims_ready(), "and says that all is well"
 
 
-def test_models_come_and_go(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+def test_models_come_and_go(guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]) -> None:
     deployment = deploy(request_for(models=("alpha", "beta"), broken=("wreck",)), guardian)
     await_ready(deployment)
 
     deployment.unload_model("beta")
     assert deployment.claims_ready(), "what was unloaded on purpose does not count"
-    assert ask_http(deployment.endpoint, "beta", payload(0))[0] == 400
+    assert ask_http(deployment.endpoint, "beta", payload(0)).status == 404
     wait_until(lambda: {worker.model for worker in deployment.replicas()} == {"alpha"}, "beta's worker has gone")
 
     deployment.load_model("beta")
@@ -263,11 +306,10 @@ def test_models_come_and_go(guardian: Guardian, request_for: Callable[..., Deplo
     with pytest.raises(ServerError, match="the weights of wreck are not there"):
         deployment.load_model("wreck")
     assert deployment.claims_ready()
-    deployment.stop()
 
 
 def test_a_full_queue_refuses_and_a_long_wait_ends(
-    guardian: Guardian, request_for: Callable[..., DeployRequest]
+    guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]
 ) -> None:
     tuning = Tuning(queue_limit=2, server_timeout_s=0.7)
     deployment = deploy(request_for(tuning, seconds=0.5), guardian)
@@ -275,23 +317,22 @@ def test_a_full_queue_refuses_and_a_long_wait_ends(
     assert deployment.applied() == {"max_batch": 1, "replicas": 1, "batch_window_ms": 0.0, **tuning.chosen()}
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: ask_http(deployment.endpoint, "alpha", payload(i)), range(8)))
-    refusals = [bytes(body) for status, body in answers if status == 503]
-    assert any(b"Exceeds maximum queue size" in body for body in refusals)
-    assert {status for status, _ in answers} == {200, 503}
-    deployment.stop()
+    # Half a second each, one at a time: the first is served, two wait, of whom the second waits too long.
+    reasons = Counter(json.loads(answer.body)["error"].split("] ")[-1] for answer in answers if answer.status == 503)
+    assert set(reasons) == {"Exceeds maximum queue size", "Request timeout expired"}
+    assert {answer.status for answer in answers} == {200, 503}
 
 
 def test_a_model_that_cannot_start_ends_the_server(
-    guardian: Guardian, request_for: Callable[..., DeployRequest]
+    guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]
 ) -> None:
     deployment = deploy(request_for(models=("alpha", "wreck"), broken=("wreck",)), guardian)
     with pytest.raises(DeployError, match="RuntimeError: the weights of wreck are not there"):
         await_ready(deployment)
     assert not deployment.claims_ready()
-    deployment.stop()
 
 
-def test_a_busy_port_is_named(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+def test_a_busy_port_is_named(guardian: RecordingGuardian, request_for: Callable[..., DeployRequest]) -> None:
     ports = tuple(free_ports(3))
     request = request_for(ports=ports)
     with socket.socket() as squatter:
@@ -305,4 +346,3 @@ def test_a_busy_port_is_named(guardian: Guardian, request_for: Callable[..., Dep
     deployment.stop()
     deployment = deploy(request, guardian)  # at once on the same ports
     await_ready(deployment)
-    deployment.stop()

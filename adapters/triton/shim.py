@@ -1,0 +1,59 @@
+"""What Triton's Python backend runs for each instance: the workload's model behind ``TritonPythonModel``.
+
+Copied into the model repository as ``MODEL/1/model.py``. It runs inside the server's environment, so it imports
+nothing of the harness.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import traceback
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    """One instance of the model. Triton calls ``execute`` with all requests of one batch, never concurrently."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the workload's ``Model``. Whatever it raises fails the load and ends up in the server's log."""
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._outputs = [tensor["name"] for tensor in config["output"]]
+        spec = importlib.util.spec_from_file_location("workload_model", parameters["model_file"])
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{parameters['model_file']} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._model = module.Model(parameters["artifact"], args["model_name"], parameters["device"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One ``predict()`` over all requests, stacked along axis 0; one response per request, in order."""
+        try:
+            return self._execute(requests)
+        except Exception as error:  # whatever the model raises is the answer to every request of the batch
+            pb_utils.Logger.log_error(traceback.format_exc())
+            failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+            return [pb_utils.InferenceResponse(output_tensors=[], error=failure) for _ in requests]
+
+    def _execute(self, requests: list[Any]) -> list[Any]:
+        columns = {
+            name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            for name in self._inputs
+        }
+        rows = [len(array) for array in columns[self._inputs[0]]]
+        answers = self._model.predict({name: np.concatenate(arrays) for name, arrays in columns.items()})
+        for name in self._outputs:
+            if len(answers[name]) != sum(rows):
+                raise ValueError(f"output {name!r} has {len(answers[name])} rows for a batch of {sum(rows)}")
+        ends = np.cumsum(rows)
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, np.ascontiguousarray(answers[name][end - n : end])) for name in self._outputs]
+            )
+            for n, end in zip(rows, ends, strict=True)
+        ]

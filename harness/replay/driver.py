@@ -1,0 +1,419 @@
+"""The harness's side of load generation: starts the load process, hands it the plan, streams what it reports to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from harness.codecs import PreparedRequest
+from harness.errors import StorageError, TailraceError
+from harness.processes import log_tail
+from harness.records import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
+from harness.replay import wire
+from harness.schedule import Schedule
+
+START_TIMEOUT_S = 60.0
+END_GRACE_S = 30.0
+"""How long after the last possible answer a load process may still take to report."""
+FILL_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a trial stands. Counts are of arrivals, from the warm-up on."""
+
+    t_s: float
+    """Seconds since the epoch; negative while warming up."""
+    intended: int
+    """Arrivals whose intended start has passed."""
+    sent: int
+    done: int
+    """Arrivals that have their row, whatever became of them."""
+    ok: int
+    failed: int
+    rate_rps: float
+    """Arrivals that ended in the last whole second."""
+    p99_ms: float | None
+    """Of the successes' response times over about the last ten seconds; ``None`` while there are none."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of the distinct successful answers to one request; ``count`` arrivals got exactly this one.
+
+    ``headers`` have lower-case names and hold ``content-type`` and ``inference-header-content-length`` where the
+    server sent them; for gRPC they are empty and ``body`` is the message.
+    """
+
+    model: str
+    payload_id: int
+    headers: dict[str, str]
+    body: bytes
+    count: int
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """What a replay left behind."""
+
+    records: Path
+    """The Arrow stream with the rows; see :func:`harness.records.finish_records`."""
+    recorded: int
+    """Rows written: one per arrival, fewer only after :meth:`LoadGenerator.abort`."""
+    answers: tuple[Answer, ...]
+    unchecked: int
+    """Successful answers that were not kept: beyond the first few distinct ones, or large and not in the sample."""
+    connections_opened: int
+    peak_connections: int
+    cpu_s: float
+    """CPU time of the load process from the go to the last row, all its threads."""
+    aborted: bool
+    failure: str | None
+    """Why the load process ended before its time (what it had not recorded is recorded as dropped); else ``None``."""
+
+
+class LoadGenerator:
+    """One replay of a schedule by a load process of its own.
+
+    ``with LoadGenerator(…) as load: load.start(); load.go(epoch_ns); result = load.wait(…)``. ``requests`` must
+    hold every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted from
+    when it starts to send; ``max_connections`` bounds the requests outstanding, an arrival past it is ``dropped``.
+    ``records`` gets an Arrow IPC stream of :data:`harness.records.REQUEST_SCHEMA`, flushed with every batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        requests: Mapping[tuple[int, int], PreparedRequest],
+        protocol: Literal["http", "grpc"],
+        host: str,
+        port: int,
+        timeout_s: float,
+        max_connections: int,
+        records: Path,
+        log: Path,
+    ) -> None:
+        self._schedule = schedule
+        self._timeout_s = timeout_s
+        self._log = log
+        pairs = np.stack([schedule.model.astype(np.int64), schedule.payload_id.astype(np.int64)], axis=1)
+        distinct, which = np.unique(pairs, axis=0, return_inverse=True)
+        self._pairs = [(int(model), int(payload)) for model, payload in distinct]
+        prepared = [requests[pair] for pair in self._pairs]
+        self._plan = wire.pack_plan(
+            wire.Shard(
+                arrival_id=np.arange(len(schedule), dtype=np.int64),
+                intended_ns=schedule.intended_ns,
+                request=which.reshape(-1).astype(np.int32),
+                data=tuple(request.data for request in prepared),
+                methods=tuple(request.method for request in prepared),
+            ),
+            wire.Endpoint(protocol, host, port, timeout_s, max_connections),
+        )
+        self._records = _RecordStream(records, schedule)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+        self._progress: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._end: dict[str, Any] = {}
+        self._answers: tuple[Answer, ...] = ()
+        self._unchecked = 0
+        self._failure: str | None = None
+        self._storage_error: StorageError | None = None
+        self._went_ns: int | None = None
+        self._aborted = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The load process, once it is started."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the load process, hand it the plan, and wait until its connections are open.
+
+        Raises :class:`StorageError` when the records cannot be written, :class:`TailraceError` when the process
+        does not get ready.
+        """
+        self._records.open()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                # -P: a file called locust.py in the user's folder is not Locust.
+                [sys.executable, "-P", "-m", "harness.replay.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "LOCUST_SKIP_MONKEY_PATCH": "1"},
+            )
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="records", daemon=True)
+        self._reader.start()
+        self._say(wire.PLAN, self._plan)
+        self._plan = b""
+        if not self._ready.wait(START_TIMEOUT_S) or self._ended.is_set():
+            why = self._failure or f"it was not ready after {START_TIMEOUT_S:g} s"
+            self.close()
+            raise TailraceError(f"the load process did not start: {why}", detail=log_tail(self._log))
+
+    def go(self, epoch_ns: int) -> None:
+        """Start the clock: ``epoch_ns`` is the trace's first instant, on ``time.monotonic_ns``. Warm-up lies before it."""
+        self._went_ns = epoch_ns
+        self._records.epoch_ns = epoch_ns
+        self._say(wire.GO, str(epoch_ns).encode())
+
+    def wait(self, on_progress: Callable[[Progress], None] | None = None) -> ReplayResult:
+        """Wait until every arrival has its row; ``on_progress`` is called here about twice a second.
+
+        Raises :class:`StorageError` when the records could not be written; what was written stays readable.
+        """
+        while True:
+            try:
+                progress = self._progress.get(timeout=self._patience_s())
+            except queue.Empty:
+                self._failure = "the load process did not end in time and was killed"
+                self._kill()
+                continue
+            if progress is None:
+                break
+            if on_progress is not None:
+                on_progress(progress)
+        if self._storage_error is not None:
+            raise self._storage_error
+        return ReplayResult(
+            records=self._records.path,
+            recorded=self._records.written,
+            answers=self._answers,
+            unchecked=self._unchecked,
+            connections_opened=self._end.get("connections_opened", 0),
+            peak_connections=self._end.get("peak_connections", 0),
+            cpu_s=self._end.get("cpu_s", 0.0),
+            aborted=self._aborted,
+            failure=self._failure,
+        )
+
+    def abort(self) -> None:
+        """Stop early: what was sent is recorded (without an answer, as a timeout), what was not is not recorded.
+
+        :meth:`wait` then returns soon.
+        """
+        self._aborted = True
+        self._say(wire.STOP)
+
+    def close(self) -> None:
+        """End the load process, however it stands, and close the records. Safe to call again."""
+        if self._process is None:
+            self._records.close()
+            return
+        if not self._ended.is_set():
+            self._aborted = True
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # which ends it
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._process.wait()
+        if self._reader is not None:
+            self._reader.join()
+
+    def _patience_s(self) -> float:
+        """How long the load process may still be silent before it counts as hung."""
+        if self._went_ns is None or not len(self._schedule):
+            return END_GRACE_S
+        last_ns = self._went_ns + int(self._schedule.intended_ns[-1])
+        left_s = (last_ns - time.monotonic_ns()) / 1e9 + self._timeout_s
+        return max(left_s, 0.0) + END_GRACE_S
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def _say(self, kind: bytes, payload: bytes = b"") -> None:
+        assert self._process is not None and self._process.stdin is not None
+        # A load process that has gone is noticed where its messages end.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(wire.frame(kind, payload))
+            self._process.stdin.flush()
+
+    # ── the reader thread ──
+
+    def _read(self, stream: IO[bytes]) -> None:
+        try:
+            with stream:
+                while message := wire.read_frame(stream):
+                    self._take(*message)
+            self._finish()
+        except StorageError as error:
+            self._storage_error = error
+            self._kill()
+        except Exception as error:  # a bug, which must not leave wait() waiting
+            self._failure = f"{type(error).__name__}: {error}"
+            self._kill()
+        finally:
+            self._ended.set()
+            self._ready.set()
+            self._progress.put(None)
+
+    def _take(self, kind: bytes, payload: bytes) -> None:
+        if kind == wire.ROWS:
+            self._records.append(np.frombuffer(payload, wire.ROW_DTYPE))
+        elif kind == wire.ERRORS:
+            self._records.errors += json.loads(payload)
+        elif kind == wire.PROGRESS:
+            figures = json.loads(payload)
+            self._progress.put(Progress(failed=figures["done"] - figures["ok"], **figures))
+        elif kind == wire.READY:
+            self._ready.set()
+        elif kind == wire.ANSWERS:
+            meta, bodies = wire.unpack(payload)
+            self._unchecked = meta["unchecked"]
+            self._answers = tuple(
+                Answer(self._schedule.models[model], payload_id, entry["headers"], body, entry["count"])
+                for entry, body in zip(meta["answers"], bodies, strict=True)
+                for model, payload_id in [self._pairs[entry["request"]]]
+            )
+        elif kind == wire.END:
+            self._end = json.loads(payload)
+        elif kind == wire.FAILED:
+            self._failure = payload.decode()
+
+    def _finish(self) -> None:
+        if not self._end and not self._aborted:
+            code = self._process.wait() if self._process is not None else None
+            self._failure = self._failure or f"the load process ended (exit code {code})"
+            if self._went_ns is not None:
+                self._records.drop_rest("load generator ended")
+        self._records.close()
+
+
+class _RecordStream:
+    """Joins rows with their schedule and appends them to the Arrow stream, one batch at a time."""
+
+    def __init__(self, path: Path, schedule: Schedule) -> None:
+        self.path = path
+        self.epoch_ns = 0
+        self.errors: list[str] = []
+        self.written = 0
+        self._schedule = schedule
+        self._seen = np.zeros(len(schedule), dtype=np.bool_)
+        self._sink: IO[bytes] | None = None
+        self._writer: pa.RecordBatchStreamWriter | None = None
+
+    def open(self) -> None:
+        """Create the file."""
+        with self._storage_errors():
+            self._sink = self.path.open("wb")
+            self._writer = pa.ipc.new_stream(self._sink, REQUEST_SCHEMA)
+            self._sink.flush()
+
+    def append(self, rows: NDArray[np.void]) -> None:
+        """Write a batch (dtype :data:`wire.ROW_DTYPE`) and flush it."""
+        if not len(rows):
+            return
+        assert self._writer is not None and self._sink is not None
+        batch = self._batch(rows)
+        with self._storage_errors():
+            self._writer.write_batch(batch)
+            self._sink.flush()
+        self._seen[rows["arrival_id"]] = True
+        self.written += len(rows)
+
+    def drop_rest(self, why: str) -> None:
+        """Record every arrival that has no row as dropped, at its intended start or now, whichever is later."""
+        self.errors.append(why)
+        missing = np.flatnonzero(~self._seen)
+        now_ns = time.monotonic_ns()
+        for start in range(0, len(missing), FILL_ROWS):
+            ids = missing[start : start + FILL_ROWS]
+            rows = np.zeros(len(ids), wire.ROW_DTYPE)
+            rows["arrival_id"] = ids
+            rows["sent_ns"] = rows["first_byte_ns"] = wire.NONE
+            rows["done_ns"] = np.maximum(self._schedule.intended_ns[ids] + self.epoch_ns, now_ns)
+            rows["outcome"] = Outcome.DROPPED
+            rows["error"] = len(self.errors) - 1
+            rows["status"] = -1
+            self.append(rows)
+
+    def close(self) -> None:
+        """End the stream properly. Safe to call again."""
+        with self._storage_errors():
+            if self._writer is not None:
+                self._writer.close()
+            if self._sink is not None:
+                self._sink.close()
+        self._writer = self._sink = None
+
+    def _batch(self, rows: NDArray[np.void]) -> pa.RecordBatch:
+        ids = rows["arrival_id"]
+        intended = self._schedule.intended_ns[ids]
+
+        def time_ns(name: str) -> pa.Array:
+            return pa.array(rows[name] - self.epoch_ns, mask=rows[name] == wire.NONE)
+
+        columns = {
+            "arrival_id": ids,
+            "intended_ns": intended,
+            "sent_ns": time_ns("sent_ns"),
+            "first_byte_ns": time_ns("first_byte_ns"),
+            "done_ns": rows["done_ns"] - self.epoch_ns,
+            "outcome": _names(rows["outcome"], OUTCOME_NAMES),
+            "status": pa.array(rows["status"], mask=rows["status"] == -1),
+            "error": _names(rows["error"], self.errors),
+            "model": _names(self._schedule.model[ids], self._schedule.models),
+            "payload_id": self._schedule.payload_id[ids],
+            "bytes_sent": rows["bytes_sent"],
+            "bytes_received": rows["bytes_received"],
+            "worker": np.zeros(len(rows), np.int16),
+            "phase": _names(self._schedule.phase[ids], PHASE_NAMES),
+        }
+        return pa.RecordBatch.from_arrays(
+            [pa.array(columns[name]) for name in REQUEST_SCHEMA.names], schema=REQUEST_SCHEMA
+        )
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            # Whatever the writers still hold cannot be written either; forget it, the file ends with the last whole batch.
+            self._writer = None
+            if self._sink is not None:
+                with contextlib.suppress(OSError):
+                    self._sink.close()
+                self._sink = None
+            raise StorageError(
+                f"the records cannot be written to {self.path}: {error.strerror or error}",
+                remedy="make room on that disk or choose another folder with --out; what was written until now is readable",
+            ) from error
+
+
+def _names(codes: NDArray[Any], names: list[str] | tuple[str, ...]) -> pa.Array:
+    """Codes to strings; -1 becomes null."""
+    indices = pa.array(codes.astype(np.int32), mask=codes.astype(np.int64) < 0)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string())).cast(pa.string())

@@ -1,0 +1,480 @@
+"""Sends a shard over HTTP/1.1 on gevent's event loop: callbacks on sockets, no greenlet and no timer per request.
+
+An idle connection carries the next arrival, the one used last first. Where none is idle, a new one is opened, up
+to ``max_connections``; past that the arrival is dropped. A connection is watched while it is idle, so that one which the
+server has closed is never used. ``sent_ns`` is when the first byte is handed to the kernel; an arrival that has
+to wait for its connection shows that wait as send lag. The client's timeout counts, like any client's, from when it began:
+from the send, or from the connect where one is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from geventhttpclient._parser import HTTPParseError, HTTPResponseParser
+
+from harness.records import Outcome
+from harness.replay.pacer import Pacer
+from harness.replay.recorder import ERROR_CHARS, SMALL_BODY_BYTES, Answers, Recorder
+from harness.replay.wire import NONE, Endpoint, Shard
+
+PREOPENED = 32
+"""Connections opened before the clock starts, so that the first arrivals do not pay for them."""
+HEAD_BYTES = 256 * 1024
+ANSWER_BYTES = 64 * 1024 * 1024
+"""An answer's head and whole size; one that exceeds them is an error."""
+RECEIVE_BYTES = 64 * 1024
+PRECONNECT_S = 2.0
+HOUSEKEEPING_S = 0.02
+"""How often timeouts are looked for and ``tick`` is called."""
+
+_READ, _WRITE = 1, 2
+_SHED = (429, 503)
+_OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+"""Failures to open a connection that are this machine's and not the server's."""
+
+
+class _Connection(HTTPResponseParser):
+    """One connection, and the answer that is being read from it."""
+
+    __slots__ = (
+        "answer_headers",
+        "body_bytes",
+        "body_limit",
+        "body_parts",
+        "bytes_received",
+        "bytes_sent",
+        "complete",
+        "first_byte_ns",
+        "head_done",
+        "header_name",
+        "header_value",
+        "position",
+        "reader",
+        "request",
+        "rest",
+        "sent_ns",
+        "sock",
+        "started_ns",
+        "status",
+        "writer",
+    )
+
+    def __init__(self, sock: socket.socket, reader: Any, writer: Any) -> None:
+        super().__init__()
+        self.sock = sock
+        self.reader = reader
+        self.writer = writer
+        self.begin(-1, 0, 0, 0)
+
+    def begin(self, position: int, request: int, started_ns: int, body_limit: int) -> None:
+        """Make ready for the answer to one arrival (-1: for none, the connection idles)."""
+        self.position = position
+        self.request = request
+        self.started_ns = started_ns
+        self.body_limit = body_limit
+        self.sent_ns = NONE
+        self.first_byte_ns = NONE
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.rest: memoryview | None = None
+        self.complete = False
+        self.status = -1
+        self._begin_message()
+
+    def _begin_message(self) -> None:
+        self.head_done = False
+        self.header_name = ""
+        self.header_value: str | None = None
+        self.answer_headers: dict[str, str] = {}
+        self.body_bytes = 0
+        self.body_parts: list[bytearray] | None = []
+
+    # What follows is called by the parser.
+    def _on_message_begin(self) -> None:
+        if self.complete:
+            raise HTTPParseError("bytes after the end of the answer")
+        self._begin_message()
+
+    def _on_status(self, reason: str) -> None:
+        pass
+
+    def _on_header_field(self, text: str) -> None:
+        if self.head_done:  # a trailer
+            return
+        if self.header_value is None:
+            self.header_name += text
+        else:
+            self._keep_header()
+            self.header_name = text
+
+    def _on_header_value(self, text: str) -> None:
+        if not self.head_done:
+            self.header_value = text if self.header_value is None else self.header_value + text
+
+    def _keep_header(self) -> None:
+        name = self.header_name.lower()
+        if name in ("content-type", "inference-header-content-length"):
+            self.answer_headers[name] = self.header_value or ""
+        self.header_name = ""
+        self.header_value = None
+
+    def _on_headers_complete(self) -> bool:
+        self._keep_header()
+        self.head_done = True
+        if self.get_code() != 200:
+            self.body_limit = 4 * ERROR_CHARS  # an error's text, in characters of up to four bytes
+        return False
+
+    def _on_body(self, piece: bytearray) -> None:
+        self.body_bytes += len(piece)
+        if self.body_parts is not None:
+            if self.body_bytes <= self.body_limit:
+                self.body_parts.append(piece)
+            elif self.get_code() == 200:
+                self.body_parts = None  # too long to be looked at
+            elif len(self.body_parts) == 0:
+                self.body_parts.append(piece[: self.body_limit])
+
+    def _on_message_complete(self) -> None:
+        status = self.get_code()
+        if status >= 200:  # what comes before is interim (100 Continue)
+            self.status = status
+            self.complete = True
+
+
+class HttpReplay:
+    """One replay of one shard: :meth:`prepare`, then :meth:`run`. All in one thread, on its gevent hub.
+
+    ``tick`` is called every :data:`HOUSEKEEPING_S` and must not block.
+    """
+
+    def __init__(
+        self, shard: Shard, endpoint: Endpoint, recorder: Recorder, answers: Answers, tick: Callable[[], None]
+    ) -> None:
+        self._shard = shard
+        self._request = memoryview(shard.request)
+        self._recorder = recorder
+        self._answers = answers
+        self._tick = tick
+        self._max_connections = endpoint.max_connections
+        self._timeout_ns = round(endpoint.timeout_s * 1e9)
+        self._timeout_s = endpoint.timeout_s
+        family, _, _, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)[0]
+        self._family, self._address = family, address
+        self._loop = gevent.get_hub().loop
+        self._open: dict[_Connection, None] = {}
+        self._idle: dict[_Connection, None] = {}
+        self._outstanding: dict[int, _Connection] = {}
+        self._pacer: Pacer | None = None
+        self._finished = Event()
+        self._bug: BaseException | None = None
+        self.sent = 0
+        self.connections_opened = 0
+        self.peak_connections = 0
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def prepare(self) -> None:
+        """Open the first connections; those that a server refuses now are left to the arrivals."""
+        for _ in range(min(PREOPENED, self._max_connections, len(self._shard))):
+            self._connect(-1)
+        deadline = monotonic_ns() + round(PRECONNECT_S * 1e9)
+        while len(self._idle) < len(self._open) and monotonic_ns() < deadline:
+            gevent.sleep(0.005)
+
+    def run(self, epoch_ns: int) -> None:
+        """Replay; returns when every arrival has its row (after :meth:`stop`: every arrival that was sent)."""
+        pacer = self._pacer = Pacer(self._shard.intended_ns, epoch_ns, self._start)
+        pacing = self._loop.io(pacer.timer.fileno(), _READ)
+        pacing.priority = self._loop.MAXPRI  # of all that is ready, an arrival that is due comes first
+        housekeeping = self._loop.timer(HOUSEKEEPING_S, HOUSEKEEPING_S)
+        try:
+            pacing.start(self._guarded, self._fire, pacing)
+            housekeeping.start(self._guarded, self._keep_house)
+            self._check_finished()
+            self._finished.wait()
+        finally:
+            for watcher in (pacing, housekeeping):
+                watcher.stop()
+                watcher.close()
+            for connection in list(self._open):
+                self._close(connection)
+            pacer.close()
+        if self._bug is not None:
+            raise self._bug
+
+    def stop(self) -> None:
+        """Send nothing more and wait for nothing more; what was sent is recorded as a timeout. From the same thread."""
+        if self._pacer is None or self._finished.is_set():
+            return
+        self._pacer.stop()
+        for position, connection in list(self._outstanding.items()):
+            if connection.sent_ns == NONE:
+                del self._outstanding[position]
+                self._close(connection)
+            else:
+                self._fail(connection, Outcome.TIMEOUT, "stopped before the answer", "", monotonic_ns())
+        self._check_finished()
+
+    # ── callbacks of the event loop ──
+
+    def _guarded(self, callback: Callable[..., None], *arguments: Any) -> None:
+        """A bug in a callback ends the replay; the event loop alone would print it and go on."""
+        try:
+            callback(*arguments)
+        except Exception as error:
+            self._bug = error
+            self._finished.set()
+
+    def _fire(self, watcher: Any) -> None:
+        assert self._pacer is not None
+        self._pacer.fire()
+        if self._pacer.exhausted:
+            watcher.stop()
+            self._check_finished()
+
+    def _keep_house(self) -> None:
+        now = monotonic_ns()
+        began_before = now - self._timeout_ns
+        # The timeout is the same for all, so the oldest come first and no request needs a timer of its own.
+        while self._outstanding:
+            connection = next(iter(self._outstanding.values()))
+            if connection.started_ns > began_before:
+                break
+            what = "no connection" if connection.sent_ns == NONE else "no answer"
+            self._fail(connection, Outcome.TIMEOUT, f"{what} within {self._timeout_s:g} s", "", now)
+        self._tick()
+
+    def _connected(self, connection: _Connection) -> None:
+        connection.writer.stop()
+        code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code and connection.sock.getsockname()[:2] == self._address[:2]:
+            # A port that nobody listens on may be picked as our own: TCP then connects the socket to itself.
+            code = errno.ECONNREFUSED
+        position = connection.position
+        if code:
+            self._fail(connection, Outcome.CONNECTION, "connect", os.strerror(code), monotonic_ns())
+            return
+        connection.reader.start(self._guarded, self._readable, connection)
+        if position < 0:
+            self._idle[connection] = None
+        elif not self._send(connection):
+            self._fail(connection, Outcome.CONNECTION, "send", "the connection was closed at once", monotonic_ns())
+
+    def _writable(self, connection: _Connection) -> None:
+        assert connection.rest is not None
+        now = monotonic_ns()
+        try:
+            count = connection.sock.send(connection.rest)
+        except BlockingIOError:
+            return
+        except OSError:
+            # The answer, or the reason why there is none, is waiting on the reading side.
+            connection.writer.stop()
+            connection.rest = None
+            return
+        if connection.sent_ns == NONE:
+            connection.sent_ns = now
+        connection.bytes_sent += count
+        connection.rest = connection.rest[count:]
+        if not connection.rest:
+            connection.rest = None
+            connection.writer.stop()
+
+    def _readable(self, connection: _Connection) -> None:
+        try:
+            data = connection.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if connection.position < 0:
+                self._close(connection)
+            else:
+                self._fail(
+                    connection, Outcome.CONNECTION, "connection lost", os.strerror(error.errno or 0), monotonic_ns()
+                )
+            return
+        now = monotonic_ns()
+        if connection.position < 0:  # idle: the server has closed it, or says what nobody asked
+            self._close(connection)
+            return
+        if data:
+            if connection.first_byte_ns == NONE:
+                connection.first_byte_ns = now
+            connection.bytes_received += len(data)
+        self._parse(connection, data, now)
+        # Answers may come faster than they are read; what is due in the meantime does not wait for the last of them.
+        if self._pacer is not None and now >= self._pacer.due_ns:
+            self._pacer.fire()
+
+    # ── the life of one arrival ──
+
+    def _start(self, position: int) -> None:
+        now = monotonic_ns()
+        request = self._request[position]
+        limit = ANSWER_BYTES if self._answers.wanted(request, position) else SMALL_BODY_BYTES
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            connection.begin(position, request, now, limit)
+            if self._send(connection):
+                self._outstanding[position] = connection
+                return
+            self._close(connection)  # closed by the server just now, before anything was handed over
+        if len(self._open) >= self._max_connections:
+            self._drop(position, f"all {self._max_connections} connections are busy")
+        else:
+            self._connect(position, request, now, limit)
+
+    def _connect(self, position: int, request: int = 0, now: int = 0, limit: int = 0) -> None:
+        """Open a connection, for one arrival or (-1) ahead of time."""
+        sock = None
+        try:
+            sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = sock.connect_ex(self._address)
+        except OSError as error:
+            code = error.errno or errno.EIO
+        if sock is None or code in _OUR_LIMITS:
+            if sock is not None:
+                sock.close()
+            self._drop(position, f"no further connection can be opened: {os.strerror(code)}")
+            return
+        connection = _Connection(sock, self._loop.io(sock.fileno(), _READ), self._loop.io(sock.fileno(), _WRITE))
+        connection.begin(position, request, now, limit)
+        self._open[connection] = None
+        self.connections_opened += 1
+        self.peak_connections = max(self.peak_connections, len(self._open))
+        if position >= 0:
+            self._outstanding[position] = connection
+        if code in (0, errno.EINPROGRESS):
+            connection.writer.start(self._guarded, self._connected, connection)
+        else:
+            self._fail(connection, Outcome.CONNECTION, "connect", os.strerror(code), monotonic_ns())
+
+    def _send(self, connection: _Connection) -> bool:
+        """Hand a request to the kernel, the rest of it when there is room; False when the connection is gone."""
+        data = self._shard.data[connection.request]
+        now = monotonic_ns()
+        try:
+            count = connection.sock.send(data)
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            return False
+        self.sent += 1
+        connection.bytes_sent = count
+        if count:
+            connection.sent_ns = now
+        if count < len(data):
+            connection.rest = memoryview(data)[count:]
+            connection.writer.start(self._guarded, self._writable, connection)
+        return True
+
+    def _parse(self, connection: _Connection, data: bytes, now: int) -> None:
+        """Feed what came (nothing: the end of the stream) to the parser and settle the arrival when that decides it."""
+        clean = bool(data)
+        try:
+            connection.feed(data)
+        except HTTPParseError as error:
+            clean = False
+            if not connection.complete:
+                if data:
+                    self._fail(
+                        connection, Outcome.ERROR, "malformed answer", str(error.args[0] if error.args else error), now
+                    )
+                else:
+                    what = "within the answer" if connection.bytes_received else "without an answer"
+                    self._fail(connection, Outcome.CONNECTION, "the server closed the connection", what, now)
+                return
+        if connection.complete:
+            self._answered(connection, clean, now)
+        elif not data:
+            self._fail(connection, Outcome.CONNECTION, "the server closed the connection", "without an answer", now)
+        elif connection.bytes_received > (ANSWER_BYTES if connection.head_done else HEAD_BYTES):
+            part, limit = ("answer", ANSWER_BYTES) if connection.head_done else ("answer's head", HEAD_BYTES)
+            self._fail(connection, Outcome.ERROR, "malformed answer", f"the {part} exceeds {limit} bytes", now)
+
+    def _answered(self, connection: _Connection, clean: bool, now: int) -> None:
+        """A whole answer has come."""
+        status = connection.status
+        if 200 <= status < 300:
+            outcome, error = Outcome.OK, -1
+            if status == 200:
+                self._look_at(connection)
+        else:
+            outcome = Outcome.SHED if status in _SHED else Outcome.ERROR
+            text = b"".join(connection.body_parts or ()).decode("utf-8", "replace")
+            error = self._recorder.error(f"HTTP {status}", text)
+        # A request that was not even read to its end leaves the connection in the middle of nowhere.
+        reusable = clean and connection.rest is None and connection.should_keep_alive()
+        self._settle(connection, outcome, status, error, now)
+        if reusable:
+            connection.position = -1
+            self._idle[connection] = None
+        else:
+            self._close(connection)
+
+    def _look_at(self, connection: _Connection) -> None:
+        parts = connection.body_parts
+        if parts is None:
+            self._answers.unchecked += 1
+            return
+        headers = connection.answer_headers
+        self._answers.add(
+            connection.request,
+            (headers.get("content-type"), headers.get("inference-header-content-length")),
+            b"".join(parts),
+        )
+
+    def _fail(self, connection: _Connection, outcome: Outcome, kind: str, detail: str, now: int) -> None:
+        """No good answer will come: record why, and give the connection up."""
+        if connection.position >= 0:
+            status = connection.status
+            self._settle(connection, outcome, status, self._recorder.error(kind, detail), now)
+        self._close(connection)
+
+    def _settle(self, connection: _Connection, outcome: Outcome, status: int, error: int, now: int) -> None:
+        position = connection.position
+        self._recorder.row(
+            position,
+            connection.sent_ns,
+            connection.first_byte_ns,
+            now,
+            outcome,
+            status,
+            error,
+            connection.bytes_sent,
+            connection.bytes_received,
+        )
+        del self._outstanding[position]
+        if not self._outstanding:
+            self._check_finished()
+
+    def _drop(self, position: int, why: str) -> None:
+        if position >= 0:
+            self._recorder.row(
+                position, NONE, NONE, monotonic_ns(), Outcome.DROPPED, -1, self._recorder.error(why), 0, 0
+            )
+
+    def _close(self, connection: _Connection) -> None:
+        # Stopping the watchers also breaks the reference cycle through their arguments: nobody collects garbage here.
+        for watcher in (connection.reader, connection.writer):
+            watcher.stop()
+            watcher.close()
+        connection.sock.close()
+        del self._open[connection]
+        self._idle.pop(connection, None)
+
+    def _check_finished(self) -> None:
+        if not self._outstanding and self._pacer is not None and self._pacer.exhausted:
+            self._finished.set()

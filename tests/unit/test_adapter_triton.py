@@ -1,0 +1,398 @@
+"""Triton's configuration from the neutral knobs and back, its shim, its metrics, its error messages; no server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from google.protobuf.json_format import MessageToDict
+from hypothesis import given
+from hypothesis import strategies as st
+from tritonclient.grpc import model_config_pb2
+
+from adapters.triton.adapter import ADAPTER, TritonDeployment
+from adapters.triton.config import knobs_in, model_config
+from harness.adapter import CAPABILITIES, Autoscale, DeployRequest, Endpoint, NoOptions, ServerEnvironment, Tuning
+from harness.codecs import OpenInferenceHTTP
+from harness.errors import DeployError, InputError
+from harness.processes import ProcessRef, free_ports
+from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+
+SPEC = WorkloadSpec(
+    name="toy",
+    title="Toy",
+    description="",
+    devices=("emulated", "cpu", "cuda"),
+    inputs=(TensorSpec(name="ids", dtype="int64", shape=(128,)), TensorSpec(name="image", dtype="uint8", shape=(2, 3))),
+    outputs=(TensorSpec(name="y", dtype="float16", shape=(4,)),),
+    slo=Slo(latency_ms=100),
+)
+REQUEST = DeployRequest(
+    workload=PreparedWorkload(SPEC, "cpu", Path("/w/model.py"), Path('/a/tïny "one"'), "", None, (), {}),
+    models=("alpha", "beta"),
+    tuning=Tuning(),
+    options=NoOptions(),
+    protocol="http",
+    environment=ServerEnvironment(Path("/env/bin/python"), "venv"),
+    workdir=Path("/run"),
+    scratch=Path("/scratch"),
+    server_env={},
+)
+
+
+def on(device: Any, tuning: Tuning) -> DeployRequest:
+    return replace(REQUEST, workload=replace(REQUEST.workload, device=device), tuning=tuning)
+
+
+def test_every_knob_rendered() -> None:
+    tuning = Tuning(max_batch=16, batch_window_ms=2.5, replicas=3, queue_limit=100, server_timeout_s=1.5)
+    files = ADAPTER.render(on("cpu", tuning))
+    assert sorted(files) == [
+        "models/alpha/1/model.py",
+        "models/alpha/config.pbtxt",
+        "models/beta/1/model.py",
+        "models/beta/config.pbtxt",
+        "tritonserver.args",
+    ]
+    assert files["models/beta/config.pbtxt"] == (
+        'name: "beta"\n'
+        'backend: "python"\n'
+        "max_batch_size: 16\n"
+        'input { name: "ids" data_type: TYPE_INT64 dims: [ 128 ] }\n'
+        'input { name: "image" data_type: TYPE_UINT8 dims: [ 2, 3 ] }\n'
+        'output { name: "y" data_type: TYPE_FP16 dims: [ 4 ] }\n'
+        "instance_group { kind: KIND_CPU count: 3 }\n"
+        "dynamic_batching {\n"
+        "  max_queue_delay_microseconds: 2500\n"
+        "  default_queue_policy { max_queue_size: 100 default_timeout_microseconds: 1500000 timeout_action: REJECT }\n"
+        "}\n"
+        'parameters { key: "artifact" value { string_value: "/a/tïny \\"one\\"" } }\n'
+        'parameters { key: "device" value { string_value: "cpu" } }\n'
+        'parameters { key: "model_file" value { string_value: "/w/model.py" } }\n'
+    )
+    assert files["tritonserver.args"].splitlines() == [
+        "--model-repository=models",
+        "--model-control-mode=explicit",
+        "--load-model=alpha",
+        "--load-model=beta",
+        "--disable-auto-complete-config",
+        "--strict-readiness=false",
+        "--exit-timeout-secs=5",
+        "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1",
+        "--metrics-address=127.0.0.1",
+        "--allow-gpu-metrics=false",
+        "--pinned-memory-pool-byte-size=0",
+    ]
+
+
+def test_defaults_stay_tritons_own() -> None:
+    config = ADAPTER.render(on("emulated", Tuning()))["models/alpha/config.pbtxt"]
+    assert "max_batch_size: 0\n" in config
+    assert "dims: [ 1, 128 ]" in config, "without batching the batch axis of 1 is part of the shape"
+    assert "instance_group { kind: KIND_CPU }\n" in config
+    assert "dynamic_batching" not in config
+
+
+def test_on_cuda_the_count_is_that_of_one_gpu_and_gpu_defaults_stay() -> None:
+    files = ADAPTER.render(on("cuda", Tuning(replicas=2)))
+    assert "instance_group { kind: KIND_GPU gpus: [ 0 ] count: 2 }\n" in files["models/alpha/config.pbtxt"]
+    assert "gpu-metrics" not in files["tritonserver.args"]
+    assert "pinned" not in files["tritonserver.args"]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "block"),
+    [
+        (Tuning(max_batch=1), None),
+        (Tuning(replicas=4), None),
+        (Tuning(max_batch=2), "dynamic_batching {\n}\n"),
+        (Tuning(max_batch=1, batch_window_ms=5), "dynamic_batching {\n  max_queue_delay_microseconds: 5000\n}\n"),
+        (Tuning(queue_limit=7), "dynamic_batching {\n  default_queue_policy { max_queue_size: 7 }\n}\n"),
+        (Tuning(server_timeout_s=1e-9), "default_timeout_microseconds: 1 timeout_action: REJECT }"),
+    ],
+)
+def test_the_batcher_appears_when_a_knob_needs_it(tuning: Tuning, block: str | None) -> None:
+    config = model_config(on("cpu", tuning), "alpha")
+    if block is None:
+        assert "dynamic_batching" not in config
+    else:
+        assert block in config
+
+
+# Microseconds are Triton's resolution, so these are the values that it can hold.
+TUNINGS = st.builds(
+    Tuning,
+    max_batch=st.none() | st.integers(1, 2**31 - 1),
+    batch_window_ms=st.none() | st.integers(0, 10**9).map(lambda us: us / 1e3),
+    replicas=st.none() | st.integers(1, 2**31 - 1),
+    queue_limit=st.none() | st.integers(1, 2**32 - 1),
+    server_timeout_s=st.none() | st.integers(1, 10**12).map(lambda us: us / 1e6),
+)
+
+
+@given(tuning=TUNINGS, device=st.sampled_from(["cpu", "cuda"]), name=st.text(min_size=1).filter(str.isprintable))
+def test_tritons_own_schema_reads_back_what_was_meant(tuning: Tuning, device: str, name: str) -> None:
+    config = text_format.Parse(model_config(on(device, tuning), name), model_config_pb2.ModelConfig())
+    assert config.name == name
+    assert config.parameters["artifact"].string_value == str(REQUEST.workload.artifact)
+    answer = MessageToDict(config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    for group in answer["instance_group"]:
+        group["count"] = group["count"] or 1  # which the server does when it loads the model
+    knobs = knobs_in(answer)
+    assert {knob: knobs[knob] for knob in tuning.chosen()} == tuning.chosen()
+    assert knobs["max_batch"] == (tuning.max_batch or 1)
+
+
+def test_knobs_without_a_place_are_refused() -> None:
+    options = NoOptions()
+    assert ADAPTER.refusals(Tuning(max_batch=4, batch_window_ms=5), options) == []
+    (sentence,) = ADAPTER.refusals(Tuning(batch_window_ms=5), options)
+    assert "`batch_window_ms` without `max_batch`" in sentence
+    (sentence,) = ADAPTER.refusals(Tuning(autoscale=Autoscale(min=1, max=2, target_ongoing=3)), options)
+    assert sentence == "triton has no place for `autoscale`: external scaler only"
+    assert set(ADAPTER.knobs) | set(ADAPTER.refused) == set(Tuning.model_fields)
+    assert ADAPTER.capabilities() == list(CAPABILITIES)
+
+
+class Host:
+    """A process host that must not be reached."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} called")
+
+
+def test_an_interpreter_without_the_wheel_is_named(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    request = replace(REQUEST, environment=ServerEnvironment(python, "current"))
+    with pytest.raises(DeployError, match="has no package nvidia-pytriton") as caught:
+        ADAPTER.deploy(request, Host())
+    assert str(python) in caught.value.message
+    assert "requirements.txt" in (caught.value.remedy or "")
+
+
+def test_an_interpreter_that_does_not_run_is_named(tmp_path: Path) -> None:
+    request = replace(REQUEST, environment=ServerEnvironment(tmp_path / "python", "venv"))
+    with pytest.raises(DeployError, match="does not run"):
+        ADAPTER.deploy(request, Host())
+
+
+@pytest.fixture
+def fake_environment(tmp_path: Path) -> ServerEnvironment:
+    """A program in an interpreter's place that says where everything lies."""
+    version = "3.11"
+    stub = tmp_path / "site" / "pytriton" / "tritonserver" / "python_backend_stubs" / version
+    stub.mkdir(parents=True)
+    (stub / "triton_python_backend_stub").touch()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / f"libpython{version}.so.1.0").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'echo \'{{"pytriton": "{tmp_path}/site/pytriton", "version": "{version}", "folders": ["{tmp_path}/lib"]}}\'\n'
+    )
+    python.chmod(0o755)
+    return ServerEnvironment(python, "venv")
+
+
+def test_what_an_interpreter_lacks_is_named(fake_environment: ServerEnvironment, tmp_path: Path) -> None:
+    request = replace(REQUEST, environment=fake_environment)
+    (tmp_path / "lib" / "libpython3.11.so.1.0").unlink()
+    with pytest.raises(DeployError, match=r"comes without libpython3\.11\.so\.1\.0"):
+        ADAPTER.deploy(request, Host())
+    stubs = tmp_path / "site" / "pytriton" / "tritonserver" / "python_backend_stubs"
+    (stubs / "3.11").rename(stubs / "3.9")
+    with pytest.raises(DeployError, match=r"no backend worker for Python 3\.11.*\n.*among 3\.9"):
+        ADAPTER.deploy(request, Host())
+
+
+def test_ports_are_checked_before_anything_starts(fake_environment: ServerEnvironment) -> None:
+    request = replace(REQUEST, environment=fake_environment)
+    with pytest.raises(InputError, match="three ports"):
+        ADAPTER.deploy(replace(request, ports=(1024, 1025)), Host())
+    ports = tuple(free_ports(3))
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", ports[1]))
+        squatter.listen()
+        with pytest.raises(DeployError, match=f"127.0.0.1:{ports[1]}: Address already in use"):
+            ADAPTER.deploy(replace(request, ports=ports), Host())
+
+
+METRICS = """\
+# HELP nv_inference_count Number of inferences performed
+# TYPE nv_inference_count counter
+nv_inference_count{{model="alpha",version="1"}} {items}
+# HELP nv_inference_exec_count Number of model executions performed
+# TYPE nv_inference_exec_count counter
+nv_inference_exec_count{{model="alpha",version="1"}} {batches}
+# HELP nv_inference_request_success Number of successful inference requests
+# TYPE nv_inference_request_success counter
+nv_inference_request_success{{model="alpha",version="1"}} {items}
+# HELP nv_inference_request_failure Number of failed inference requests
+# TYPE nv_inference_request_failure counter
+nv_inference_request_failure{{model="alpha",reason="OTHER",version="1"}} 2
+nv_inference_request_failure{{model="alpha",reason="REJECTED",version="1"}} 3
+# HELP nv_inference_pending_request_count Pending requests
+# TYPE nv_inference_pending_request_count gauge
+nv_inference_pending_request_count{{model="alpha",version="1"}} 6
+# HELP nv_cpu_utilization CPU utilization rate
+# TYPE nv_cpu_utilization gauge
+nv_cpu_utilization 0.5
+"""
+
+
+@pytest.fixture
+def deployment() -> TritonDeployment:
+    endpoint = Endpoint("http", "127.0.0.1", 1, OpenInferenceHTTP("127.0.0.1", 1, SPEC.inputs, SPEC.outputs))
+    own = ProcessRef.of(os.getpid())
+    return TritonDeployment(
+        Host(), own, endpoint, Path("log"), request=REQUEST, http_port=1, metrics_port=2, shared_memory_prefix="x"
+    )
+
+
+def test_metrics_get_their_canonical_names(deployment: TritonDeployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scrape(items: int, batches: int) -> dict[str, float]:
+        text = METRICS.format(items=items, batches=batches).encode()
+        monkeypatch.setattr(deployment, "_ask", lambda *_args, **_kwargs: (200, text))
+        samples = deployment.scrape()
+        assert {sample.scope for sample in samples} == {"alpha"}
+        return {sample.metric: sample.value for sample in samples}
+
+    assert scrape(10, 5) == {
+        "queue_depth": 6,
+        "requests_ok_total": 10,
+        "requests_failed_total": 5,
+        "batches_total": 5,
+        "items_total": 10,
+        "batch_size": 2,
+    }
+    assert scrape(40, 10)["batch_size"] == 6
+    assert "batch_size" not in scrape(40, 10), "nothing ran in between"
+    assert "batch_size" not in scrape(3, 3), "the counters began anew"
+    assert scrape(11, 5)["batch_size"] == 4
+
+    monkeypatch.setattr(deployment, "_ask", lambda *_args, **_kwargs: (503, b""))
+    with pytest.raises(OSError, match="503"):
+        deployment.scrape()
+
+
+def test_models_that_disagree_are_not_smoothed_over(
+    deployment: TritonDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_method: str, path: str, **_: object) -> tuple[int, bytes]:
+        size = 8 if "alpha" in path else 4
+        return 200, b'{"max_batch_size": %d, "instance_group": [{"count": 2, "gpus": []}]}' % size
+
+    monkeypatch.setattr(deployment, "_ask", ask)
+    assert deployment.applied() == {"max_batch": [8, 4], "replicas": 2}
+
+
+def test_an_unreachable_server_is_not_ready(deployment: TritonDeployment) -> None:
+    assert deployment.claims_ready() is False
+
+
+@dataclass
+class Response:
+    output_tensors: list[Any]
+    error: Any = None
+
+
+@dataclass
+class Tensor:
+    name: str
+    array: Any
+
+    def as_numpy(self) -> Any:
+        return self.array
+
+
+@dataclass
+class Shim:
+    """The shim with a workload's model, beside a stand-in for the module that Triton's worker provides."""
+
+    python_model: Any
+    logged: list[str] = field(default_factory=list)
+
+    def execute(self, *arrays: Any) -> list[Response]:
+        responses: list[Response] = self.python_model.execute([{"x": Tensor("x", array)} for array in arrays])
+        return responses
+
+
+@pytest.fixture
+def start_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Shim]:
+    def start(predict: str) -> Shim:
+        logged: list[str] = []
+        backend: Any = types.ModuleType("triton_python_backend_utils")
+        backend.InferenceResponse = Response
+        backend.Tensor = Tensor
+        backend.TritonError = str
+        backend.Logger = types.SimpleNamespace(log_error=logged.append)
+        backend.get_input_tensor_by_name = lambda request, name: request[name]
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+        path = Path(sys.modules["adapters.triton.config"].__file__ or "").with_name("shim.py")
+        spec = importlib.util.spec_from_file_location("shim", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model_file = tmp_path / "model.py"
+        model_file.write_text(
+            "class Model:\n"
+            "    calls = []\n"
+            "    def __init__(self, *arguments): self.arguments = arguments\n"
+            f"    def predict(self, inputs):\n        x = inputs['x']; self.calls.append(len(x))\n        {predict}\n"
+        )
+        texts = {"model_file": str(model_file), "artifact": "/a", "device": "cpu"}
+        config = {
+            "input": [{"name": "x"}],
+            "output": [{"name": "y"}],
+            "parameters": {name: {"string_value": text} for name, text in texts.items()},
+        }
+        python_model = module.TritonPythonModel()
+        python_model.initialize({"model_config": json.dumps(config), "model_name": "alpha"})
+        return Shim(python_model, logged)
+
+    return start
+
+
+def test_the_shim_stacks_a_batch_into_one_call(start_shim: Callable[[str], Shim]) -> None:
+    shim = start_shim("return {'y': x * 2, 'unasked': x}")
+    model = shim.python_model._model
+    assert model.arguments == ("/a", "alpha", "cpu")
+    batch = [np.full((rows, 3), rows, dtype=np.float32) for rows in (1, 2, 1)]
+    responses = shim.execute(*batch)
+    assert model.calls == [4]
+    for array, response in zip(batch, responses, strict=True):
+        (tensor,) = response.output_tensors
+        assert tensor.name == "y"
+        np.testing.assert_array_equal(tensor.array, array * 2)
+        assert tensor.array.flags["C_CONTIGUOUS"]
+
+
+@pytest.mark.parametrize(
+    ("predict", "message"),
+    [
+        ("raise KeyError('weights')", "KeyError: 'weights'"),
+        ("return {'y': x[:1]}", "ValueError: output 'y' has 1 rows for a batch of 2"),
+        ("return {}", "KeyError: 'y'"),
+    ],
+)
+def test_a_failing_model_fails_every_request_of_the_batch(
+    start_shim: Callable[[str], Shim], predict: str, message: str
+) -> None:
+    shim = start_shim(predict)
+    responses = shim.execute(np.zeros((1, 3)), np.zeros((1, 3)))
+    assert [(response.output_tensors, response.error) for response in responses] == [([], message)] * 2
+    assert len(shim.logged) == 1 and "Traceback" in shim.logged[0]
