@@ -287,8 +287,12 @@ def traces_add(
     model_column: Annotated[
         str | None, typer.Option(help="The column that names each arrival's model or tenant.")
     ] = None,
-    start: Annotated[str | None, typer.Option(help="counts, worldcup98: import from here, written like a stamp.")] = None,
-    end: Annotated[str | None, typer.Option(help="counts, worldcup98: import up to here, written like a stamp.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="counts, worldcup98: import from here, written like a stamp.")
+    ] = None,
+    end: Annotated[
+        str | None, typer.Option(help="counts, worldcup98: import up to here, written like a stamp.")
+    ] = None,
     transient: Annotated[bool, typer.Option("--transient", help="A surge or flash crowd: never steady.")] = False,
     fault_at_s: Annotated[float | None, typer.Option(help="Where the trace suggests a fault.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a trace of that name.")] = False,

@@ -45,7 +45,8 @@ class _Live(ProgressColumn):
         if live is None:
             return Text("")
         failed = f", {live.failed} failed" if live.failed else ""
-        return Text(f"{live.rate_rps:.0f}/s, p99 {milliseconds(live.p99_ms)} ms{failed}")
+        p99 = "–" if live.p99_ms is None else milliseconds(live.p99_ms)
+        return Text(f"{live.rate_rps:.0f}/s, p99 {p99} ms{failed}")
 
 
 class ConsoleObserver(Observer):

@@ -64,28 +64,23 @@ def build(
     folder = cache_folder() / "envs" / f"{name}-{fingerprint(kind, requirements)}"
     if environment := _finished(folder):
         return environment
-    with exclusive(
-        folder.with_name(f"{folder.name}.lock"), lambda: progress(f"waiting for another build of {name}")
-    ) as lock:
-        if environment := _finished(folder):
-            return environment
-        try:
-            _build_venv(folder, requirements, name, progress=progress, compile_bytecode=compile_bytecode, lock=lock)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise EnvironmentBuildError(
-                    f"the environment of {name} could not be built in {folder}: {error.strerror or error}",
-                    remedy=_remedy(str(error)),
-                ) from error
-            raise
-    environment = _finished(folder)
-    if environment is None:
+    lock_file = folder.with_name(f"{folder.name}.lock")
+    try:
+        with exclusive(lock_file, lambda: progress(f"waiting for another build of the environment of {name}")) as lock:
+            if environment := _finished(folder):
+                return environment
+            try:
+                return _build_venv(
+                    folder, requirements, name, progress=progress, compile_bytecode=compile_bytecode, lock=lock
+                )
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+    except OSError as error:
         raise EnvironmentBuildError(
-            f"the environment of {name} vanished from {folder} while it was built",
-            remedy="run again, and let nothing else clean the cache folder meanwhile",
-        )
-    return environment
+            f"the environment of {name} could not be built in {folder}: {error.strerror or error}",
+            remedy=_remedy(str(error)),
+        ) from error
 
 
 def fingerprint(kind: Kind, requirements: Sequence[Path]) -> str:
@@ -172,7 +167,7 @@ def _finished(folder: Path) -> ServerEnvironment | None:
 
 def _build_venv(
     folder: Path, requirements: Sequence[Path], name: str, *, progress: Progress, compile_bytecode: bool, lock: int
-) -> None:
+) -> ServerEnvironment:
     progress(f"building the environment of {name}")
     shutil.rmtree(folder, ignore_errors=True)
     for sentence in package_index.left_out():
@@ -205,9 +200,11 @@ def _build_venv(
         where = package_index.uv_arguments()
         run_uv("pip", "install", "--python", python, "--link-mode", "hardlink", *options, *where, *files)
     libraries = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    packages = _packages([str(libraries)])
     staged = folder / f"{_MARKER}.new"
-    staged.write_text(json.dumps(_packages([str(libraries)]), indent=1))
+    staged.write_text(json.dumps(packages, indent=1))
     staged.replace(folder / _MARKER)
+    return ServerEnvironment(folder / "bin" / "python", "venv", packages)
 
 
 def _uv_variables(folder: Path) -> dict[str, str]:
@@ -240,6 +237,8 @@ def _remedy(said: str) -> str:
             "check the network, the proxy and the package index (`pip config list`), or install the requirements "
             "into this interpreter and choose `environment: current`"
         )
+    if re.search(r"Permission denied|Not a directory|Read-only", said):
+        return f"make {cache_folder()} a folder that you can write to, or set TAILRACE_CACHE to one"
     return "read what uv says below"
 
 

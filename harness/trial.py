@@ -370,20 +370,23 @@ class Trial:
             "peak_connections": result.peak_connections,
             "measured_arrivals": measured,
         }
+        if result.failure is not None:
+            self.facts["warnings"].append(f"the load generator ended early: {result.failure}")
         self.facts["outputs"] = self._check_outputs(deployment, result)
 
     @contextlib.contextmanager
     def _sampling(
-        self, deployment: Deployment, scratch: Path, generator_pid: int, epoch_ns: int, events: EventLog
+        self, deployment: Deployment, scratch: Path, generator_pid: int | None, epoch_ns: int, events: EventLog
     ) -> Iterator[None]:
         setup = self._setup
         capabilities = setup.adapter.capabilities()
         collectors: list[Collector] = [
             Host(),
             ServerProcesses(deployment.process),
-            OwnProcess("load-generator", generator_pid),
             OwnProcess("harness", os.getpid()),
         ]
+        if generator_pid is not None:
+            collectors.append(OwnProcess("load-generator", generator_pid))
         if "scrape" in capabilities:
             collectors.append(ServerMetrics(deployment))
         if "replicas" in capabilities:
@@ -409,9 +412,8 @@ class Trial:
         checked = mismatched = 0
         example = None
         for answer in result.answers:
-            model = self._setup.models[answer.model]
             difference = check_answer(
-                deployment.endpoint, self._setup.workload, model, answer.payload_id, answer.headers, answer.body
+                deployment.endpoint, self._setup.workload, answer.model, answer.payload_id, answer.headers, answer.body
             )
             checked += answer.count
             if difference is not None:
@@ -430,7 +432,7 @@ class Trial:
             "answers": answer.ok,
         }
         self.facts["final_probe"] = probe
-        events.write("final-probe", **probe, **({} if answer.ok else {"answer": answer.text}))
+        events.write("final-probe", **probe, answer=None if answer.ok else answer.text)
 
 
 def _same_setting(reported: Any, asked: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The harness's side of load generation: starts the load process, hands it the plan, streams what it reports to disk."""
+"""The harness's side of load generation: starts the load process, hands it the plan, streams its rows to disk."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ class ReplayResult:
 class LoadGenerator:
     """One replay of a schedule by a load process of its own.
 
-    ``with LoadGenerator(…) as load: load.start(); load.go(epoch_ns); result = load.wait(…)``. ``requests`` must
-    hold every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted from
-    when it starts to send; ``max_connections`` bounds the requests outstanding, an arrival past it is ``dropped``.
+    ``with LoadGenerator(…) as load: load.start(); load.go(epoch_ns); result = load.wait(…)``. ``requests`` must hold
+    every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted
+    from when it starts to send; ``max_connections`` bounds the requests outstanding, an arrival past it is ``dropped``.
     ``records`` gets an Arrow IPC stream of :data:`harness.records.REQUEST_SCHEMA`, flushed with every batch.
     """
 
@@ -170,8 +170,7 @@ class LoadGenerator:
                 start_new_session=True,
                 env={**os.environ, "LOCUST_SKIP_MONKEY_PATCH": "1"},
             )
-        assert self._process.stdout is not None
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="records", daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(self._process,), name="records", daemon=True)
         self._reader.start()
         self._say(wire.PLAN, self._plan)
         self._plan = b""
@@ -181,7 +180,7 @@ class LoadGenerator:
             raise TailraceError(f"the load process did not start: {why}", detail=log_tail(self._log))
 
     def go(self, epoch_ns: int) -> None:
-        """Start the clock: ``epoch_ns`` is the trace's first instant, on ``time.monotonic_ns``. Warm-up lies before it."""
+        """Start the clock: ``epoch_ns`` is the trace's first instant on ``time.monotonic_ns``; warm-up precedes it."""
         self._went_ns = epoch_ns
         self._records.epoch_ns = epoch_ns
         self._say(wire.GO, str(epoch_ns).encode())
@@ -231,9 +230,9 @@ class LoadGenerator:
             return
         if not self._ended.is_set():
             self._aborted = True
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()  # which ends it
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # which ends it
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -255,7 +254,8 @@ class LoadGenerator:
             self._process.kill()
 
     def _say(self, kind: bytes, payload: bytes = b"") -> None:
-        assert self._process is not None and self._process.stdin is not None
+        if self._process is None or self._process.stdin is None:
+            raise RuntimeError("the load generator has not been started")
         # A load process that has gone is noticed where its messages end.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(wire.frame(kind, payload))
@@ -263,12 +263,13 @@ class LoadGenerator:
 
     # ── the reader thread ──
 
-    def _read(self, stream: IO[bytes]) -> None:
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
         try:
-            with stream:
-                while message := wire.read_frame(stream):
-                    self._take(*message)
-            self._finish()
+            if process.stdout is not None:
+                with process.stdout as stream:
+                    while message := wire.read_frame(stream):
+                        self._take(*message)
+            self._finish(process)
         except StorageError as error:
             self._storage_error = error
             self._kill()
@@ -303,10 +304,9 @@ class LoadGenerator:
         elif kind == wire.FAILED:
             self._failure = payload.decode()
 
-    def _finish(self) -> None:
+    def _finish(self, process: subprocess.Popen[bytes]) -> None:
         if not self._end and not self._aborted:
-            code = self._process.wait() if self._process is not None else None
-            self._failure = self._failure or f"the load process ended (exit code {code})"
+            self._failure = self._failure or f"the load process ended (exit code {process.wait()})"
             if self._went_ns is not None:
                 self._records.drop_rest("load generator ended")
         self._records.close()
@@ -331,12 +331,13 @@ class _RecordStream:
             self._sink = self.path.open("wb")
             self._writer = pa.ipc.new_stream(self._sink, REQUEST_SCHEMA)
             self._sink.flush()
+        # Arrow imports pandas, for a second, when it first sees an array: before the clock starts, please.
+        self._batch(np.zeros(0, wire.ROW_DTYPE))
 
     def append(self, rows: NDArray[np.void]) -> None:
         """Write a batch (dtype :data:`wire.ROW_DTYPE`) and flush it."""
-        if not len(rows):
+        if not len(rows) or self._writer is None or self._sink is None:
             return
-        assert self._writer is not None and self._sink is not None
         batch = self._batch(rows)
         with self._storage_errors():
             self._writer.write_batch(batch)
@@ -401,7 +402,7 @@ class _RecordStream:
         try:
             yield
         except OSError as error:
-            # Whatever the writers still hold cannot be written either; forget it, the file ends with the last whole batch.
+            # What the writers still hold cannot be written either: the file ends with the last whole batch.
             self._writer = None
             if self._sink is not None:
                 with contextlib.suppress(OSError):
@@ -409,7 +410,7 @@ class _RecordStream:
                 self._sink = None
             raise StorageError(
                 f"the records cannot be written to {self.path}: {error.strerror or error}",
-                remedy="make room on that disk or choose another folder with --out; what was written until now is readable",
+                remedy="make room on that disk or choose another folder with --out; what was written is readable",
             ) from error
 
 

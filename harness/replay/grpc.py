@@ -87,7 +87,7 @@ class GrpcReplay:
         self, shard: Shard, endpoint: Endpoint, recorder: Recorder, answers: Answers, tick: Callable[[], None]
     ) -> None:
         self._shard = shard
-        self._request = memoryview(shard.request)
+        self._request = shard.request.data
         self._recorder = recorder
         self._answers = answers
         self._tick = tick
@@ -98,7 +98,7 @@ class GrpcReplay:
         self._channels: list[grpc.aio.Channel] = []
         self._methods: list[list[Any]] = []
         self._outstanding: dict[int, asyncio.Task[None]] = {}
-        self._pacer: Pacer | None = None
+        self._pacer = Pacer(shard.intended_ns, self._start)
         self._bug: BaseException | None = None
         self._thread = ThreadPool(1)
         self._runner = asyncio.Runner()
@@ -120,8 +120,7 @@ class GrpcReplay:
 
     def stop(self) -> None:
         """Send nothing more and wait for nothing more; what was sent is recorded as a timeout. From any thread."""
-        if self._pacer is not None:
-            self._loop.call_soon_threadsafe(self._stop)
+        self._runner.get_loop().call_soon_threadsafe(self._stop)
 
     async def _prepare(self) -> None:
         for _ in range(min(CHANNELS, self._max_outstanding)):
@@ -138,22 +137,21 @@ class GrpcReplay:
     async def _run(self, epoch_ns: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._finished = asyncio.Event()
-        pacer = self._pacer = Pacer(self._shard.intended_ns, epoch_ns, self._start)
-        self._loop.add_reader(pacer.timer.fileno(), self._fire)
+        self._pacer.begin(epoch_ns)
+        self._loop.add_reader(self._pacer.timer.fileno(), self._fire)
         housekeeper = asyncio.ensure_future(self._keep_house())
         try:
             self._check_finished()
             await self._finished.wait()
         finally:
-            self._pacer = None
             housekeeper.cancel()
-            self._loop.remove_reader(pacer.timer.fileno())
-            pacer.close()
+            self._loop.remove_reader(self._pacer.timer.fileno())
+            self._pacer.close()
             for channel in self._channels:
                 await channel.close()
 
     def _stop(self) -> None:
-        if self._pacer is not None:
+        if not self._finished.is_set():
             self._pacer.stop()
             for task in self._outstanding.values():
                 task.cancel()
@@ -172,7 +170,6 @@ class GrpcReplay:
             self._fail(error)
 
     def _fire(self) -> None:
-        assert self._pacer is not None
         try:
             self._pacer.fire()
             if self._pacer.exhausted:
@@ -219,5 +216,5 @@ class GrpcReplay:
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if not self._outstanding and self._pacer is not None and self._pacer.exhausted:
+        if not self._outstanding and self._pacer.exhausted:
             self._finished.set()

@@ -1,10 +1,10 @@
 """Sends a shard over HTTP/1.1 on gevent's event loop: callbacks on sockets, no greenlet and no timer per request.
 
-An idle connection carries the next arrival, the one used last first. Where none is idle, a new one is opened, up
-to ``max_connections``; past that the arrival is dropped. A connection is watched while it is idle, so that one which the
-server has closed is never used. ``sent_ns`` is when the first byte is handed to the kernel; an arrival that has
-to wait for its connection shows that wait as send lag. The client's timeout counts, like any client's, from when it began:
-from the send, or from the connect where one is needed.
+An idle connection carries the next arrival, the one used last first. Where none is idle, a new one is opened, up to
+``max_connections``; past that the arrival is dropped. A connection is watched while it is idle, so that one which
+the server has closed is not used. ``sent_ns`` is when the first byte is handed to the kernel: an arrival that has to
+wait for its connection shows that wait as send lag, and one that never gets it was never sent. The client's timeout
+counts, as any client's does, from when it begins: from the send, or from the connect where one is needed.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class HttpReplay:
         self, shard: Shard, endpoint: Endpoint, recorder: Recorder, answers: Answers, tick: Callable[[], None]
     ) -> None:
         self._shard = shard
-        self._request = memoryview(shard.request)
+        self._request = shard.request.data
         self._recorder = recorder
         self._answers = answers
         self._tick = tick
@@ -174,7 +174,7 @@ class HttpReplay:
         self._open: dict[_Connection, None] = {}
         self._idle: dict[_Connection, None] = {}
         self._outstanding: dict[int, _Connection] = {}
-        self._pacer: Pacer | None = None
+        self._pacer = Pacer(shard.intended_ns, self._start)
         self._finished = Event()
         self._bug: BaseException | None = None
         self.sent = 0
@@ -194,8 +194,8 @@ class HttpReplay:
 
     def run(self, epoch_ns: int) -> None:
         """Replay; returns when every arrival has its row (after :meth:`stop`: every arrival that was sent)."""
-        pacer = self._pacer = Pacer(self._shard.intended_ns, epoch_ns, self._start)
-        pacing = self._loop.io(pacer.timer.fileno(), _READ)
+        self._pacer.begin(epoch_ns)
+        pacing = self._loop.io(self._pacer.timer.fileno(), _READ)
         pacing.priority = self._loop.MAXPRI  # of all that is ready, an arrival that is due comes first
         housekeeping = self._loop.timer(HOUSEKEEPING_S, HOUSEKEEPING_S)
         try:
@@ -209,13 +209,13 @@ class HttpReplay:
                 watcher.close()
             for connection in list(self._open):
                 self._close(connection)
-            pacer.close()
+            self._pacer.close()
         if self._bug is not None:
             raise self._bug
 
     def stop(self) -> None:
         """Send nothing more and wait for nothing more; what was sent is recorded as a timeout. From the same thread."""
-        if self._pacer is None or self._finished.is_set():
+        if self._finished.is_set():
             return
         self._pacer.stop()
         for position, connection in list(self._outstanding.items()):
@@ -237,7 +237,6 @@ class HttpReplay:
             self._finished.set()
 
     def _fire(self, watcher: Any) -> None:
-        assert self._pacer is not None
         self._pacer.fire()
         if self._pacer.exhausted:
             watcher.stop()
@@ -272,10 +271,12 @@ class HttpReplay:
             self._fail(connection, Outcome.CONNECTION, "send", "the connection was closed at once", monotonic_ns())
 
     def _writable(self, connection: _Connection) -> None:
-        assert connection.rest is not None
+        rest = connection.rest
+        if rest is None:
+            return
         now = monotonic_ns()
         try:
-            count = connection.sock.send(connection.rest)
+            count = connection.sock.send(rest)
         except BlockingIOError:
             return
         except OSError:
@@ -286,9 +287,8 @@ class HttpReplay:
         if connection.sent_ns == NONE:
             connection.sent_ns = now
         connection.bytes_sent += count
-        connection.rest = connection.rest[count:]
-        if not connection.rest:
-            connection.rest = None
+        connection.rest = rest[count:] if count < len(rest) else None
+        if connection.rest is None:
             connection.writer.stop()
 
     def _readable(self, connection: _Connection) -> None:
@@ -314,7 +314,7 @@ class HttpReplay:
             connection.bytes_received += len(data)
         self._parse(connection, data, now)
         # Answers may come faster than they are read; what is due in the meantime does not wait for the last of them.
-        if self._pacer is not None and now >= self._pacer.due_ns:
+        if now >= self._pacer.due_ns:
             self._pacer.fire()
 
     # ── the life of one arrival ──
@@ -476,5 +476,5 @@ class HttpReplay:
         self._idle.pop(connection, None)
 
     def _check_finished(self) -> None:
-        if not self._outstanding and self._pacer is not None and self._pacer.exhausted:
+        if not self._outstanding and self._pacer.exhausted:
             self._finished.set()

@@ -1,4 +1,4 @@
-"""Fires every arrival on its intended instant: a kernel timer that any event loop can watch, and the walk over a shard."""
+"""Fires every arrival on its intended instant: the walk over a shard, and a kernel timer that every loop can watch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TimerFd:
     """
 
     def __init__(self) -> None:
-        fd = _libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = int(_libc.timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
         if fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         self._fd = fd
@@ -62,16 +62,20 @@ class Pacer:
 
     NEVER = 2**63 - 1
 
-    def __init__(self, intended_ns: NDArray[np.int64], epoch_ns: int, send: Callable[[int], None]) -> None:
-        self._intended = memoryview(np.ascontiguousarray(intended_ns, dtype=np.int64))
-        self._epoch = epoch_ns
+    def __init__(self, intended_ns: NDArray[np.int64], send: Callable[[int], None]) -> None:
+        self._intended = np.ascontiguousarray(intended_ns, dtype=np.int64).data
+        self._epoch = 0
         self._send = send
         self._end = len(intended_ns)
         self.timer = TimerFd()
         self.fired = 0
         """How many arrivals have been handed to ``send``."""
         self.due_ns = self.NEVER
-        """When the next arrival is due, on the monotonic clock; ``NEVER`` when none is left."""
+        """When the next arrival is due, on the monotonic clock; ``NEVER`` when none is left, and before the start."""
+
+    def begin(self, epoch_ns: int) -> None:
+        """Start the clock: ``epoch_ns`` is the instant that intended starts count from."""
+        self._epoch = epoch_ns
         self._advance()
 
     def _advance(self) -> None:

@@ -33,14 +33,14 @@ class Recorder:
 
     def __init__(self, emit: Emit, arrival_id: NDArray[np.int64]) -> None:
         self._emit = emit
-        self._ids = memoryview(np.ascontiguousarray(arrival_id, dtype=np.int64))
+        self._ids = np.ascontiguousarray(arrival_id, dtype=np.int64).data
         self._buffer = bytearray(wire.ROW.size * 4096)
         self._used = 0
         self._errors: dict[str, int] = {}
         self._new_errors: list[str] = []
         self.done = self.ok = 0
 
-    def row(
+    def row(  # noqa: PLR0917 (called for every arrival, and keywords cost)
         self,
         position: int,
         sent_ns: int,

@@ -7,12 +7,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-# To the load process: the plan, the epoch (the clock starts), an early end. End of file means that the harness has gone.
+# To the load process: the plan, the epoch (the clock starts), an early end. End of file: the harness has gone.
 PLAN, GO, STOP = b"P", b"G", b"S"
 # To the harness: connections are open, packed rows, new error texts, live figures, distinct answers, the end, a bug.
 READY, ROWS, ERRORS, PROGRESS, ANSWERS, END, FAILED = b"r", b"w", b"e", b"p", b"a", b"z", b"f"
@@ -24,7 +24,7 @@ NONE = -(2**63)
 """Stands for null in a row's times."""
 
 ROW = struct.Struct("<qqqqqqiih")
-"""One finished arrival: id, sent, first byte, done (ns, monotonic clock), bytes sent, bytes received, outcome, error, status."""
+"""One arrival: id, sent, first byte, done (ns, monotonic clock), bytes sent and received, outcome, error, status."""
 
 ROW_DTYPE = np.dtype(
     [
@@ -39,7 +39,7 @@ ROW_DTYPE = np.dtype(
         ("status", "<i2"),
     ]
 )
-"""The same, for NumPy; ``error`` indexes the error texts in the order they were sent; -1 is null there and in ``status``."""
+"""The same, for NumPy; ``error`` indexes the error texts in the order they came; -1 is null there and in ``status``."""
 
 
 def frame(kind: bytes, payload: bytes = b"") -> bytes:
@@ -47,7 +47,7 @@ def frame(kind: bytes, payload: bytes = b"") -> bytes:
     return _FRAME.pack(kind, len(payload)) + payload
 
 
-def read_frame(stream: BinaryIO | RawIOBase) -> tuple[bytes, bytes] | None:
+def read_frame(stream: IO[bytes] | RawIOBase) -> tuple[bytes, bytes] | None:
     """The next message of a blocking stream; ``None`` at its end, or when the end cuts a message short."""
     head = _read_exactly(stream, _FRAME.size)
     if head is None:
@@ -57,7 +57,7 @@ def read_frame(stream: BinaryIO | RawIOBase) -> tuple[bytes, bytes] | None:
     return None if payload is None else (kind, payload)
 
 
-def _read_exactly(stream: BinaryIO | RawIOBase, count: int) -> bytes | None:
+def _read_exactly(stream: IO[bytes] | RawIOBase, count: int) -> bytes | None:
     data = bytearray()
     while len(data) < count:
         piece = stream.read(count - len(data))

@@ -100,9 +100,9 @@ class LiveStatistics:
         good = rows[~failed]
         if len(good):
             response_ms = (good["done_ns"] - epoch_ns - self._intended[good["arrival_id"] - self._first_id]) / 1e6
-            entry.total_response_time = float(response_ms.sum())
-            entry.min_response_time = float(response_ms.min())
-            entry.max_response_time = float(response_ms.max())
+            entry.total_response_time = int(response_ms.sum())
+            entry.min_response_time = int(response_ms.min())
+            entry.max_response_time = int(response_ms.max())
             # Two significant digits, as Locust rounds, but also below a millisecond.
             unit = 10.0 ** (np.floor(np.log10(np.maximum(response_ms, 1e-3))) - 1)
             entry.response_times = _count(np.rint(response_ms / unit) * unit)
@@ -234,7 +234,8 @@ def main() -> None:
     # The pipe is for messages alone: whatever a library prints goes to the log.
     outbox = Outbox(os.dup(1))
     os.dup2(2, 1)
-    first = wire.read_frame(open(0, "rb", buffering=0, closefd=False))  # noqa: PTH123, SIM115 (unbuffered: commands follow)
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: commands follow
+        first = wire.read_frame(stdin)
     if first is None:
         return
     code = 0
