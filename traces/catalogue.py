@@ -1,7 +1,7 @@
 """The catalogue: traces by name, those that come with tailrace and those that a user has added.
 
 A built-in trace is one YAML file in ``traces/catalogue/``; an added one is ``NAME.yaml`` and ``NAME.parquet`` in the
-``traces`` folder of :func:`user_folder`. The fields of the YAML are those of :class:`CatalogueEntry`.
+``traces`` folder of :func:`harness.folders.data_folder`. The fields of the YAML are those of :class:`CatalogueEntry`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from harness.errors import InputError, StorageError
+from harness.folders import data_folder
 from traces.generators import GENERATORS
 from traces.importers import ImportOptions, import_file
 from traces.statistics import TraceDescription, describe
@@ -62,12 +63,6 @@ class CatalogueEntry(BaseModel):
         if self.kind == "file" and (self.file is None or self.generator is not None):
             raise ValueError("kind file needs `file` and no `generator`")
         return self
-
-
-def user_folder() -> Path:
-    """Where a user's own things are kept: ``$TAILRACE_HOME``, by default ``~/.local/share/tailrace``."""
-    home = os.environ.get("TAILRACE_HOME")
-    return Path(home) if home else Path.home() / ".local" / "share" / "tailrace"
 
 
 def names() -> list[str]:
@@ -174,7 +169,7 @@ def add(
         licence="as its source says",
     )
     text = yaml.safe_dump(declared.model_dump(mode="json", exclude={"name"}, exclude_none=True), sort_keys=False)
-    folder = user_folder() / "traces"
+    folder = data_folder() / "traces"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _staged(folder / f"{name}.parquet", lambda path: _write_parquet(path, trace))
@@ -210,7 +205,7 @@ def _checked_name(file: Path, name: str | None, replace: bool) -> str:
 def _declarations() -> dict[str, Path]:
     """The YAML of every trace; a built-in one is never shadowed."""
     return {
-        path.stem: path for folder in (user_folder() / "traces", BUILT_IN) for path in sorted(folder.glob("*.yaml"))
+        path.stem: path for folder in (data_folder() / "traces", BUILT_IN) for path in sorted(folder.glob("*.yaml"))
     }
 
 

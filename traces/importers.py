@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, get_args
 
@@ -42,7 +43,7 @@ MAX_MODELS = 65_536
 """As many as a schedule can index; more means that the column holds something else, request ids say."""
 
 MOONCAKE_QUANTUM_NS = 3 * NS_PER_S
-MOONCAKE_JITTER_NS = 100_000_000
+MOONCAKE_TOLERANCE_NS = 100_000_000
 """The stamps of the Mooncake conversation trace lie 2.997 to 3.003 s apart; anything closer is another kind of file."""
 
 LISTED_MISSING = 20
@@ -168,16 +169,17 @@ def import_counts(
     arrivals += random.integers(0, interval_ns, size=total, dtype=np.int64)
     arrivals.sort()
     intervals = (end_ns - begin_ns) // interval_ns
-    missing = np.setdiff1d(np.arange(intervals, dtype=np.int64), starts // interval_ns)
+    present = set((starts // interval_ns).tolist())
+    missing = (begin_ns + i * interval_ns for i in range(intervals) if i not in present)
     placement: dict[str, JsonValue] = {
         "kind": "place_counts",
         "method": "uniform inside each interval",
         "interval_s": interval_s,
         "seed": seed,
-        "intervals": int(intervals),
-        "missing_intervals": len(missing),
+        "intervals": intervals,
+        "missing_intervals": intervals - len(present),
         "missing_read_as": 0,
-        "missing_at": [_stamp_text(begin_ns + int(i) * interval_ns, unit) for i in missing[:LISTED_MISSING]],
+        "missing_at": [_stamp_text(at_ns, unit) for at_ns in islice(missing, LISTED_MISSING)],
     }
     return Trace(
         name=name or path.stem,
@@ -207,7 +209,7 @@ def import_mooncake(path: Path, *, name: str | None = None, seed: int = 0) -> Tr
     """
     raw = import_jsonl(path, name=name, unit="ms")
     steps = np.diff(np.unique(raw.arrivals_ns))
-    if len(steps) > 0 and steps.min() < MOONCAKE_QUANTUM_NS - MOONCAKE_JITTER_NS:
+    if len(steps) > 0 and steps.min() < MOONCAKE_QUANTUM_NS - MOONCAKE_TOLERANCE_NS:
         raise InputError(
             f"{path}: has stamps {steps.min() / NS_PER_S:g} s apart, so it is not quantised to 3 s "
             "as the Mooncake conversation trace is.",
@@ -632,7 +634,7 @@ def _read_csv_with_arrow(table: _Table, header: list[str], fingerprint: _Fingerp
     if table.column == table.second or len(set(header)) < len(header):
         return None
     columns = _arrow_columns(table)
-    # A stray quote swallows lines, and Arrow lets it: every row must be one line, and the quotes must pair.
+    # A stray quote swallows what follows, and Arrow lets it: every row must be one line, and the quotes must pair.
     if columns is None or len(columns) + 1 != fingerprint.lines or fingerprint.quotes % 2:
         return None
     stamps_ns = _whole_nanoseconds(columns[table.column], table.unit)

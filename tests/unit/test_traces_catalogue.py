@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from harness.errors import InputError, StorageError
+from harness.folders import data_folder
 from traces import catalogue
-from traces.catalogue import add, entry, load, names, user_folder
+from traces.catalogue import add, entry, load, names
 from traces.statistics import describe
 
 
@@ -212,8 +213,9 @@ def test_a_broken_store_is_named(recorded: Path, home: Path) -> None:
 
 
 def test_the_default_folder_is_in_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TAILRACE_HOME")
-    assert user_folder() == Path.home() / ".local" / "share" / "tailrace"
+    for name in ("TAILRACE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert data_folder() == Path.home() / ".local" / "share" / "tailrace"
 
 
 def test_transformations_of_a_loaded_trace_leave_the_store_alone(recorded: Path) -> None:

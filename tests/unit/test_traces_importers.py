@@ -162,6 +162,7 @@ def test_a_bad_row_is_named(tmp_path: Path, rows: str, says: str) -> None:
         (b"timestamp,m\n1,a\n2,b,c\n", {}, "line 3: has 3 columns, the header 2"),
         (b"timestamp,m\n1,a\n2,\n", {"model_column": "m"}, "line 3, column 'm': '' names no model"),
         (b'timestamp,m\n1,a\n2,"b\n3,c\n4,d\n', {}, "line 5: is no CSV"),
+        (b'timestamp,m\n1,a\n2,"b', {}, "line 3: is no CSV"),
         (b"timestamp\n1\n\xff\n", {}, "line 3: is no UTF-8 .byte 0xff"),
         ("timestamp\n1\n".encode("utf-16"), {}, "line 1: is no UTF-8"),
         (b"timestamp,m\n1,\xc3", {}, "line 2: ends inside a UTF-8 character"),
@@ -275,6 +276,16 @@ def test_the_fast_reader_accepts_only_what_the_row_reader_reads_alike(
         assert fast == outcome()
 
 
+def test_a_cell_of_several_lines_is_one_row_even_where_arrow_cuts_its_blocks(tmp_path: Path) -> None:
+    # Arrow cuts a file into blocks of 1 MiB at the ends of lines, and there takes a quoted line for a row.
+    head, row = "timestamp,m\n", "0,a\n"
+    rows = (1_048_570 - len(head)) // len(row) - 1
+    padding = 1_048_570 - len(head) - (rows + 1) * len(row)
+    tail = "0,a" + "x" * padding + '\n1,"q\n2,w\n3,e"\n' + "4,z\n" * 10
+    trace = import_csv(written(tmp_path, head + row * rows + tail))
+    assert len(trace) == rows + 12
+
+
 def test_ten_million_rows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "big.csv"
     stamps = np.arange(10_000_000, dtype=np.int64) // 3 * 7
@@ -311,6 +322,15 @@ def test_every_count_stays_in_its_interval(
     assert (trace.span_s, trace.resolution_s) == (10 * (last - first + 1), 10)
     again = import_file(path, format="counts", interval_s=10, seed=seed)
     assert trace.arrivals_ns.tolist() == again.arrivals_ns.tolist()
+
+
+def test_counts_a_century_apart_are_read_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, "timestamp,count\n0,1\n3200000000,1\n")
+    done = import_file(path, format="counts", interval_s=1).provenance["transformations"]
+    assert isinstance(done, list)
+    assert isinstance(done[0], dict)
+    assert done[0]["missing_intervals"] == 3_199_999_999
+    assert done[0]["missing_at"] == [f"{second} s" for second in range(1, 21)]
 
 
 def test_a_window_of_counts_begins_at_its_start_and_names_what_is_missing(tmp_path: Path) -> None:

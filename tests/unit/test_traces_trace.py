@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from harness.errors import InputError
 from traces.generators import SteadyParameters, SurgeParameters, steady, surge
 from traces.statistics import NS_PER_S, bin_counts, describe, gap_cv, index_of_dispersion, peak_to_mean
-from traces.trace import MAX_NS, Trace, compress_time, rescale, window, with_tail
+from traces.trace import MAX_NS, Trace, compress_time, random_source, rescale, window, with_tail
 
 SEEDS = st.integers(0, 2**32)
 
@@ -169,6 +169,13 @@ def test_thinning_is_independent_of_the_draws_that_made_the_trace() -> None:
     assert abs(np.count_nonzero(halves == 0) - np.count_nonzero(halves == 1)) < 5 * len(halves) ** 0.5
 
 
+def test_each_purpose_draws_for_itself() -> None:
+    assert random_source(1, "a").random() == random_source(1, "a").random()
+    assert len({random_source(seed, purpose).random() for seed in (1, 2) for purpose in ("a", "b", "ab")}) == 6
+    with pytest.raises(InputError, match="seed is -1"):
+        random_source(-1, "a")
+
+
 def test_rescaling_records_the_burstiness_before_and_after() -> None:
     trace = surge(SurgeParameters(), seed=1)
     halved = rescale(trace, trace.mean_rate / 2, 9)
@@ -301,7 +308,9 @@ def test_figures_that_do_not_exist_are_none() -> None:
     two = describe(trace_of([0, NS_PER_S]))
     assert (two.rows, two.index_of_dispersion_1s, two.cv) == (2, None, None)
     assert gap_cv(trace_of([5, 5, 5, 5]).arrivals_ns) is None
-    coarse = describe(replace(steady(SteadyParameters(duration_s=180), seed=1), resolution_s=3.0))
+    fine = replace(steady(SteadyParameters(rate=2, duration_s=180), seed=1), resolution_s=0.4)
+    assert None not in describe(fine).as_dict().values()
+    coarse = describe(replace(fine, resolution_s=3.0))
     assert (coarse.peak_to_mean_1s, coarse.index_of_dispersion_1s, coarse.cv) == (None, None, None)
     assert coarse.peak_to_mean_60s is not None
 

@@ -1,0 +1,56 @@
+"""What all tests share: folders of their own for user data and crash evidence, waiting for conditions, the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither see nor change the user's traces and ledgers; the cache of environments is shared on purpose."""
+    folder = tmp_path_factory.mktemp("user")
+    monkeypatch.setenv("TAILRACE_HOME", str(folder / "home"))
+    monkeypatch.setenv("TAILRACE_STATE", str(folder / "state"))
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    """Poll until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting until {what}"
+        time.sleep(0.05)
+
+
+def tailrace(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    command = [sys.executable, "-m", "harness.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@pytest.fixture
+def leftovers() -> Iterator[Callable[[], list[str]]]:
+    """What a test has left running: processes that carry this test's marker in their environment."""
+    marker = f"TAILRACE_TEST_MARKER={os.getpid()}-{time.monotonic_ns()}"
+    name, value = marker.split("=")
+    os.environ[name] = value
+
+    def marked() -> list[str]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get(name) == value:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+                continue
+        return found
+
+    yield marked
+    del os.environ[name]
