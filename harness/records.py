@@ -77,7 +77,7 @@ def read_records(path: Path) -> pa.Table:
             handle.seek(0)
             if start == b"PAR1":
                 table = pq.read_table(handle)
-            elif start in (b"", b"\xff\xff\xff\xff"):  # how each message of an Arrow stream begins
+            elif b"\xff\xff\xff\xff".startswith(start):  # how each message of an Arrow stream begins
                 table = _read_stream(handle)
             else:
                 raise StorageError(f"{path} is neither Parquet nor an Arrow stream", remedy="restore it, or run again")

@@ -74,6 +74,11 @@ class TrialSetup:
     faults: tuple[PlannedFault, ...]
 
     @property
+    def devices(self) -> int:
+        """How many devices goodput is divided by: all of a machine's CPUs are one."""
+        return 1 if self.workload.device == "cpu" else self.experiment.devices
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The models that are served: one, under the workload's name."""
         return tuple(self.workload.references)
@@ -118,7 +123,7 @@ class Trial:
             "trace": setup.trace_name,
             "transient": setup.transient,
             "device": setup.workload.device,
-            "devices": setup.experiment.devices,
+            "devices": setup.devices,
             "protocol": setup.protocol,
             "slo_ms": setup.slo_ms,
             "span_s": setup.span_s,
@@ -219,9 +224,9 @@ class Trial:
         setup = self._setup
         devices = scratch / "devices"
         devices.mkdir()
-        server_env = dict(device_environment(devices, setup.experiment.devices))
+        server_env = dict(device_environment(devices, setup.devices))
         if setup.workload.device == "cuda":
-            server_env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(setup.experiment.devices))
+            server_env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(setup.devices))
         request = DeployRequest(
             workload=setup.workload,
             models=setup.models,
@@ -392,9 +397,9 @@ class Trial:
         if "replicas" in capabilities:
             collectors.append(Replicas(deployment, events))
         if setup.workload.device == "emulated":
-            collectors.append(EmulatedDevices(scratch / "devices", setup.experiment.devices))
+            collectors.append(EmulatedDevices(scratch / "devices", setup.devices))
         if setup.workload.device == "cuda":
-            collectors.append(NvidiaGpus(setup.experiment.devices))
+            collectors.append(NvidiaGpus(setup.devices))
         sampler = Sampler(
             collectors,
             self._folder.folder / "samples",

@@ -29,7 +29,7 @@ from harness.schedule import Schedule
 
 START_TIMEOUT_S = 60.0
 END_GRACE_S = 30.0
-"""How long after the last possible answer a load process may still take to report."""
+"""How long after an answer must have come, or the timeout in its place, a load process may take to report it."""
 FILL_ROWS = 100_000
 
 
@@ -190,15 +190,21 @@ class LoadGenerator:
 
         Raises :class:`StorageError` when the records could not be written; what was written stays readable.
         """
+        done = 0
+        deadline_s = time.monotonic() + self._patience_s()
         while True:
             try:
-                progress = self._progress.get(timeout=self._patience_s())
+                progress = self._progress.get(timeout=max(deadline_s - time.monotonic(), 0.0))
             except queue.Empty:
-                self._failure = "the load process did not end in time and was killed"
+                self._failure = f"the load process recorded nothing for {self._patience_s():.0f} s and was killed"
                 self._kill()
+                deadline_s = time.monotonic() + END_GRACE_S
                 continue
             if progress is None:
                 break
+            if progress.done > done:
+                done = progress.done
+                deadline_s = time.monotonic() + self._patience_s()
             if on_progress is not None:
                 on_progress(progress)
         if self._storage_error is not None:
@@ -242,7 +248,7 @@ class LoadGenerator:
             self._reader.join()
 
     def _patience_s(self) -> float:
-        """How long the load process may still be silent before it counts as hung."""
+        """How long the load process may record nothing before it counts as hung."""
         if self._went_ns is None or not len(self._schedule):
             return END_GRACE_S
         last_ns = self._went_ns + int(self._schedule.intended_ns[-1])

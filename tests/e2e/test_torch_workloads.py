@@ -1,0 +1,140 @@
+"""The torch workloads as servers meet them: built in one environment, served from another, in batches of any size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import environments
+from harness.environments import ServerEnvironment
+from harness.workload import PreparedWorkload
+from workloads import catalogue
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.torch,
+    pytest.mark.skipif(sys.version_info >= (3, 12), reason="the CPU build of torch 2.13.0 is for Python 3.11"),
+]
+
+# Runs a workload's model.py as a server would: argv are model.py, artifact, payloads and an output file. Batches of
+# each size walk over the payloads; the rows of every size are saved under it.
+SERVE = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("model", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+model = module.Model(sys.argv[2], "m", "cpu")
+with np.load(sys.argv[3], allow_pickle=False) as archive:
+    inputs = {name: archive[name] for name in archive.files}
+for array in inputs.values():
+    array.setflags(write=False)  # tensors that arrive over a wire are often read-only
+count = len(next(iter(inputs.values())))
+answers = {}
+for size in (1, 3, 16):
+    rows = [
+        model.predict({name: array[start:start + size] for name, array in inputs.items()})
+        for start in range(0, count, size)
+    ]
+    for name in rows[0]:
+        answers[f"{name}-{size}"] = np.concatenate([row[name] for row in rows])
+import torch
+assert torch.get_num_threads() == 1
+assert "transformers" not in sys.modules
+np.savez(sys.argv[4], numpy_version=np.array(np.__version__), **answers)
+"""
+
+
+@pytest.fixture(scope="module", params=["minilm", "resnet50"])
+def prepared(request: pytest.FixtureRequest) -> PreparedWorkload:
+    return catalogue.prepare(request.param, models=("m",), device="cpu", seed=7, options={}, environment_kind="venv")
+
+
+@pytest.fixture(scope="module")
+def server(prepared: PreparedWorkload, tmp_path_factory: pytest.TempPathFactory) -> ServerEnvironment:
+    """What a server of an old numpy with this workload's requirements has, and nothing of what built the artifact."""
+    lock = tmp_path_factory.mktemp("lock") / "requirements.txt"
+    lock.write_text("numpy<2\n")
+    assert prepared.requirements is not None
+    return environments.build("venv", [lock, prepared.requirements], name="torch-test", compile_bytecode=False)
+
+
+def _served(prepared: PreparedWorkload, python: Path, out: Path) -> dict[str, np.ndarray]:
+    payloads = prepared.artifact.parent / "payloads.npz"
+    command = [python, "-P", "-c", SERVE, prepared.model_file, prepared.artifact, payloads, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(out, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _references(prepared: PreparedWorkload) -> np.ndarray:
+    (output,) = prepared.spec.outputs
+    return np.stack([row[output.name] for row in prepared.references["m"]])
+
+
+def test_any_batch_gives_the_reference(prepared: PreparedWorkload, server: ServerEnvironment, tmp_path: Path) -> None:
+    served = _served(prepared, server.python, tmp_path / "answers.npz")
+    assert str(served.pop("numpy_version")).startswith("1.26")
+    assert "transformers" not in server.packages
+    references = _references(prepared)
+    assert len(served) == 3
+    for name, answers in served.items():
+        assert answers.dtype == references.dtype
+        np.testing.assert_allclose(
+            answers, references, atol=prepared.spec.tolerance.atol, rtol=prepared.spec.tolerance.rtol, err_msg=name
+        )
+
+
+def test_the_tolerance_tells_wrong_answers_apart(prepared: PreparedWorkload) -> None:
+    """Any other payload's answer lies at least thirty tolerances away, and so does nothing at all."""
+    references = _references(prepared)
+    tolerance = prepared.spec.tolerance
+    assert tolerance.rtol == 0
+    assert len(references) == prepared.spec.payloads
+    for index, reference in enumerate(references):
+        others = np.delete(references, index, axis=0)
+        assert np.abs(others - reference).max(axis=1).min() > 30 * tolerance.atol
+        assert np.abs(reference).max() > 30 * tolerance.atol
+
+
+def test_nothing_in_the_artifact_runs_on_loading(prepared: PreparedWorkload) -> None:
+    """TorchScript only: an archive of code that its own interpreter runs, never Python's pickle."""
+    assert [path.name for path in prepared.artifact.iterdir()] == ["model.pt"]
+    source = prepared.model_file.read_text()
+    assert "torch.jit.load" in source
+    assert "torch.load(" not in source
+
+
+def test_minilm_is_the_published_model(tmp_path: Path) -> None:
+    """Our embeddings are those of sentence-transformers itself, at any padded length."""
+    prepared = catalogue.prepare("minilm", models=("m",), device="cpu", seed=7, options={}, environment_kind="venv")
+    folder = prepared.model_file.parent
+    builder = environments.build(
+        "venv", [folder / "build-requirements.txt"], name="minilm-build", compile_bytecode=False
+    )
+    code = f"""
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, {str(folder)!r})
+import numpy as np
+from sentence_transformers import SentenceTransformer
+import build, model
+published = SentenceTransformer(str(build._package()), device="cpu").encode(build.SENTENCES, normalize_embeddings=True)
+tokenizer = build.AutoTokenizer.from_pretrained(build._package())
+longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in build.SENTENCES)
+assert longest <= build.TOKENS, f"a sentence of {{longest}} tokens would be cut"
+ours = model.Model({str(prepared.artifact)!r}, "m", "cpu")
+for length in (longest, build.TOKENS, 64):
+    tokens = tokenizer(build.SENTENCES, padding="max_length", max_length=length, return_tensors="np")
+    answer = ours.predict({{name: tokens[name] for name in ("input_ids", "attention_mask")}})["embedding"]
+    np.testing.assert_allclose(answer, published, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.linalg.norm(answer, axis=1), 1, atol=1e-5)
+"""
+    command = [builder.python, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

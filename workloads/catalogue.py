@@ -1,0 +1,277 @@
+"""Finds workloads, and prepares them for a run: artifact, payloads and references, cached by what they depend on."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from harness import environments
+from harness.adapter import ServerEnvironment
+from harness.environments import Progress
+from harness.errors import InputError, StorageError, TailraceError
+from harness.folders import cache_folder
+from harness.workload import Device, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
+
+_HERE = Path(__file__).parent
+_RUNNER = _HERE / "prepare_artifact.py"
+_SEAL = "prepared.json"
+
+
+def names() -> list[str]:
+    """The built-in workloads."""
+    return sorted(folder.name for folder in _HERE.iterdir() if (folder / "workload.yaml").is_file())
+
+
+def load_spec(name_or_folder: str) -> WorkloadSpec:
+    """The declaration of a built-in workload or of a user's folder. Raises :class:`InputError`."""
+    return _read_spec(_folder(name_or_folder))
+
+
+def prepare(
+    name_or_folder: str,
+    *,
+    models: Sequence[str],
+    device: Device,
+    seed: int,
+    options: Mapping[str, float],
+    environment_kind: environments.Kind,
+    on_progress: Progress | None = None,
+) -> PreparedWorkload:
+    """Make a workload concrete: build its artifact, payloads and references, or take them from the cache.
+
+    They are built in the workload's own environment (``build-requirements.txt`` in its folder; without that file the
+    harness's interpreter does it), never inside this process. The artifact's SHA-256 is checked whenever it comes from
+    the cache; a damaged one is built again.
+
+    Raises :class:`InputError` for a workload, device or option that cannot be used,
+    :class:`~harness.errors.EnvironmentBuildError` when its environment cannot be built, and
+    :class:`TailraceError` when its ``build.py`` or ``model.py`` fails.
+    """
+    progress = on_progress or environments.silent
+    folder = _folder(name_or_folder)
+    spec = _read_spec(folder)
+    if device not in spec.devices:
+        raise InputError(
+            f"the workload {spec.name} does not run on `device: {device}`",
+            remedy=f"choose one of: {', '.join(spec.devices)}",
+        )
+    job: dict[str, object] = {
+        "options": _checked_options(spec, options),
+        "seed": seed,
+        "payloads": spec.payloads,
+        "models": list(models),
+    }
+    build_requirements = folder / "build-requirements.txt"
+    kind, requirements = (environment_kind, [build_requirements]) if build_requirements.is_file() else ("current", [])
+    facts = {
+        **job,
+        "device": device,
+        "files": [(name, digest.hex()) for name, digest in _digests(folder)],
+        "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
+        "environment": environments.fingerprint(kind, requirements),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    target = cache_folder() / "artifacts" / f"{spec.name}-{key}"
+
+    if ready := _load(target, spec, models, device=device, folder=folder, progress=progress):
+        return ready
+    try:
+        lock = target.with_name(f"{target.name}.lock")
+        with environments.exclusive(lock, lambda: progress(f"waiting for another preparation of {spec.name}")):
+            if ready := _load(target, spec, models, device=device, folder=folder, progress=progress):
+                return ready
+            environment = environments.build(
+                kind, requirements, name=f"{spec.name}-build", on_progress=on_progress, compile_bytecode=False
+            )
+            with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as staging:
+                out = Path(staging) / "out"
+                out.mkdir()
+                _run_build(environment, {**job, "folder": str(folder), "out": str(out)}, spec, progress)
+                _check(out, spec, models)
+                (out / _SEAL).write_text(json.dumps({"artifact_sha256": _sha256(out / "artifact")}))
+                shutil.rmtree(target, ignore_errors=True)
+                out.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"the workload {spec.name} could not be written to {target.parent}: {error.strerror or error}",
+            remedy="free some space there, or set TAILRACE_CACHE to another folder",
+        ) from error
+    ready = _load(target, spec, models, device=device, folder=folder, progress=progress)
+    if ready is None:
+        raise StorageError(
+            f"the workload {spec.name} cannot be read back from {target}",
+            remedy="check that disk, or set TAILRACE_CACHE to a folder on another one",
+        )
+    return ready
+
+
+def _folder(name_or_folder: str) -> Path:
+    if name_or_folder in names():
+        return _HERE / name_or_folder
+    folder = Path(name_or_folder).expanduser()
+    if not folder.is_dir():
+        near = difflib.get_close_matches(name_or_folder, names(), n=1)
+        raise InputError(
+            f"there is no workload `{name_or_folder}`" + (f"; did you mean `{near[0]}`?" if near else ""),
+            remedy=f"choose one of {', '.join(names())}, or give the path of a workload folder",
+        )
+    for needed in ("workload.yaml", "model.py", "build.py"):
+        if not (folder / needed).is_file():
+            raise InputError(
+                f"{folder} is no workload folder: it has no {needed}", remedy="see CONTRIBUTING.md, «add a workload»"
+            )
+    return folder.resolve()
+
+
+def _read_spec(folder: Path) -> WorkloadSpec:
+    path = folder / "workload.yaml"
+    try:
+        return WorkloadSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {error}", remedy="see CONTRIBUTING.md, «add a workload»") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        near = difflib.get_close_matches(field, WorkloadSpec.model_fields, n=1)
+        hint = f"; did you mean `{near[0]}`?" if first["type"] == "extra_forbidden" and near else ""
+        raise InputError(
+            f"{path}: `{field}`: {first['msg']}{hint}", remedy="see CONTRIBUTING.md, «add a workload»"
+        ) from error
+
+
+def _checked_options(spec: WorkloadSpec, options: Mapping[str, float]) -> dict[str, float]:
+    for name, value in options.items():
+        if name not in spec.cost:
+            near = difflib.get_close_matches(name, spec.cost, n=1)
+            known = f"its options are: {', '.join(spec.cost)}" if spec.cost else "it has no options"
+            raise InputError(
+                f"workload_options: the workload {spec.name} has no option `{name}`"
+                + (f"; did you mean `{near[0]}`?" if near else ""),
+                remedy=known,
+            )
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"workload_options: `{name}` is {value}; it must be a number, zero or more")
+    return {**spec.cost, **options}
+
+
+def _run_build(
+    environment: ServerEnvironment, job: Mapping[str, object], spec: WorkloadSpec, progress: Progress
+) -> None:
+    """Run the runner with the workload's interpreter."""
+    job_file = Path(str(job["out"])).with_name("job.json")
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    # Weights come from packages; a hub that cannot be reached must not be asked.
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if environment.kind == "venv":
+        variables.pop("PYTHONPATH", None)
+        variables.pop("PYTHONHOME", None)
+    told = "progress: "
+    code, said = environments.run_streamed(
+        [str(environment.python), "-P", str(_RUNNER), str(job_file)],
+        cwd=job_file.parent,
+        env=variables,
+        on_line=lambda line: progress(f"{spec.name}: {line[len(told) :]}") if line.startswith(told) else None,
+    )
+    if code != 0:
+        raise TailraceError(
+            f"the workload {spec.name} could not be prepared: its build.py or model.py failed",
+            remedy=f"mend the file that the traceback names (it ran in {environment.python})",
+            detail=said,
+        )
+
+
+def _check(out: Path, spec: WorkloadSpec, models: Sequence[str]) -> None:
+    """Payloads and references must be what workload.yaml declares; servers are configured from that."""
+    _check_arrays(out / "payloads.npz", spec.inputs, spec, "make_payloads() of build.py", "input")
+    for index in range(len(models)):
+        _check_arrays(out / f"references-{index}.npz", spec.outputs, spec, "predict() of model.py", "output")
+
+
+def _check_arrays(path: Path, declared: Sequence[TensorSpec], spec: WorkloadSpec, source: str, role: str) -> None:
+    arrays = _arrays(path)
+    for tensor in declared:
+        array = arrays.pop(tensor.name, None)
+        expected = f"{tensor.dtype}{list(tensor.shape)}"
+        if array is None:
+            raise InputError(
+                f"workload {spec.name}: {source} gives no {role} `{tensor.name}`, which workload.yaml declares"
+            )
+        if array.dtype != np.dtype(tensor.dtype) or array.shape != (spec.payloads, *tensor.shape):
+            raise InputError(
+                f"workload {spec.name}: {source} gives {len(array)} of the {role} `{tensor.name}` as "
+                f"{array.dtype}{list(array.shape[1:])}; workload.yaml declares {spec.payloads} of {expected}"
+            )
+    for name in arrays:
+        raise InputError(
+            f"workload {spec.name}: {source} gives the {role} `{name}`, which workload.yaml does not declare"
+        )
+
+
+def _load(
+    target: Path, spec: WorkloadSpec, models: Sequence[str], *, device: Device, folder: Path, progress: Progress
+) -> PreparedWorkload | None:
+    if not target.is_dir():
+        return None
+    artifact = target / "artifact"
+    try:
+        sealed = json.loads((target / _SEAL).read_text())["artifact_sha256"]
+        if _sha256(artifact) != sealed:
+            raise ValueError("the artifact's SHA-256 differs from the one it was sealed with")
+        payloads = _rows(target / "payloads.npz")
+        references = {name: _rows(target / f"references-{index}.npz") for index, name in enumerate(models)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        progress(f"the prepared workload in {target} is damaged ({error}); preparing it again")
+        return None
+    requirements = folder / "requirements.txt"
+    return PreparedWorkload(
+        spec=spec,
+        device=device,
+        model_file=folder / "model.py",
+        artifact=artifact,
+        artifact_sha256=sealed,
+        requirements=requirements if requirements.is_file() else None,
+        payloads=payloads,
+        references=references,
+    )
+
+
+def _arrays(path: Path) -> Tensors:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _rows(path: Path) -> tuple[Tensors, ...]:
+    arrays = _arrays(path)
+    count = len(next(iter(arrays.values())))
+    return tuple({name: array[index] for name, array in arrays.items()} for index in range(count))
+
+
+def _digests(folder: Path) -> list[tuple[str, bytes]]:
+    """Relative path and SHA-256 of every file, by path; what Python and editors leave behind does not count."""
+    found = []
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in relative.parts):
+            with path.open("rb") as handle:
+                found.append((relative.as_posix(), hashlib.file_digest(handle, "sha256").digest()))
+    return sorted(found)
+
+
+def _sha256(artifact: Path) -> str:
+    """One hash over the artifact's sorted relative paths and contents."""
+    whole = hashlib.sha256()
+    for name, digest in _digests(artifact):
+        whole.update(name.encode() + b"\0" + digest)
+    return whole.hexdigest()

@@ -1,0 +1,1 @@
+"""A sentence embedder with real weights as a workload."""

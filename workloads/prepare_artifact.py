@@ -1,0 +1,67 @@
+"""Runs a workload's ``build.py`` and ``model.py`` in the workload's own interpreter: artifact, payloads, references.
+
+A script of the standard library and numpy, started with one argument, a JSON file: ``folder`` (the workload's), ``out``
+(an empty folder), ``options``, ``seed``, ``payloads`` (how many) and ``models`` (names). It writes ``out/artifact/``,
+``out/payloads.npz`` and for the i-th model ``out/references-i.npz``; arrays have the payloads as axis 0. Its lines on
+stdout that begin with ``progress: `` are for the user.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"workload_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _progress(message: str) -> None:
+    sys.stdout.write(f"progress: {message}\n")
+    sys.stdout.flush()
+
+
+def _save(path: Path, rows: list[dict[str, NDArray[np.generic]]]) -> None:
+    # Written by hand because np.savez pickles what it does not know, and takes some names for its own parameters.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in rows[0]:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.stack([row[name] for row in rows]), allow_pickle=False)
+
+
+def main(job_file: str) -> None:
+    """Do the job."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    folder, out = Path(job["folder"]), Path(job["out"])
+    build = _module(folder / "build.py")
+
+    _progress("building the artifact")
+    artifact = out / "artifact"
+    artifact.mkdir()
+    build.build_artifact(artifact, job["options"], job["seed"])
+    payloads = build.make_payloads(job["payloads"], job["seed"])
+    _save(out / "payloads.npz", payloads)
+
+    model_class = _module(folder / "model.py").Model
+    for index, name in enumerate(job["models"]):
+        _progress(f"computing the reference answers of {name}")
+        model = model_class(str(artifact), name, "cpu")
+        # One payload at a time: a reference must not depend on what else is in its batch.
+        answers = [model.predict({key: value[np.newaxis] for key, value in row.items()}) for row in payloads]
+        _save(out / f"references-{index}.npz", [{key: value[0] for key, value in row.items()} for row in answers])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,52 @@
+"""Makes the artifact and the payloads of the image classifier: the architecture is real, the weights are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import ResNetConfig, ResNetForImageClassification
+
+_SIDE = 224
+_CALIBRATION_IMAGES = 16
+
+
+def build_artifact(folder: Path, options: Mapping[str, float], seed: int) -> None:
+    """The network as a TorchScript trace, which takes batches of any size."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    network = ResNetForImageClassification(ResNetConfig(num_labels=1000, return_dict=False))
+    # With fresh statistics every normalisation is the identity, activations grow from block to block and all images
+    # end at nearly the same logits: a wrong answer would go unseen. So the statistics are taken from images, and the
+    # classifier is centred and scaled so that every logit is about standard normal over them.
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over what is seen, instead of a moving one
+    images = torch.from_numpy(_images(_CALIBRATION_IMAGES, np.random.default_rng([seed, 1])))
+    with torch.inference_mode():
+        network.train()(images)
+        logits = network.eval()(images)[0]
+        classifier = network.classifier[-1]
+        classifier.weight /= logits.std(0).unsqueeze(1)
+        classifier.bias.copy_((classifier.bias - logits.mean(0)) / logits.std(0))
+        torch.jit.trace(network, images[:2], strict=False).save(folder / "model.pt")
+
+
+def make_payloads(count: int, seed: int) -> list[dict[str, NDArray[np.generic]]]:
+    """Images of coloured patches with a little noise, scaled as networks expect them (about −2 to 2)."""
+    return [{"image": image} for image in _images(count, np.random.default_rng(seed))]
+
+
+def _images(count: int, generator: np.random.Generator) -> NDArray[np.float32]:
+    """float32[count, 3, 224, 224]. Of patches, because averaged over an image, pure noise is always the same."""
+    images = generator.normal(0, 0.2, (count, 3, _SIDE, _SIDE))
+    for patches in (1, 4, 14, 56):
+        images += (
+            generator.normal(0, 0.6, (count, 3, patches, patches))
+            .repeat(_SIDE // patches, 2)
+            .repeat(_SIDE // patches, 3)
+        )
+    return images.astype(np.float32)
