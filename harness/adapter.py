@@ -166,7 +166,7 @@ class Deployment(ABC):
 
     @abstractmethod
     def claims_ready(self) -> bool:
-        """Whether the framework's own health interface says that every model can answer (never raises; False when unreachable)."""
+        """Whether the framework's own health interface says that every model can answer. Never raises."""
 
     def replicas(self) -> list[Replica]:
         """Capability: the model workers alive now. Overriding it is what makes ``kill_replica`` possible."""

@@ -82,7 +82,7 @@ def remove_paths(patterns: Sequence[str]) -> list[str]:
     """Remove files, folders and glob patterns; returns what was there. What cannot be removed is left and not listed."""
     removed: list[str] = []
     for pattern in patterns:
-        for path in glob.glob(pattern):
+        for path in glob.glob(pattern):  # noqa: PTH207 - Path.glob takes no absolute pattern
             with contextlib.suppress(OSError):
                 if Path(path).is_dir() and not Path(path).is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

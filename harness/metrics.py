@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from harness.records import OUTCOME_NAMES, PHASE_NAMES, Outcome
 from harness.schedule import Phase
@@ -102,12 +102,9 @@ def order_statistic_bounds(n: int, q: float, confidence: float = 0.95) -> tuple[
     if n == 0:
         return None, None
     half = (1 - confidence) / 2
-    lower = int(binom.ppf(half, n, q))  # the largest l with P(B < l) ≤ half lies here or one above
-    while lower + 1 <= n and binom.cdf(lower, n, q) <= half:
-        lower += 1
-    while lower >= 1 and binom.cdf(lower - 1, n, q) > half:
-        lower -= 1
-    upper = int(binom.ppf(1 - half, n, q)) + 1  # the smallest u with P(B ≥ u) ≤ half
+    below = bdtr(np.arange(n), n, q)  # P(B ≤ k) for k = 0 … n − 1; rising, so both ends are found by bisection
+    lower = int(np.searchsorted(below, half, side="right"))  # the largest l with P(B < l) ≤ half
+    upper = int(np.searchsorted(below, 1 - half, side="left")) + 1  # the smallest u with P(B < u) ≥ 1 − half
     return (lower if lower >= 1 else None), (upper if upper <= n else None)
 
 
@@ -219,7 +216,7 @@ def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Re
     good = response <= slo_ms
     before = t_s < at_s
     baseline = float(np.mean(good[before])) if before.any() else None
-    bins = int(math.floor(max(0.0, span_s - at_s) + 1e-9))
+    bins = math.floor(max(0.0, span_s - at_s) + 1e-9)
     attainment = np.full(bins, np.nan)
     index = np.floor(t_s - at_s).astype(np.int64)
     for i in range(bins):

@@ -20,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from harness.errors import InputError, StorageError
+from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA
 from harness.tables import read_table
 
 SCHEMA_VERSION = 1
@@ -117,12 +118,12 @@ class TrialFolder:
     @cached_property
     def requests(self) -> pa.Table | None:
         """The run record (see :data:`harness.records.REQUEST_SCHEMA`); ``None`` when no request was ever made."""
-        return read_table(self.folder / "requests")
+        return read_table(self.folder / "requests", REQUEST_SCHEMA)
 
     @cached_property
     def samples(self) -> pa.Table | None:
         """What the collectors read (see :data:`harness.records.SAMPLE_SCHEMA`); ``None`` when there is nothing."""
-        return read_table(self.folder / "samples")
+        return read_table(self.folder / "samples", SAMPLE_SCHEMA)
 
 
 class RunFolder:

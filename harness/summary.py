@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from harness.metrics import (
     NS_PER_S,
     Floats,
-    Measured,
     Percentile,
     claim_percentile,
     measured,
@@ -226,6 +225,23 @@ def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> d
     }
 
 
+_SHARED = ("cell", "adapter", "scenario", "workload", "trace", "device", "emulated", "devices", "protocol", "slo_ms")
+_AVERAGED = (
+    "offered_rps",
+    "throughput_rps",
+    "goodput_rps",
+    "goodput_rps_per_device",
+    "slo_attainment",
+    "utilization",
+    "cold_start_s",
+    "server_cpu_cores",
+    "server_memory_bytes",
+    "batch_size_mean",
+    "queue_depth_max",
+)
+_COUNTED = ("arrivals", "good", "ok", "errors", "shed", "timeouts", "connection_errors", "dropped")
+
+
 def _cells(trials: Sequence[Summary]) -> list[Summary]:
     cells: list[Summary] = []
     for cell_id in dict.fromkeys(trial["cell"] for trial in trials):
@@ -233,51 +249,10 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
         first = members[0]
         cells.append(
             {
-                **{
-                    key: first[key]
-                    for key in (
-                        "cell",
-                        "adapter",
-                        "scenario",
-                        "workload",
-                        "trace",
-                        "device",
-                        "emulated",
-                        "devices",
-                        "protocol",
-                        "slo_ms",
-                    )
-                },  # fmt: skip
+                **{key: first[key] for key in _SHARED},
                 "trials": len(members),
-                **{
-                    key: _mean(trial[key] for trial in members)
-                    for key in (
-                        "offered_rps",
-                        "throughput_rps",
-                        "goodput_rps",
-                        "goodput_rps_per_device",
-                        "slo_attainment",
-                        "utilization",
-                        "cold_start_s",
-                        "server_cpu_cores",
-                        "server_memory_bytes",
-                        "batch_size_mean",
-                        "queue_depth_max",
-                    )
-                },  # fmt: skip
-                **{
-                    key: sum(trial[key] for trial in members)
-                    for key in (
-                        "arrivals",
-                        "good",
-                        "ok",
-                        "errors",
-                        "shed",
-                        "timeouts",
-                        "connection_errors",
-                        "dropped",
-                    )
-                },  # fmt: skip
+                **{key: _mean(trial[key] for trial in members) for key in _AVERAGED},
+                **{key: sum(trial[key] for trial in members) for key in _COUNTED},
                 **_across(members, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),
                 **_percentile_across(members, "p50_ms", "p50_ci_ms"),
                 **_percentile_across(members, "p99_ms", "p99_ci_ms"),
@@ -303,7 +278,7 @@ def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> 
     if len(values) < MIN_TRIALS_FOR_T or not np.isfinite(values).all() or (log and not (values > 0).all()):
         return {ci_key: None}
     scale = np.log(values) if log else values
-    half = float(student_t.ppf(0.975, len(scale) - 1) * scale.std(ddof=1) / math.sqrt(len(scale)))
+    half = float(stdtrit(len(scale) - 1, 0.975) * scale.std(ddof=1) / math.sqrt(len(scale)))
     centre = float(scale.mean())
     ends = [centre - half, centre + half]
     return {key: math.exp(centre), ci_key: [math.exp(end) for end in ends]} if log else {key: centre, ci_key: ends}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -17,24 +18,28 @@ class TableWriter:
 
     def __init__(self, stem: Path, schema: pa.Schema) -> None:
         self.path = stem.with_name(stem.name + ".arrow")
-        self._schema = schema
         try:
             self._file = self.path.open("wb", buffering=0)
             self._stream = pa.ipc.new_stream(self._file, schema)
         except OSError as error:
             raise StorageError.of(self.path, error) from error
+        self._refused = False
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Append one batch. Raises :class:`StorageError` when the disk refuses; what was written stays readable."""
+        if self._refused:
+            return  # told once; whatever followed a torn batch could not be read
         try:
             self._stream.write_batch(batch)
         except OSError as error:
+            self._refused = True
             raise StorageError.of(self.path, error) from error
 
     def close(self) -> None:
-        """End the stream; a full disk at this point costs nothing but the end marker."""
+        """End the stream; a full disk at this point costs nothing but the end marker. Safe to call again."""
         with contextlib.suppress(OSError):
-            self._stream.close()
+            if not self._refused:
+                self._stream.close()
         self._file.close()
 
     def __enter__(self) -> TableWriter:
@@ -57,7 +62,10 @@ def finish_table(stem: Path, *, sort_by: str) -> None:
     parquet = stem.with_name(stem.name + ".parquet")
     staged = stem.with_name(stem.name + ".parquet.tmp")
     try:
-        pq.write_table(table.sort_by(sort_by), staged, compression="zstd")
+        with staged.open("wb") as handle:
+            pq.write_table(table.sort_by(sort_by), handle, compression="zstd")
+            handle.flush()
+            os.fsync(handle.fileno())
         staged.replace(parquet)
         stream.unlink()
     except OSError as error:
@@ -66,22 +74,29 @@ def finish_table(stem: Path, *, sort_by: str) -> None:
         raise StorageError.of(parquet, error) from error
 
 
-def read_table(stem: Path) -> pa.Table | None:
+def read_table(stem: Path, schema: pa.Schema) -> pa.Table | None:
     """The table ``STEM``: from Parquet, else from the stream as far as it was written; ``None`` when neither exists.
 
-    Raises :class:`StorageError` when a Parquet file is damaged.
+    Raises :class:`StorageError` when a Parquet file is damaged, or when the columns are not those of ``schema``.
     """
-    parquet = stem.with_name(stem.name + ".parquet")
+    parquet, stream = (stem.with_name(stem.name + ending) for ending in (".parquet", ".arrow"))
     if parquet.exists():
         try:
-            return pq.read_table(parquet)
+            with parquet.open("rb") as handle:
+                table = pq.ParquetFile(handle).read()
         except (OSError, pa.ArrowException) as error:
             raise StorageError(
                 f"{parquet} is damaged: {error}",
                 remedy="the trial cannot be analysed; delete its folder and run it again",
             ) from error
-    stream = stem.with_name(stem.name + ".arrow")
-    return _read_stream(stream) if stream.exists() else None
+    else:
+        table = _read_stream(stream) if stream.exists() else None
+    if table is not None and not table.schema.equals(schema):
+        raise StorageError(
+            f"{stem}: the columns are not those that this version of tailrace knows: {', '.join(table.column_names)}",
+            remedy="read it with the version that wrote it (tailrace_version in the run's manifest.json)",
+        )
+    return table
 
 
 def _read_stream(path: Path) -> pa.Table | None:

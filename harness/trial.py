@@ -346,7 +346,7 @@ class Trial:
             port=endpoint.port,
             timeout_s=client.timeout_s,
             max_connections=client.max_connections,
-            records=self._folder.folder / "requests.arrow",
+            records=self._folder.folder / "requests",
             log=self._folder.folder / "load-generator.log",
         )
         with generator:

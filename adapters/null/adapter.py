@@ -1,4 +1,4 @@
-"""The null adapter: a server with scripted latency, errors, sheds, stalls and wrong answers, by which the harness tests itself."""
+"""The null adapter: a server that follows a script, by which the harness tests itself."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Null(Adapter):
     Options: ClassVar[type[BaseModel]] = NullOptions
     deployment_type: ClassVar[type[Deployment]] = NullDeployment
     knobs: ClassVar[dict[str, str]] = {"replicas": "processes that serve one socket"}
-    refused: ClassVar[dict[str, str]] = {
-        knob: _NO_FRAMEWORK for knob in ("max_batch", "batch_window_ms", "queue_limit", "server_timeout_s", "autoscale")
-    }
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("max_batch", "batch_window_ms", "queue_limit", "server_timeout_s", "autoscale"), _NO_FRAMEWORK
+    )
     start_timeout_s: ClassVar[float] = 30.0
 
     def render(self, request: DeployRequest) -> dict[str, str]:

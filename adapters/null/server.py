@@ -38,8 +38,8 @@ class Script:
         self._answers: dict[bytes, bytes] = {}
         self._models: dict[str, Any] = {}
         specification = importlib.util.spec_from_file_location("workload_model", config["model_file"])
-        assert specification is not None
-        assert specification.loader is not None
+        if specification is None or specification.loader is None:
+            sys.exit(f"{config['model_file']} cannot be imported")
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
         for name in config["models"]:

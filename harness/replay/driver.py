@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from harness.processes import log_tail
 from harness.records import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
 from harness.replay import wire
 from harness.schedule import Schedule
+from harness.tables import TableWriter
 
 START_TIMEOUT_S = 60.0
 END_GRACE_S = 30.0
@@ -72,7 +73,7 @@ class ReplayResult:
     """What a replay left behind."""
 
     records: Path
-    """The Arrow stream with the rows; see :func:`harness.records.finish_records`."""
+    """The Arrow stream with the rows; :func:`harness.tables.finish_table` makes it Parquet."""
     recorded: int
     """Rows written: one per arrival, fewer only after :meth:`LoadGenerator.abort`."""
     answers: tuple[Answer, ...]
@@ -93,7 +94,8 @@ class LoadGenerator:
     ``with LoadGenerator(…) as load: load.start(); load.go(epoch_ns); result = load.wait(…)``. ``requests`` must hold
     every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted
     from when it starts to send; ``max_connections`` bounds the requests outstanding, an arrival past it is ``dropped``.
-    ``records`` gets an Arrow IPC stream of :data:`harness.records.REQUEST_SCHEMA`, flushed with every batch.
+    ``records`` is the stem of the table that gets the rows (:data:`harness.records.REQUEST_SCHEMA`), flushed with
+    every batch.
     """
 
     def __init__(
@@ -230,7 +232,10 @@ class LoadGenerator:
         self._say(wire.STOP)
 
     def close(self) -> None:
-        """End the load process, however it stands, and close the records. Safe to call again."""
+        """End the load process at once, however it stands, and close the records. Safe to call again.
+
+        For an end that keeps what is under way, call :meth:`abort` and then :meth:`wait` first.
+        """
         if self._process is None:
             self._records.close()
             return
@@ -319,35 +324,29 @@ class LoadGenerator:
 
 
 class _RecordStream:
-    """Joins rows with their schedule and appends them to the Arrow stream, one batch at a time."""
+    """Joins rows with their schedule and appends them to the table, one batch at a time."""
 
-    def __init__(self, path: Path, schedule: Schedule) -> None:
-        self.path = path
+    def __init__(self, stem: Path, schedule: Schedule) -> None:
+        self.path = stem.with_name(stem.name + ".arrow")
         self.epoch_ns = 0
         self.errors: list[str] = []
         self.written = 0
+        self._stem = stem
         self._schedule = schedule
         self._seen = np.zeros(len(schedule), dtype=np.bool_)
-        self._sink: IO[bytes] | None = None
-        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._writer: TableWriter | None = None
 
     def open(self) -> None:
         """Create the file."""
-        with self._storage_errors():
-            self._sink = self.path.open("wb")
-            self._writer = pa.ipc.new_stream(self._sink, REQUEST_SCHEMA)
-            self._sink.flush()
+        self._writer = TableWriter(self._stem, REQUEST_SCHEMA)
         # Arrow imports pandas, for a second, when it first sees an array: before the clock starts, please.
         self._batch(np.zeros(0, wire.ROW_DTYPE))
 
     def append(self, rows: NDArray[np.void]) -> None:
         """Write a batch (dtype :data:`wire.ROW_DTYPE`) and flush it."""
-        if not len(rows) or self._writer is None or self._sink is None:
+        if not len(rows) or self._writer is None:
             return
-        batch = self._batch(rows)
-        with self._storage_errors():
-            self._writer.write_batch(batch)
-            self._sink.flush()
+        self._writer.append(self._batch(rows))
         self._seen[rows["arrival_id"]] = True
         self.written += len(rows)
 
@@ -368,13 +367,9 @@ class _RecordStream:
             self.append(rows)
 
     def close(self) -> None:
-        """End the stream properly. Safe to call again."""
-        with self._storage_errors():
-            if self._writer is not None:
-                self._writer.close()
-            if self._sink is not None:
-                self._sink.close()
-        self._writer = self._sink = None
+        """End the stream. Safe to call again."""
+        if self._writer is not None:
+            self._writer.close()
 
     def _batch(self, rows: NDArray[np.void]) -> pa.RecordBatch:
         ids = rows["arrival_id"]
@@ -402,22 +397,6 @@ class _RecordStream:
         return pa.RecordBatch.from_arrays(
             [pa.array(columns[name]) for name in REQUEST_SCHEMA.names], schema=REQUEST_SCHEMA
         )
-
-    @contextlib.contextmanager
-    def _storage_errors(self) -> Any:
-        try:
-            yield
-        except OSError as error:
-            # What the writers still hold cannot be written either: the file ends with the last whole batch.
-            self._writer = None
-            if self._sink is not None:
-                with contextlib.suppress(OSError):
-                    self._sink.close()
-                self._sink = None
-            raise StorageError(
-                f"the records cannot be written to {self.path}: {error.strerror or error}",
-                remedy="make room on that disk or choose another folder with --out; what was written is readable",
-            ) from error
 
 
 def _names(codes: NDArray[Any], names: list[str] | tuple[str, ...]) -> pa.Array:

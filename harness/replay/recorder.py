@@ -40,7 +40,7 @@ class Recorder:
         self._new_errors: list[str] = []
         self.done = self.ok = 0
 
-    def row(  # noqa: PLR0917 (called for every arrival, and keywords cost)
+    def row(
         self,
         position: int,
         sent_ns: int,
@@ -115,7 +115,7 @@ class Answers:
     def wanted(self, request: int, arrival: int) -> bool:
         """Whether to look at the answer to this arrival even if it is large."""
         # Fibonacci hashing spreads neighbouring arrivals, so that no pattern in the payloads falls in step with it.
-        return not self._kept[request] or (arrival * 0x9E3779B97F4A7C15 & 0xFFFFFFFF) < 2**32 // LARGE_BODY_STRIDE
+        return not self._kept[request] or (arrival * 0x9E3779B1 & 0xFFFFFFFF) < 2**32 // LARGE_BODY_STRIDE
 
     def add(self, request: int, headers: tuple[str | None, str | None], body: bytes) -> None:
         """Count one answer: ``headers`` are ``content-type`` and ``inference-header-content-length``."""

@@ -71,7 +71,7 @@ def test_an_unknown_experiment_names_the_nearest() -> None:
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "list.yaml"
     path.write_text("- a\n- b\n")
-    with pytest.raises(InputError, match="list.yaml: an experiment is a mapping"):
+    with pytest.raises(InputError, match=r"list\.yaml: an experiment is a mapping"):
         load_experiment(str(path))
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read"):
@@ -123,7 +123,9 @@ def test_the_order_within_blocks_changes() -> None:
     assert len(orders) > 1
 
 
-@pytest.mark.parametrize("model", [Experiment, TraceChoice, Scenario, FaultChoice, Client, Warmup, Tuning, Autoscale, Slo])
+@pytest.mark.parametrize(
+    "model", [Experiment, TraceChoice, Scenario, FaultChoice, Client, Warmup, Tuning, Autoscale, Slo]
+)
 def test_every_key_is_documented(model: type[BaseModel]) -> None:
     documentation = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     for key in model.model_fields:
