@@ -361,7 +361,7 @@ class Trial:
             with self._sampling(deployment, scratch, generator.pid, epoch_ns, events):
                 nemesis.start()
                 try:
-                    result = generator.wait(lambda progress: self._observer.progress(setup.plan, progress))
+                    result = self._replay(generator)
                     # Arrivals may end before the trace does; a late fault, and the quiet after it, belong to the trace.
                     _sleep_until(epoch_ns + int(setup.span_s * 1e9))
                 finally:
@@ -373,11 +373,22 @@ class Trial:
             "cpu_us_per_request": result.cpu_s / len(schedule) * 1e6 if len(schedule) else None,
             "connections_opened": result.connections_opened,
             "peak_connections": result.peak_connections,
+            "nice": result.nice,
             "measured_arrivals": measured,
         }
         if result.failure is not None:
             self.facts["warnings"].append(f"the load generator ended early: {result.failure}")
         self.facts["outputs"] = self._check_outputs(deployment, result)
+
+    def _replay(self, generator: LoadGenerator) -> ReplayResult:
+        """Wait for the replay; interrupted, keep what was recorded until then."""
+        try:
+            return generator.wait(lambda progress: self._observer.progress(self._setup.plan, progress))
+        except BaseException:
+            generator.abort()
+            with contextlib.suppress(TailraceError):
+                generator.wait()
+            raise
 
     @contextlib.contextmanager
     def _sampling(

@@ -83,6 +83,8 @@ class ReplayResult:
     peak_connections: int
     cpu_s: float
     """CPU time of the load process from the go to the last row, all its threads."""
+    nice: int | None
+    """The priority that the load process had; ``None`` when it did not live to say."""
     aborted: bool
     failure: str | None
     """Why the load process ended before its time (what it had not recorded is recorded as dropped); else ``None``."""
@@ -219,6 +221,7 @@ class LoadGenerator:
             connections_opened=self._end.get("connections_opened", 0),
             peak_connections=self._end.get("peak_connections", 0),
             cpu_s=self._end.get("cpu_s", 0.0),
+            nice=self._end.get("nice"),
             aborted=self._aborted,
             failure=self._failure,
         )

@@ -28,6 +28,7 @@ from reports.figures import DASHES, MARKERS, frontier_members
 from reports.frontier import non_dominated
 from reports.headline import headline, paired_ratio
 from reports.report import MARKER_SHAPES, build, write
+from reports.reproduce import Portable
 from reports.svg import palette, slots
 from reports.text import printable, share, significant
 from tests.synthetic import SCRIPT, make_run
@@ -134,6 +135,21 @@ def test_the_same_sources_give_the_same_bytes_wherever_they_lie(compare: RunFold
     shutil.copytree(compare.folder, copy)
     assert build([RunFolder.open(copy)]) == html
     assert str(compare.folder) not in html
+
+
+def test_paths_are_shown_from_the_run_on_wherever_it_lay(compare: RunFolder) -> None:
+    portable = Portable(compare)
+    trial = compare.manifest["trials"][0]["id"]
+    assert portable(f"log: {compare.folder}/trials/x") == "log: RUN/trials/x"
+    assert portable(f'"/old/place/run-1/trials/{trial}/server"') == f'"RUN/trials/{trial}/server"'
+    assert portable(f"/old/trials/{trial}0/server") == f"/old/trials/{trial}0/server"  # another run's
+    assert portable("/home/ada/.cache/x /root/.cache/y /srv/root/z") == "~/.cache/x ~/.cache/y /srv/root/z"
+
+
+def test_what_a_server_compiled_is_no_configuration(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), variant="empty")
+    (run.trials[0].server / "config" / "model.pyc").write_bytes(b"\x00\xff\x00")
+    assert "model.pyc" not in build([run])
 
 
 def test_write_is_staged_and_says_what_went_wrong(tmp_path: Path) -> None:
