@@ -1,0 +1,185 @@
+"""The comparison table: its columns with their units and definitions, and what stands in each field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.summary import Summary
+from reports.text import interval, quantity, share
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field: what is read, what is sorted and copied, and what stands small below it."""
+
+    text: str
+    value: str
+    """A plain number, ``inf`` or nothing; for sorting and copying."""
+    note: str = ""
+    low: str = ""
+    high: str = ""
+    tone: str = ""
+    """``bad`` where the value misses the objective or is our own fault; never the only sign of it."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column, with the definition that a reader can look up."""
+
+    key: str
+    title: str
+    unit: str
+    group: str
+    meaning: str
+    field: Callable[[Summary], Field]
+    has_interval: bool = False
+
+
+def _plain(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return "inf" if math.isinf(value) else f"{value:.6g}"
+
+
+def _number(key: str, ci_key: str = "") -> Callable[[Summary], Field]:
+    def field(s: Summary) -> Field:
+        ends = s.get(ci_key)
+        low, high = (_plain(ends[0]), _plain(ends[1])) if ends else ("", "")
+        return Field(quantity(s[key]), _plain(s[key]), interval(ends), low, high)
+
+    return field
+
+
+def _percentile(key: str) -> Callable[[Summary], Field]:
+    def field(s: Summary) -> Field:
+        if s[key] is None:
+            more = f"{s['p99_more_needed']:,} more needed" if key == "p99_ms" and s["p99_more_needed"] else ""
+            return Field("not claimed", "", more)
+        field = _number(key, key.replace("_ms", "_ci_ms"))(s)
+        missed = key == "p99_ms" and s[key] > s["slo_ms"]
+        return Field(field.text, field.value, field.note, field.low, field.high, "bad" if missed else "")
+
+    return field
+
+
+def _share(key: str) -> Callable[[Summary], Field]:
+    return lambda s: Field(share(s[key]), _plain(s[key]))
+
+
+def _count(key: str, *, ours: bool = False) -> Callable[[Summary], Field]:
+    return lambda s: Field(f"{s[key]:,}", str(s[key]), tone="bad" if ours and s[key] else "")
+
+
+def _trials(s: Summary) -> Field:
+    return Field(str(s["trials"]), str(s["trials"])) if "trials" in s else Field(f"no. {s['number']}", str(s["number"]))
+
+
+def _verdict(s: Summary) -> Field:
+    codes = [reason if isinstance(reason, str) else reason["code"] for reason in s["reasons"]]
+    return Field(s["verdict"], s["verdict"], ", ".join(codes), tone=s["verdict"].lower())
+
+
+COLUMNS = (
+    Column("verdict", "Verdict", "", "", "VALID, UNKNOWN or INVALID, with the reasons given at the top.", _verdict),
+    Column("trials", "Trials", "", "", "Repetitions of the cell, interleaved with those of the others.", _trials),
+    Column("offered", "Offered", "req/s", "Throughput", "Arrivals of the trace ÷ its span.", _number("offered_rps")),
+    Column(
+        "goodput",
+        "Goodput per device",
+        "req/s",
+        "Throughput",
+        "Successful answers within the objective ÷ span ÷ devices. In brackets, from three trials on: the 95 % "
+        "Student-t interval of the mean over trials.",
+        _number("goodput_rps_per_device", "goodput_rps_per_device_ci"),
+        has_interval=True,
+    ),
+    Column(
+        "attainment",
+        "Within SLO",
+        "share",
+        "Throughput",
+        "Answers within the objective ÷ everything that was offered, rounded down.",
+        _share("slo_attainment"),
+    ),
+    Column(
+        "p50",
+        "p50",
+        "ms",
+        "Response time",
+        "Median of done − intended start over all arrivals, failures as +∞, nearest rank; intervals as for p99.",
+        _percentile("p50_ms"),
+        has_interval=True,
+    ),
+    Column(
+        "p99",
+        "p99",
+        "ms",
+        "Response time",
+        "99th percentile over all arrivals, failures as +∞, nearest rank; claimed only where the exact binomial 95 % "
+        "upper bound exists. In brackets: from three finite trials on, the Student-t interval of the geometric mean "
+        "over trials; else the binomial one within trials, which takes arrivals as independent and is optimistic.",
+        _percentile("p99_ms"),
+        has_interval=True,
+    ),
+    Column(
+        "p99ok",
+        "p99 of successes",
+        "ms",
+        "Response time",
+        "The same over successes alone, for orientation; it flatters a server that fails. Median over trials.",
+        _number("p99_ok_ms"),
+    ),
+    Column("ok", "OK", "", "Outcomes", "Answers with success, all trials together.", _count("ok")),
+    Column("shed", "Shed", "", "Outcomes", "Refused by the server (429, 503, RESOURCE_EXHAUSTED …).", _count("shed")),
+    Column("errors", "Errors", "", "Outcomes", "Answered with anything else but success.", _count("errors")),
+    Column(
+        "timeouts", "Time-outs", "", "Outcomes", "No answer in the client's time: indeterminate.", _count("timeouts")
+    ),
+    Column(
+        "connection",
+        "Conn. errors",
+        "",
+        "Outcomes",
+        "The connection was refused, reset or closed before a whole answer.",
+        _count("connection_errors"),
+    ),
+    Column(
+        "dropped",
+        "Dropped",
+        "",
+        "Outcomes",
+        "Not sent by the generator: our fault, and makes the trial INVALID.",
+        _count("dropped", ours=True),
+    ),
+    Column(
+        "utilization",
+        "Utilisation",
+        "share",
+        "Resources",
+        "Busy share of the devices over the trace; on device cpu the server's share of the host's cores.",
+        _share("utilization"),
+    ),
+    Column(
+        "cold",
+        "Cold start",
+        "s",
+        "Resources",
+        "From the spawn of the server's process to its first correct answer; mean over trials.",
+        _number("cold_start_s"),
+    ),
+    Column(
+        "lag",
+        "Send lag p99",
+        "ms",
+        "Trust",
+        "How late the generator sent (sent − intended start); the largest over trials.",
+        _number("send_lag_p99_ms"),
+    ),
+)
+
+
+def fields(summary: Summary) -> list[tuple[Column, Field]]:
+    """One row of the table, from the summary of a cell or of a trial."""
+    return [(column, column.field(summary)) for column in COLUMNS]

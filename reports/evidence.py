@@ -1,0 +1,305 @@
+"""What a report shows of its runs: cells in order, with their summary and the curves that figures draw."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from harness.metrics import Floats, Series, claim_percentile, measured, samples_needed, series
+from harness.records import SAMPLE_SCHEMA
+from harness.store import RunFolder, TrialFolder
+from harness.summary import Samples, Summary, summarise
+from reports.svg import slots
+from reports.text import printable
+
+NINES = np.linspace(0.0, 4.5, 46)
+"""Where latency curves are read: −log10(1 − q), so 1 is p90 and 2 is p99."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A line with its uncertainty, one entry per place: the median over trials between the lowest and the highest.
+
+    NaN: nothing to show there; +∞: failures. The curve of a single trial carries its 95 % interval instead.
+    """
+
+    mid: Floats
+    low: Floats
+    high: Floats
+
+    @classmethod
+    def over(cls, rows: Sequence[Floats]) -> Band:
+        """Across trials; shorter ones are padded, and places where a trial says nothing are left to the others."""
+        width = max(len(row) for row in rows)
+        stack = np.full((len(rows), width), np.nan)
+        for i, row in enumerate(rows):
+            stack[i, : len(row)] = row
+        ordered = np.sort(stack, axis=0)  # NaN last
+        known = np.count_nonzero(~np.isnan(stack), axis=0)
+        last = np.maximum(known - 1, 0)
+        columns = np.arange(width)
+        return cls(mid=ordered[last // 2, columns], low=ordered[0], high=ordered[last, columns])
+
+
+@dataclass(frozen=True)
+class FaultWindow:
+    """When a fault hurt, over all trials of a cell: from the earliest injection to the latest recovery."""
+
+    kind: str
+    from_s: float
+    until_s: float | None
+    """``None``: some trial did not recover before its trace ended."""
+    seen: bool
+    """Whether anything arrived after it, to tell what it did."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The curves of one cell; ``None`` where no trial of it measured anything."""
+
+    latency_ms: Band
+    """At :data:`NINES`; NaN where the percentile is not claimed."""
+    rate: Band
+    goodput: Band
+    p99_ms: Band
+    gauges: dict[str, Band]
+    """Per second: ``utilization``, ``queue_depth``."""
+
+
+@dataclass(frozen=True)
+class CellView:
+    """One cell of one run."""
+
+    key: str
+    """Unique in the report and fit for an id."""
+    run: str
+    """The run's label; empty when the report has but one."""
+    framework: str
+    slot: int
+    summary: Summary
+    trials: tuple[Summary, ...]
+    evidence: Evidence | None
+    faults: tuple[FaultWindow, ...]
+    failures: tuple[tuple[str, str, str, int], ...]
+    """Outcome, status, error and how often, the most frequent first."""
+
+    @property
+    def scenario(self) -> str:
+        """The scenario's name."""
+        return str(self.summary["scenario"])
+
+    @property
+    def label(self) -> str:
+        """How the cell is called in text."""
+        return " · ".join(part for part in (self.framework, self.scenario, self.run) if part)
+
+    @property
+    def faulty(self) -> bool:
+        """Whether its scenario injects anything, hit or missed."""
+        return any(trial["faults"] for trial in self.trials)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether claims may be made from it: nothing INVALID, and something measured."""
+        return bool(self.summary["verdict"] != "INVALID" and self.summary["arrivals"] > 0)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run as the report shows it."""
+
+    folder: RunFolder
+    label: str
+    title: str
+    summary: Summary
+    cells: tuple[CellView, ...]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The run's manifest."""
+        return self.folder.manifest
+
+
+def view(runs: Sequence[RunFolder]) -> list[RunView]:
+    """Everything that a report shows, read from the sources of the runs."""
+    titles = _titles(runs)
+    colours = slots(adapter for run in runs for adapter in run.manifest["experiment"]["adapters"])
+    return [
+        _run_view(run, index, titles[index] if len(runs) > 1 else "", titles[index], colours)
+        for index, run in enumerate(runs)
+    ]
+
+
+def _titles(runs: Sequence[RunFolder]) -> list[str]:
+    """A name for each run; from the sources alone, so that a copied folder gives the same report."""
+    names = [printable(str(run.manifest["experiment"]["name"])) for run in runs]
+    if len(set(names)) < len(names):
+        names = [
+            f"{name} {_minute(run.manifest.get('started_at'))}".strip() for name, run in zip(names, runs, strict=True)
+        ]
+    seen: Counter[str] = Counter()
+    titles = []
+    for name in names:
+        seen[name] += 1
+        titles.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+    return titles
+
+
+def _minute(started_at: object) -> str:
+    """``2026-11-23T22:24:05Z`` → ``2026-11-23 22:24``."""
+    return str(started_at or "")[:16].replace("T", " ")
+
+
+def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mapping[str, int]) -> RunView:
+    summary = summarise(run)
+    by_id = {trial["trial"]: trial for trial in summary["trials"]}
+    experiment = run.manifest["experiment"]
+    adapters, scenarios = list(experiment["adapters"]), [s["name"] for s in experiment["scenarios"]]
+    cells = []
+    for place, cell in enumerate(
+        sorted(summary["cells"], key=lambda c: (adapters.index(c["adapter"]), scenarios.index(c["scenario"])))
+    ):
+        folders = [trial for trial in run.trials if by_id[trial.id]["cell"] == cell["cell"]]
+        folders.sort(key=lambda trial: int(by_id[trial.id]["number"]))
+        trials = [by_id[trial.id] for trial in folders]
+        evidence, failures = _evidence(folders, trials)
+        told = (run.manifest.get("adapters") or {}).get(cell["adapter"]) or {}
+        cells.append(
+            CellView(
+                key=f"r{index}c{place}",
+                run=label,
+                framework=printable(str(told.get("title") or cell["adapter"])),
+                slot=colours[cell["adapter"]],
+                summary={**cell, "p99_ok_ms": _median(t["p99_ok_ms"] for t in trials)}
+                | {"p99_more_needed": max(t["p99_more_needed"] for t in trials)},
+                trials=tuple(trials),
+                evidence=evidence,
+                faults=_fault_windows(trials),
+                failures=failures,
+            )
+        )
+    return RunView(run, label, title, summary, tuple(cells))
+
+
+def _median(values: Iterable[float]) -> float | None:
+    known = sorted(value for value in values if not math.isnan(value))
+    return known[(len(known) - 1) // 2] if known else None
+
+
+def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
+    """Faults of a cell by their place in the scenario; those that hit nothing are left out."""
+    windows = []
+    for place in range(max((len(trial["faults"]) for trial in trials), default=0)):
+        hit = [trial["faults"][place] for trial in trials if len(trial["faults"]) > place]
+        hit = [fault for fault in hit if fault["recovery"] is not None]
+        if hit:
+            took = [fault["recovery"]["recovery_s"] for fault in hit]
+            ends = [f["injected_s"] + s for f, s in zip(hit, took, strict=True) if s is not None]
+            windows.append(
+                FaultWindow(
+                    str(hit[0]["kind"]),
+                    min(fault["injected_s"] for fault in hit),
+                    max(ends) if len(ends) == len(hit) else None,
+                    not all(math.isnan(fault["recovery"]["dip_attainment"]) for fault in hit),
+                )
+            )
+    return tuple(windows)
+
+
+def _evidence(
+    folders: Sequence[TrialFolder], trials: Sequence[Summary]
+) -> tuple[Evidence | None, tuple[tuple[str, str, str, int], ...]]:
+    curves: list[Band] = []
+    timelines: list[Series] = []
+    gauges: dict[str, list[Floats]] = {"utilization": [], "queue_depth": []}
+    failures: Counter[tuple[str, str, str]] = Counter()
+    alone = sum(trial["arrivals"] > 0 for trial in trials) == 1
+    for folder, trial in zip(folders, trials, strict=True):
+        if trial["arrivals"] == 0 or folder.requests is None:
+            continue
+        records = measured(folder.requests)
+        response = records.response_ms()
+        curves.append(_curve(response, with_interval=alone))
+        timelines.append(series(records, trial["span_s"], trial["slo_ms"]))
+        samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
+        span = len(timelines[-1].t_s)
+        gauges["utilization"].append(utilization_series(folder.facts, samples, span))
+        gauges["queue_depth"].append(gauge_series(samples, "server", "queue_depth", span))
+        failures.update(_failures(folder.requests))
+    if not curves:
+        return None, ()
+    unclaimed = np.isnan([curve.mid for curve in curves]).any(axis=0)
+    latency = curves[0] if alone else Band.over([curve.mid for curve in curves])
+    evidence = Evidence(
+        latency_ms=Band(*(np.where(unclaimed, np.nan, row) for row in (latency.mid, latency.low, latency.high))),
+        rate=Band.over([t.offered.astype(np.float64) for t in timelines]),
+        goodput=Band.over([t.good.astype(np.float64) for t in timelines]),
+        p99_ms=Band.over([t.p99_ms for t in timelines]),
+        gauges={name: Band.over(rows) for name, rows in gauges.items() if not np.isnan(np.concatenate(rows)).all()},
+    )
+    ranked = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
+    return evidence, tuple((*what, number) for what, number in ranked)
+
+
+def _curve(response_ms: Floats, *, with_interval: bool) -> Band:
+    """Percentiles at :data:`NINES` as far as they are claimed, with the exact interval of each if asked for."""
+    ordered = np.sort(response_ms)
+    n = len(ordered)
+    mid, low, high = (np.full(len(NINES), np.nan) for _ in range(3))
+    for i, q in enumerate(1 - 10.0**-NINES):
+        if q <= 0:  # the minimum
+            mid[i] = low[i] = high[i] = ordered[0]
+        elif samples_needed(q) > n:
+            break
+        elif with_interval:
+            claimed = claim_percentile(ordered, q)
+            if claimed.value is not None and claimed.low is not None and claimed.high is not None:
+                mid[i], low[i], high[i] = claimed.value, claimed.low, claimed.high
+        else:
+            mid[i] = ordered[max(0, math.ceil(q * n - 1e-9) - 1)]
+    return Band(mid, low, high)
+
+
+def utilization_series(facts: Mapping[str, Any], samples: Samples, seconds: int) -> Floats:
+    """Utilisation per second of the trace, as ``utilization`` of the summary means it; NaN where nothing was read."""
+    if facts["device"] == "cuda":
+        return gauge_series(samples, "gpu", "utilization", seconds, mean=True)
+    if facts["device"] == "emulated":
+        source, metric, capacity = "device", "busy_s_total", int(facts["devices"])
+    else:
+        source, metric, capacity = "server-process", "cpu_s_total", int(facts["cpu_count"])
+    edges = np.arange(seconds + 1, dtype=np.float64)
+    rates: list[Floats] = []
+    for scope in samples.scopes(source, metric):
+        t_s, values = samples.series(source, metric, scope)
+        rates.append(np.diff(np.interp(edges, t_s, values, left=np.nan, right=np.nan)))
+    return np.clip(np.sum(np.array(rates), axis=0) / capacity, 0.0, 1.0) if rates else np.full(seconds, np.nan)
+
+
+def gauge_series(samples: Samples, source: str, metric: str, seconds: int, *, mean: bool = False) -> Floats:
+    """A gauge in the middle of each second, linear between readings; summed over scopes, or their mean."""
+    middles = np.arange(seconds) + 0.5
+    rows: list[Floats] = []
+    for scope in samples.scopes(source, metric):
+        t_s, values = samples.series(source, metric, scope)
+        rows.append(np.interp(middles, t_s, values, left=np.nan, right=np.nan))
+    if not rows:
+        return np.full(seconds, np.nan)
+    total: Floats = np.sum(np.array(rows), axis=0)
+    return total / len(rows) if mean else total
+
+
+def _failures(requests: pa.Table) -> dict[tuple[str, str, str], int]:
+    failed = requests.filter(pc.and_(pc.equal(requests["phase"], "measure"), pc.not_equal(requests["outcome"], "ok")))
+    groups = failed.group_by(["outcome", "status", "error"]).aggregate([("arrival_id", "count")]).to_pylist()
+    return {
+        (g["outcome"], "" if g["status"] is None else str(g["status"]), g["error"] or ""): g["arrival_id_count"]
+        for g in groups
+    }

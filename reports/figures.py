@@ -1,0 +1,603 @@
+"""The figures of a report: small, drawn once for phone and desktop, with failures visible as ∞ and never left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from harness.metrics import Floats
+from reports import svg
+from reports.downsample import largest_triangles
+from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
+from reports.frontier import non_dominated
+from reports.text import humanly, interval, listing, milliseconds, per_second, seconds, share, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+MAX_POINTS = 240
+"""Points of a line; longer ones are thinned, for no screen shows more."""
+MAX_LINES = 6
+"""Lines in one panel; with more, figures split by scenario."""
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+PHASES = (
+    ("process_s", "process spawned"),
+    ("port_open_s", "port open"),
+    ("ready_s", "says ready"),
+    ("first_answer_s", "first correct answer"),
+)
+"""Cold start, cumulative: key of the trial's facts and what has happened by then."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend: what it looks like and what it means."""
+
+    label: str
+    slot: int | None = None
+    """Colour; ``None`` for the colour of muted text."""
+    kind: str = "line"
+    """``line``, ``area``, ``window``, ``marker`` or ``objective``."""
+    dash: int = 0
+    marker: int = 0
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure with its words."""
+
+    title: str
+    svg: Markup
+    keys: tuple[Key, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Styles:
+    """Dashes and markers by scenario (and run): colour is the framework's alone."""
+
+    order: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cells: Iterable[CellView]) -> _Styles:
+        return cls({kind: i for i, kind in enumerate(dict.fromkeys((cell.scenario, cell.run) for cell in cells))})
+
+    def index(self, cell: CellView) -> int:
+        return self.order[cell.scenario, cell.run]
+
+
+# ---------------------------------------------------------------- latency by percentile
+
+
+def latency(cells: Sequence[CellView]) -> list[Figure]:
+    """Response time by percentile on a log tail, in as many panels as it takes to keep lines apart."""
+    drawn = [cell for cell in cells if cell.evidence and np.count_nonzero(~np.isnan(cell.evidence.latency_ms.mid)) > 1]
+    return [_latency_panel(title, group, f"latency{i}") for i, (title, group) in enumerate(_panels(drawn)) if group]
+
+
+def _panels(cells: Sequence[CellView]) -> list[tuple[str, list[CellView]]]:
+    """Cells in groups of at most ``MAX_LINES``, if splitting by scenario, or by scenario and run, can do it."""
+    splits: tuple[Callable[[CellView], str], ...] = (
+        lambda cell: "",
+        lambda cell: cell.scenario,
+        lambda cell: " · ".join(part for part in (cell.scenario, cell.run) if part),
+    )
+    groups: dict[str, list[CellView]] = {}
+    for split in splits:
+        groups = {}
+        for cell in cells:
+            groups.setdefault(split(cell), []).append(cell)
+        if all(len(group) <= MAX_LINES for group in groups.values()):
+            break
+    return list(groups.items())
+
+
+def _latency_panel(title: str, cells: Sequence[CellView], name: str) -> Figure:
+    styles = _Styles.of(cells)
+    bands = [cell.evidence.latency_ms for cell in cells if cell.evidence is not None]
+    everything = np.concatenate([np.concatenate([band.mid, band.low, band.high]) for band in bands])
+    objectives = sorted({float(cell.summary["slo_ms"]) for cell in cells})
+    with svg.style():
+        canvas = svg.new_figure(300)
+        ax = canvas.add_axes((0.105, 0.085, 0.87, 0.83))
+        scale = _LogAxis.fit(ax, [*everything, *objectives])
+        for objective in objectives:
+            ax.axhline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
+        shown = 1.0
+        for cell, band in zip(cells, bands, strict=True):
+            colour = svg.colour(cell.slot)
+            ax.fill_between(NINES, scale.place(band.low), scale.place(band.high), color=colour, alpha=0.16, lw=0)
+            (line,) = ax.plot(
+                NINES, scale.place(band.mid), color=colour, lw=2, ls=DASHES[styles.index(cell) % len(DASHES)]
+            )
+            line.set_gid(f"tip-{cell.key}")
+            known = np.flatnonzero(~np.isnan(band.mid))
+            shown = max(shown, float(NINES[known[-1]]) if len(known) else 0.0)
+        ax.set_xlim(0, shown + 0.05)
+        ticks = [(-math.log10(1 - q), label) for q, label in _QUANTILE_TICKS if -math.log10(1 - q) <= shown + 0.05]
+        ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
+        _heading(canvas, ax, "Response time, ms (log scale)")
+        alt = "Response time by percentile. " + " ".join(_latency_words(cell) for cell in cells)
+        tooltips = {f"tip-{cell.key}": _latency_words(cell) for cell in cells}
+        _stamp(canvas, cells)
+        drawn = svg.inline(canvas, name=name, alt=alt, tooltips=tooltips)
+    keys = [Key(cell.label, cell.slot, dash=styles.index(cell)) for cell in cells]
+    keys += [Key(f"objective, {listing([milliseconds(o) for o in objectives])}", kind="objective")]
+    return Figure(title, drawn, tuple(keys))
+
+
+_QUANTILE_TICKS = ((0.5, "50 %"), (0.9, "90 %"), (0.99, "99 %"), (0.999, "99.9 %"), (0.9999, "99.99 %"))
+
+
+def _latency_words(cell: CellView) -> str:
+    s = cell.summary
+    p99 = milliseconds(s["p99_ms"]) if s["p99_ms"] is not None else "not claimed"
+    p50 = milliseconds(s["p50_ms"]) if s["p50_ms"] is not None else "not claimed"
+    return f"{cell.label}: p50 {p50}, p99 {p99}."
+
+
+@dataclass(frozen=True)
+class _LogAxis:
+    """A logarithmic axis with a strip above it for +∞."""
+
+    begin: float
+    """Where the strip begins; it ends as far from its middle."""
+    strip: float
+    """The middle of the strip."""
+
+    @classmethod
+    def fit(
+        cls, ax: Axes, values: Iterable[float], *, horizontal: bool = False, most_ticks: int = 7, strip: float = 0.17
+    ) -> _LogAxis:
+        """Set limits and ticks of an axis for these values; the strip takes that share of the finite part's length."""
+        every = np.array(list(values), dtype=np.float64)
+        finite = every[np.isfinite(every) & (every > 0)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (1.0, 100.0)
+        low, high = low / 1.15, max(high, low * 2) * 1.15
+        reach = math.log10(high / low)
+        infinite = bool(np.isposinf(every).any())
+        middle = high * 10 ** (strip / 2 * reach)
+        top = high * 10 ** (strip * reach) if infinite else high
+        ticks = _log_ticks(low, high, most_ticks)
+        labels = [significant(tick, 1) if tick < 1 else f"{tick:,.0f}" for tick in ticks]
+        if infinite:
+            ticks, labels = [*ticks, middle], [*labels, "∞"]
+        axis = ax.xaxis if horizontal else ax.yaxis
+        (ax.set_xscale if horizontal else ax.set_yscale)("log")
+        (ax.set_xlim if horizontal else ax.set_ylim)(low, top)
+        axis.set_ticks(ticks, labels)
+        axis.set_ticks([], minor=True)
+        if infinite:
+            (ax.axvspan if horizontal else ax.axhspan)(high, top, color=svg.ALARM, alpha=0.08, lw=0, zorder=0)
+        return cls(high, middle)
+
+    def place(self, values: Floats) -> Floats:
+        """Where values are drawn: +∞ in its strip."""
+        return np.where(np.isposinf(values), self.strip, values)
+
+    def within_strip(self, share: float) -> float:
+        """A place in the strip, from its begin (0) to its end (1), for marks that would hide each other."""
+        return float(self.begin * (self.strip / self.begin) ** (2 * share))
+
+
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round values between two ends: 1, 2, 5 if they fit, else powers of ten, thinned."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(ticks) <= most:
+            return ticks
+    return ticks[:: -(-len(ticks) // most)]
+
+
+def _heading(canvas: Canvas, ax: Axes, text: str) -> None:
+    """The axis named in words above it, where it is read first."""
+    above = ax.get_position().y1 + 9 / (canvas.get_figheight() * 72)
+    canvas.text(0.005, above, text, color=svg.MUTED, fontsize=12, va="baseline")
+
+
+def _stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
+    """Say *emulated* inside the picture, so that it goes wherever the picture goes."""
+    if any(cell.summary["emulated"] for cell in cells):
+        above = 1 - 15 / (canvas.get_figheight() * 72)
+        canvas.text(
+            0.975, above, "emulated", color=svg.CAUTION, fontsize=12, va="baseline", ha="right", fontweight="bold"
+        )
+
+
+# ---------------------------------------------------------------- timeline
+
+
+def timelines(cells: Sequence[CellView]) -> list[Figure]:
+    """One figure per cell, all on the same scales: rate, p99, utilisation and queue depth on one time axis."""
+    drawn = [(cell, cell.evidence) for cell in cells if cell.evidence is not None]
+    if not drawn:
+        return []
+    bands = [evidence for _, evidence in drawn]
+    gauges = [name for name in ("utilization", "queue_depth") if any(name in e.gauges for e in bands)]
+    peak_rate = max(float(np.nanmax(e.rate.high)) for e in bands)
+    p99s = np.concatenate([[float(c.summary["slo_ms"]) for c, _ in drawn], *(e.p99_ms.low for e in bands)])
+    p99s = np.concatenate([p99s, *(e.p99_ms.high for e in bands)])
+    queues = [float(np.nanmax(e.gauges["queue_depth"].high)) for e in bands if "queue_depth" in e.gauges]
+    shared = _Shared(peak_rate, p99s, max([*queues, 1.0]), tuple(gauges), any(c.faults for c, _ in drawn))
+    return [_timeline(cell, evidence, shared) for cell, evidence in drawn]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the timelines of a report have in common, so that they can be compared by eye."""
+
+    peak_rate: float
+    p99s_ms: Floats
+    peak_queue: float
+    gauges: tuple[str, ...]
+    faults: bool
+
+
+_PANEL_PX, _GAP_PX, _BOTTOM_PX = 82, 30, 34
+
+
+def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
+    panels = 2 + len(shared.gauges)
+    top_px = 40 if shared.faults else 24
+    height = top_px + panels * _PANEL_PX + (panels - 1) * _GAP_PX + _BOTTOM_PX
+    span_s = float(max(trial["span_s"] for trial in cell.trials))
+    colour = svg.colour(cell.slot)
+    with svg.style():
+        canvas = svg.new_figure(height)
+        axes = []
+        for i in range(panels):
+            top = height - top_px - i * (_PANEL_PX + _GAP_PX)
+            ax = canvas.add_axes((0.105, (top - _PANEL_PX) / height, 0.87, _PANEL_PX / height))
+            ax.set_xlim(0, span_s)
+            ax.xaxis.set_visible(i == panels - 1)
+            axes.append(ax)
+        rate, p99, *others = axes
+        _heading(canvas, rate, "Requests per second")
+        rate.set_ylim(0, shared.peak_rate * 1.06)
+        rate.yaxis.set_major_locator(svg.few_ticks())
+        _line(rate, evidence.goodput, colour, area=True)
+        _line(rate, evidence.rate, svg.MUTED, width=1.2)
+        _heading(canvas, p99, "p99 response time, ms (log scale)")
+        scale = _LogAxis.fit(p99, shared.p99s_ms, most_ticks=3, strip=0.3)
+        p99.axhline(float(cell.summary["slo_ms"]), color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
+        _line(p99, evidence.p99_ms, colour, scale=scale)
+        for ax, name in zip(others, shared.gauges, strict=True):
+            if name == "utilization":
+                _heading(canvas, ax, "Utilisation, %")
+                ax.set_ylim(0, 103)
+                ax.set_yticks([0, 50, 100])
+            else:
+                _heading(canvas, ax, "Queue depth, requests")
+                ax.set_ylim(0, shared.peak_queue * 1.06)
+                ax.yaxis.set_major_locator(svg.few_ticks())
+            if name in evidence.gauges:
+                band = evidence.gauges[name]
+                factor = 100 if name == "utilization" else 1
+                _line(ax, Band(band.mid * factor, band.low * factor, band.high * factor), colour)
+            else:
+                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=svg.MUTED)
+        _fault_marks(cell, axes, span_s)
+        axes[-1].set_xlabel("seconds of the trace", labelpad=2)
+        _stamp(canvas, [cell])
+        drawn = svg.inline(canvas, name=f"time-{cell.key}", alt=_timeline_words(cell, evidence))
+    note = "" if len(cell.trials) == 1 else f"median second over {len(cell.trials)} trials; bands: lowest to highest"
+    return Figure(cell.label, drawn, note=note)
+
+
+def _line(
+    ax: Axes, band: Band, colour: str, *, scale: _LogAxis | None = None, area: bool = False, width: float = 1.8
+) -> None:
+    """A per-second line with its band; thinned where it has more points than anyone can see."""
+    place: Callable[[Floats], Floats] = scale.place if scale is not None else (lambda values: values)
+    t_s: Floats = np.arange(len(band.mid), dtype=np.float64) + 0.5
+    mid, low, high = place(band.mid), place(band.low), place(band.high)
+    height: Floats = np.nan_to_num(high)
+    kept = largest_triangles(t_s, height, MAX_POINTS)
+    t_s, mid, low, high = t_s[kept], mid[kept], low[kept], high[kept]
+    if area:
+        ax.fill_between(t_s, 0, mid, color=colour, alpha=0.22, lw=0)
+    if not np.array_equal(low, high, equal_nan=True):
+        ax.fill_between(t_s, low, high, color=colour, alpha=0.25, lw=0)
+    alone = ~np.isnan(mid) & np.isnan(np.r_[np.nan, mid[:-1]]) & np.isnan(np.r_[mid[1:], np.nan])
+    ax.plot(t_s, mid, color=colour, lw=width)
+    ax.plot(t_s[alone], mid[alone], color=colour, marker="o", ms=3, lw=0)
+
+
+def _fault_marks(cell: CellView, axes: Sequence[Axes], span_s: float) -> None:
+    """Shade each fault from injection to recovery, or to the end, over all panels."""
+    for window in cell.faults:
+        until = span_s if window.until_s is None else max(window.until_s, window.from_s)
+        for ax in axes:
+            if until > window.from_s:
+                ax.axvspan(window.from_s, until, color=svg.ALARM, alpha=0.1, lw=0, zorder=0)
+            ax.axvline(window.from_s, color=svg.ALARM, lw=1.2, zorder=1)
+        side = "left" if window.from_s < 0.3 * span_s else "center" if window.from_s < 0.55 * span_s else "right"
+        axes[0].annotate(
+            f"{humanly(window.kind)}: {_recovered(window)}",
+            (window.from_s, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 25),
+            textcoords="offset points",
+            ha=side,
+            color=svg.ALARM,
+            fontsize=11,
+            annotation_clip=False,
+        )
+
+
+def _recovered(window: FaultWindow) -> str:
+    if not window.seen:
+        return "no arrivals after it"
+    if window.until_s is None:
+        return "not recovered"
+    took = window.until_s - window.from_s
+    return f"recovered after {seconds(took)}" if took >= 1 else "recovered within 1 s"
+
+
+def _timeline_words(cell: CellView, evidence: Evidence) -> str:
+    told = [
+        f"Timeline of {cell.label}: offered rate up to {significant(float(np.nanmax(evidence.rate.mid)))} requests/s,",
+        f"goodput up to {significant(float(np.nanmax(evidence.goodput.mid)))} requests/s.",
+    ]
+    told += [f"{humanly(f.kind)} at {seconds(f.from_s)}, {_recovered(f)}." for f in cell.faults]
+    return " ".join(told)
+
+
+# ---------------------------------------------------------------- frontier
+
+
+def frontier(cells: Sequence[CellView]) -> list[Figure]:
+    """Goodput per device against p99, one figure per workload, trace and device, for only those compare."""
+    groups: dict[tuple[str, ...], list[CellView]] = {}
+    for cell in cells:
+        if cell.summary["arrivals"] > 0:
+            groups.setdefault(tuple(str(cell.summary[k]) for k in ("workload", "trace", "device")), []).append(cell)
+    several = len(groups) > 1
+    return [
+        _frontier(" · ".join(group) if several else "", members, f"frontier{i}")
+        for i, (group, members) in enumerate(groups.items())
+    ]
+
+
+def frontier_members(cells: Sequence[CellView]) -> NDArray[np.bool_]:
+    """Which cells are on the frontier: comparable, with a finite p99, and beaten by none of those on both axes."""
+    finite = np.array([c.comparable and c.summary["p99_ms"] is not None for c in cells], dtype=np.bool_)
+    finite &= np.array([math.isfinite(c.summary["p99_ms"] or 0.0) for c in cells], dtype=np.bool_)
+    on = np.zeros(len(cells), dtype=np.bool_)
+    chosen = [cell for cell, ok in zip(cells, finite, strict=True) if ok]
+    on[finite] = non_dominated(
+        np.array([c.summary["p99_ms"] for c in chosen], dtype=np.float64),
+        np.array([c.summary["goodput_rps_per_device"] for c in chosen], dtype=np.float64),
+    )
+    return on
+
+
+def _frontier(title: str, cells: Sequence[CellView], name: str) -> Figure:
+    styles = _Styles.of(cells)
+    on = frontier_members(cells)
+    claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
+    unclaimed = [cell for cell in cells if cell.summary["p99_ms"] is None]
+    with svg.style():
+        canvas = svg.new_figure(320)
+        aside = 0.16 if unclaimed and claimed else 0.0
+        ax = canvas.add_axes((0.105, 0.17, 0.87 - aside, 0.745))
+        ax.grid(True, axis="x")
+        ends = [float(cell.summary["slo_ms"]) for cell in cells]
+        for cell in claimed:
+            ends += [cell.summary["p99_ms"], *(cell.summary["p99_ci_ms"] or [])]
+        infinite = [cell for cell in claimed if math.isinf(cell.summary["p99_ms"])]
+        scale = _LogAxis.fit(
+            ax, ends, horizontal=True, most_ticks=6, strip=0.17 if 2 * len(infinite) <= len(claimed) else 0.6
+        )
+        goodputs = [c.summary["goodput_rps_per_device"] for c in cells]
+        goodputs += [end for c in cells for end in c.summary["goodput_rps_per_device_ci"] or []]
+        ax.set_ylim(*_around(goodputs))
+        for objective in sorted({float(cell.summary["slo_ms"]) for cell in cells}):
+            ax.axvline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
+        _frontier_line(ax, [cell for cell, member in zip(cells, on, strict=True) if member])
+        for cell in claimed:
+            if cell in infinite:
+                x = scale.within_strip((infinite.index(cell) + 1) / (len(infinite) + 1))
+            else:
+                x = cell.summary["p99_ms"]
+            _point(ax, cell, x, styles.index(cell), scale)
+        beside = ax if not claimed else canvas.add_axes((0.985 - aside, 0.17, aside, 0.745), sharey=ax) if aside else ax
+        if unclaimed:
+            _unclaimed(beside, unclaimed, styles, alone=not claimed)
+        _heading(canvas, ax, "Goodput per device, requests/s")
+        ax.set_xlabel("p99 response time, ms (log scale)", labelpad=3)
+        best = [cell for cell, member in zip(cells, on, strict=True) if member]
+        alt = "Goodput per device against p99. " + " ".join(_point_words(cell) for cell in cells)
+        alt += f" On the frontier: {listing([c.label for c in best]) or 'none'}."
+        _stamp(canvas, cells)
+        drawn = svg.inline(
+            canvas, name=name, alt=alt, tooltips={f"tip-{cell.key}": _point_words(cell) for cell in cells}
+        )
+    keys = _marker_keys(cells, styles)
+    keys += [Key("frontier: nobody is better on both")] if best else []
+    keys += [Key("objective", kind="objective")]
+    return Figure(title, drawn, tuple(keys), _frontier_note(cells, best))
+
+
+def _marker_keys(cells: Sequence[CellView], styles: _Styles) -> list[Key]:
+    """One entry per cell while they are few, else one per framework and one per scenario."""
+    if len(cells) <= MAX_LINES:
+        return [Key(cell.label, cell.slot, "marker", marker=styles.index(cell)) for cell in cells]
+    frameworks = {cell.summary["adapter"]: Key(cell.framework, cell.slot, "area") for cell in cells}
+    scenarios = {
+        styles.index(cell): Key(
+            " · ".join(p for p in (cell.scenario, cell.run) if p), None, "marker", 0, styles.index(cell)
+        )
+        for cell in cells
+    }
+    return [*frameworks.values(), *scenarios.values()]
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold the values with room to spare: from zero, unless all of them lie in the upper half."""
+    low, high = min(values), max(*values, 1e-9)
+    if low < 0.5 * high:
+        return 0.0, high * 1.08
+    room = max(0.3 * (high - low), 0.04 * high)
+    return low - room, high + room
+
+
+def _frontier_note(cells: Sequence[CellView], best: Sequence[CellView]) -> str:
+    told = [f"On the frontier: {listing([cell.label for cell in best])}." if best else "No cell is on the frontier."]
+    if any(c.summary["p99_ms"] == math.inf for c in cells):
+        told.append("In the ∞ strip: cells in which more than 1 % of requests failed, so that their p99 has no end.")
+    if any(c.summary["p99_ms"] is None for c in cells):
+        told.append("Apart: cells with too few arrivals to claim a p99.")
+    if any(not c.comparable for c in cells):
+        told.append("Hollow: INVALID cells, which cannot be on the frontier.")
+    return " ".join(told)
+
+
+def _frontier_line(ax: Axes, best: Sequence[CellView]) -> None:
+    """The staircase of what can be had: at least this p99 for that goodput."""
+    if not best:
+        return
+    points = sorted((c.summary["p99_ms"], c.summary["goodput_rps_per_device"]) for c in best)
+    x, y = np.array(points, dtype=np.float64).T
+    ax.plot(
+        np.r_[x[0], x, ax.get_xlim()[1]],
+        np.r_[ax.get_ylim()[0], y, y[-1]],
+        color=svg.MUTED,
+        lw=1.2,
+        drawstyle="steps-post",
+    )
+
+
+def _point(ax: Axes, cell: CellView, x: float, style: int, scale: _LogAxis) -> None:
+    s = cell.summary
+    y, colour = s["goodput_rps_per_device"], svg.colour(cell.slot)
+    if s["p99_ci_ms"] and math.isfinite(s["p99_ms"]):
+        low, high = scale.place(np.array(s["p99_ci_ms"], dtype=np.float64))
+        ax.plot([low, high], [y, y], color=colour, lw=1.3, alpha=0.8)
+    if s["goodput_rps_per_device_ci"]:
+        ax.plot([x, x], s["goodput_rps_per_device_ci"], color=colour, lw=1.3, alpha=0.8)
+    _marker(ax, cell, x, style)
+
+
+def _marker(ax: Axes, cell: CellView, x: float, style: int) -> None:
+    colour = svg.colour(cell.slot)
+    (mark,) = ax.plot(
+        [x],
+        [cell.summary["goodput_rps_per_device"]],
+        MARKERS[style % len(MARKERS)],
+        ms=8,
+        color=colour,
+        mfc=colour if cell.comparable else svg.PAPER,
+        mec=svg.PAPER if cell.comparable else colour,
+        mew=1,
+        clip_on=False,
+        zorder=3,
+    )
+    mark.set_gid(f"tip-{cell.key}")
+
+
+def _unclaimed(ax: Axes, cells: Sequence[CellView], styles: _Styles, *, alone: bool) -> None:
+    """Cells without a p99, at their goodput, side by side."""
+    if not alone:
+        ax.tick_params(labelleft=False)
+    ax.set_xscale("linear")
+    ax.set_xlim(0, len(cells) + 1)
+    ax.set_xticks([(len(cells) + 1) / 2], ["not claimed"])
+    ax.grid(False, axis="x")
+    ax.axvspan(0, len(cells) + 1, color=svg.MUTED, alpha=0.08, lw=0, zorder=0)
+    for i, cell in enumerate(cells):
+        _marker(ax, cell, i + 1, styles.index(cell))
+
+
+def _point_words(cell: CellView) -> str:
+    s = cell.summary
+    p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
+    goodput = f"{per_second(s['goodput_rps_per_device'])} {interval(s['goodput_rps_per_device_ci'])}".strip()
+    verdict = "" if s["verdict"] == "VALID" else f", {s['verdict']}"
+    return f"{cell.label}: goodput {goodput} per device, p99 {p99}, {share(s['slo_attainment'])} within SLO{verdict}."
+
+
+# ---------------------------------------------------------------- cold start
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Mean phases of one framework's cold starts in one run."""
+
+    label: str
+    slot: int
+    phases: tuple[tuple[str, float], ...]
+    """What had to happen, and how long it took after the one before, in seconds."""
+    total_s: float
+    starts: int
+
+
+def cold_starts(cells: Sequence[CellView]) -> list[ColdStart]:
+    """Cold start does not know what the trial will do, so the trials of all scenarios of a framework count together."""
+    groups: dict[tuple[str, str], list[CellView]] = {}
+    for cell in cells:
+        groups.setdefault((cell.run, cell.summary["adapter"]), []).append(cell)
+    starts = []
+    for members in groups.values():
+        told = [t["cold_start_phases_s"] for c in members for t in c.trials if t["cold_start_phases_s"]]
+        known = [(key, words) for key, words in PHASES if told and all(t.get(key) is not None for t in told)]
+        if not known:
+            continue
+        means = [0.0, *(sum(t[key] for t in told) / len(told) for key, _ in known)]
+        phases = tuple((words, max(0.0, b - a)) for (_, words), a, b in zip(known, means, means[1:], strict=False))
+        first = members[0]
+        label = " · ".join(part for part in (first.framework, first.run) if part)
+        starts.append(ColdStart(label, first.slot, phases, means[-1], len(told)))
+    return starts
+
+
+def cold_start(cells: Sequence[CellView]) -> Figure | None:
+    """Horizontal bars, stacked by phase from pale to full in the framework's colour."""
+    starts = cold_starts(cells)
+    if not starts:
+        return None
+    row = 46
+    height = 18 + row * len(starts) + 34
+    words = [w for _, w in PHASES if any(w == phase for start in starts for phase, _ in start.phases)]
+    with svg.style():
+        canvas = svg.new_figure(height)
+        ax = canvas.add_axes((0.02, 34 / height, 0.955, row * len(starts) / height))
+        ax.grid(False)
+        ax.grid(True, axis="x")
+        for i, start in enumerate(starts):
+            left = 0.0
+            for phase, took in start.phases:
+                ax.barh(i, took, left=left, height=0.42, color=svg.colour(start.slot), alpha=_phase_alpha(phase), lw=0)
+                left += took
+            text = f"{start.label}  {seconds(start.total_s)}"
+            ax.text(0, i - 0.31, text, fontsize=12.5, va="bottom", ha="left")
+        ax.set_ylim(len(starts) - 0.5, -0.72)
+        ax.set_xlim(0, max(start.total_s for start in starts) * 1.02)
+        ax.set_yticks([])
+        ax.set_xlabel("seconds since the process was started", labelpad=2)
+        alt = "Cold start by phase. " + " ".join(_cold_words(start) for start in starts)
+        _stamp(canvas, cells)
+        drawn = svg.inline(canvas, name="cold", alt=alt)
+    keys = tuple(Key(word, None, "area", strength=_phase_alpha(word)) for word in words)
+    numbers = sorted({start.starts for start in starts})
+    note = "" if numbers == [1] else f"Mean of {listing([str(n) for n in numbers])} cold starts per framework."
+    return Figure("", drawn, keys, note)
+
+
+def _phase_alpha(phase: str) -> float:
+    return dict(zip((words for _, words in PHASES), (0.25, 0.5, 0.75, 1.0), strict=True))[phase]
+
+
+def _cold_words(start: ColdStart) -> str:
+    phases = ", ".join(f"{phase} {seconds(took)}" for phase, took in start.phases)
+    return f"{start.label}: {seconds(start.total_s)} ({phases})."

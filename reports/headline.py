@@ -1,0 +1,198 @@
+"""The answer first: what a run found, in sentences made from its figures, each as sure as its intervals allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+from harness.summary import MIN_TRIALS_FOR_T
+from reports.evidence import CellView, RunView
+from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
+
+Pairs = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as much, with its 95 % interval over paired trials; ``None`` from fewer than three pairs."""
+
+    value: float
+    ends: tuple[float, float] | None
+    pairs: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether the interval leaves one side of 1 out."""
+        return self.ends is not None and not self.ends[0] <= 1 <= self.ends[1]
+
+    def __str__(self) -> str:
+        return f"{significant(self.value)}×" + (f" {interval(self.ends)}" if self.ends else "")
+
+
+def paired_ratio(pairs: Pairs) -> Ratio | None:
+    """Geometric mean of first ÷ second with a Student-t interval on the logarithms of the ratios.
+
+    Pairs are trials of the same number, which met the same arrivals. ``None`` unless every value is positive.
+    """
+    values = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    if not len(values) or not np.isfinite(values).all() or not (values > 0).all():
+        return None
+    logs = np.log(values[:, 0] / values[:, 1])
+    centre = float(logs.mean())
+    if len(logs) < MIN_TRIALS_FOR_T:
+        return Ratio(math.exp(centre), None, len(logs))
+    half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return Ratio(math.exp(centre), (math.exp(centre - half), math.exp(centre + half)), len(logs))
+
+
+def pair(first: CellView, second: CellView, key: str) -> Pairs:
+    """The figure ``key`` of the trials that both cells have, by number."""
+    other = {trial["number"]: trial for trial in second.trials}
+    return [(t[key], other[t["number"]][key]) for t in first.trials if t["number"] in other]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One sentence that answers, and the sentences that support it."""
+
+    lede: str
+    support: tuple[str, ...] = ()
+
+
+MAX_SUPPORT = 5
+CLOSE = 1.05
+"""Without an interval, a smaller ratio than this is not called a lead."""
+
+
+def headline(run: RunView) -> Headline:
+    """The verdict on one run, in words. Cells with INVALID trials take no part in any claim."""
+    usable = [cell for cell in run.cells if cell.comparable]
+    if not usable:
+        return Headline(_nothing(run))
+    frameworks = list(dict.fromkeys(cell.summary["adapter"] for cell in usable))
+    lede = _single(usable[0], usable) if len(frameworks) == 1 else _race(usable)
+    support = [] if len(frameworks) == 1 else [_single(cell, usable) for cell in _first_scenario(usable)]
+    support += [told for cell in usable if (told := _fault_cost(cell, usable))]
+    if len(support) > MAX_SUPPORT:
+        left = count(len(support) - MAX_SUPPORT, "more comparison")
+        support = [*support[:MAX_SUPPORT], f"{left} can be read from the tables below."]
+    aside = [cell.label for cell in run.cells if not cell.comparable]
+    if aside:
+        support.append(f"Left out of every claim, for they are INVALID or empty: {listing(aside)}.")
+    return Headline(lede, tuple(support))
+
+
+def _nothing(run: RunView) -> str:
+    if not run.cells:
+        return "Nothing was measured: no trial had begun when the run ended."
+    if all(cell.summary["arrivals"] == 0 for cell in run.cells):
+        return "Nothing was measured: not one arrival of the trace was replayed."
+    return "No claim can be made: every cell holds an INVALID trial."
+
+
+def _first_scenario(cells: Sequence[CellView]) -> list[CellView]:
+    return [cell for cell in cells if cell.scenario == cells[0].scenario]
+
+
+def _device(cell: CellView) -> str:
+    return "emulated device" if cell.summary["emulated"] else "device"
+
+
+def _condition(cell: CellView, cells: Sequence[CellView]) -> str:
+    """The scenario as part of a sentence."""
+    calm = {c.scenario for c in cells if not c.faulty}
+    if len({c.scenario for c in cells}) == 1 and not cell.faulty:
+        return ""
+    if not cell.faulty:
+        return "without a fault" if len(calm) == 1 else f"in {cell.scenario}"
+    return f"with {cell.scenario}"
+
+
+def _single(cell: CellView, cells: Sequence[CellView]) -> str:
+    s = cell.summary
+    where = " ".join(part for part in (f"Under {s['trace']}", _condition(cell, cells)) if part)
+    p99 = s["p99_ms"]
+    if p99 is None:
+        tail = f"p99 is not claimed ({count(s['p99_more_needed'], 'more arrival')} would do)"
+    elif math.isinf(p99):
+        tail = "p99 is ∞, for more than 1 % failed"
+    else:
+        side = "above" if p99 > s["slo_ms"] else "within"
+        tail = f"p99 {milliseconds(p99)} {interval(s['p99_ci_ms'])}".rstrip() + f", {side} the objective"
+    return (
+        f"{where}, {cell.framework} answered {share(s['slo_attainment'])} of requests within "
+        f"{milliseconds(s['slo_ms'])}: {per_second(s['goodput_rps_per_device'])} of goodput per {_device(cell)}, "
+        f"{tail}."
+    )
+
+
+def _race(cells: Sequence[CellView]) -> str:
+    """Who leads on goodput per device, scenario by scenario."""
+    told: list[str] = []
+    for scenario in dict.fromkeys(cell.scenario for cell in cells):
+        members = [cell for cell in cells if cell.scenario == scenario]
+        members.sort(key=lambda cell: -cell.summary["goodput_rps_per_device"])
+        condition = _condition(members[0], cells)
+        if len(members) < 2:
+            told.append(f"{condition} only {members[0].framework} gave a figure to compare")
+            continue
+        best, next_best = members[0], members[1]
+        ratio = paired_ratio(pair(best, next_best, "goodput_rps_per_device"))
+        if ratio is None:
+            told.append(f"{condition} not every framework answered within the objective in every trial")
+        elif ratio.ends is None and ratio.value < CLOSE:
+            percent = max(1, math.ceil((ratio.value - 1) * 100 - 1e-9))
+            told.append(
+                f"{condition} {best.framework} and {next_best.framework} are within {percent} % of each other "
+                f"({count(ratio.pairs, 'trial')} each: no interval)"
+            )
+        elif ratio.settled or ratio.ends is None:
+            caution = "" if ratio.settled else f" ({count(ratio.pairs, 'trial')} each: no interval)"
+            told.append(f"{condition} {best.framework} reaches {ratio} the goodput of {next_best.framework}{caution}")
+        else:
+            told.append(f"{condition} {best.framework} and {next_best.framework} are level ({ratio})")
+    if len(told) > 4:
+        told = [*told[:4], f"{len(told) - 4} more scenarios are in the table"]
+    s = cells[0].summary
+    clauses = "; ".join(clause.strip() for clause in told)
+    return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+
+
+def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
+    """What the faults of a cell cost against the same framework without them."""
+    if not cell.faults:
+        return ""
+    if not any(window.seen for window in cell.faults):
+        return f"{cell.framework}, {cell.scenario}: nothing arrived after the fault that could tell its cost."
+    kinds = listing(list(dict.fromkeys(humanly(window.kind) for window in cell.faults)))
+    told = []
+    calm = [c for c in cells if c.summary["adapter"] == cell.summary["adapter"] and not c.faulty]
+    if calm:
+        ratio = paired_ratio(pair(cell, calm[0], "goodput_rps_per_device"))
+        if ratio is not None:
+            told.append(f"goodput was {ratio} that without it")
+    recoveries = [f["recovery"] for trial in cell.trials for f in trial["faults"] if f["recovery"]]
+    recoveries = [r for r in recoveries if not math.isnan(r["dip_attainment"])]
+    failed = [t["arrivals"] - t["ok"] for t in cell.trials]
+    usual = [t["arrivals"] - t["ok"] for t in calm[0].trials] if calm else [0]
+    extra = sum(failed) / len(failed) - sum(usual) / len(usual)
+    if extra > 0:
+        more = " more than without it" if calm and sum(usual) else ""
+        told.append(f"{count(max(1, round(extra)), 'request')} failed{more}{' per trial' if len(failed) > 1 else ''}")
+    else:
+        told.append("no more requests failed than without it" if calm and sum(usual) else "no request failed")
+    back = [r["recovery_s"] for r in recoveries if r["recovery_s"] is not None]
+    if len(back) == len(recoveries):
+        worst = max(back)
+        told.append(
+            "attainment was back within 1 s" if worst < 1 else f"attainment was back after {quantity(worst, 's')}"
+        )
+    elif back:
+        told.append(f"attainment came back in {len(back)} of {len(recoveries)} faults")
+    else:
+        told.append("attainment did not come back before the trace ended")
+    return f"{cell.framework}, {kinds}: {listing(told)}."

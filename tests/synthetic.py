@@ -1,0 +1,449 @@
+"""Plausible run folders without servers: a small batch-server simulation writes what a real run would have stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from harness.records import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from harness.spec import Experiment, interleave
+from harness.store import EventLog, RunFolder, TrialFolder, write_json
+from harness.tables import TableWriter, finish_table
+
+Variant = Literal["complete", "killed", "empty", "one-request", "hostile"]
+Floats = NDArray[np.float64]
+
+SCRIPT = '<script>alert("tailrace")</script>'
+"""What the hostile variant puts wherever a server, a trace or a user may put text."""
+HOSTILE = SCRIPT + " {{ 7 * 7 }} $\\frac{ & ]]> </style></svg> \u202e"
+
+EPOCH_NS = 5_000_000_000_000
+_BASE_S, _PER_ITEM_S, _MAX_BATCH, _TIMEOUT_S = 0.012, 0.003, 16, 10.0
+
+
+def make_run(
+    folder: Path,
+    *,
+    adapters: Sequence[str] = ("triton", "ray_serve"),
+    scenarios: Sequence[str] = ("no-fault", "kill-replica"),
+    trials: int = 1,
+    seed: int = 7,
+    span_s: float = 50.0,
+    peak_rate: float = 520.0,
+    fault_at: float = 20.0,
+    fail_fraction: float = 0.0,
+    device: Literal["emulated", "cpu", "cuda"] = "emulated",
+    slo_ms: float = 200.0,
+    name: str = "compare",
+    variant: Variant = "complete",
+) -> RunFolder:
+    """Write a run folder and open it.
+
+    A scenario whose name is not ``no-fault`` loses one of two replicas at ``fault_at``; adapters differ in their
+    overhead, and every second one brings the replica back after 4 s. ``fail_fraction`` of the arrivals fail besides.
+    Variants: ``killed`` (the last trial is an unfinished Arrow stream cut in mid-batch, the one before it failed at
+    deploy, when there are three), ``empty`` (no arrivals), ``one-request``, ``hostile`` (markup in every text).
+    """
+    experiment = Experiment.model_validate(
+        {
+            "name": name,
+            "question": "Which framework serves this model best under a surge in which one of two replicas dies?"
+            if variant != "hostile"
+            else HOSTILE,
+            "adapters": list(adapters),
+            "devices": 2,
+            "device": device,
+            "trace": {"name": "surge" if variant != "hostile" else f"surge {HOSTILE}", "tail_s": 20},
+            "tuning": {"max_batch": _MAX_BATCH, "batch_window_ms": 10, "replicas": 2},
+            "scenarios": [
+                {"name": s, "faults": [] if s == "no-fault" else [{"kind": "kill_replica", "at_s": fault_at}]}
+                for s in scenarios
+            ],
+            "trials": trials,
+            "seed": seed,
+        }
+    )
+    plans = interleave(experiment)
+    run = RunFolder.create(folder, _manifest(experiment, variant))
+    for index, plan in enumerate(plans):
+        trial = run.trial(plan.id)
+        trial.server.joinpath("config").mkdir(parents=True)
+        (trial.server / "logs").mkdir()
+        text = f"name: {plan.cell.adapter}\nmax_batch_size: {_MAX_BATCH}\n"
+        (trial.server / "config" / "model.conf").write_text(text + (HOSTILE if variant == "hostile" else ""))
+        has_fault = bool(plan.cell.scenario.faults)
+        facts = _facts(experiment, plan.cell.adapter, span_s=span_s, slo_ms=slo_ms, device=device, variant=variant)
+        facts.update(
+            id=plan.id, cell=plan.cell.id, scenario=plan.cell.scenario.name, number=plan.number, seed=plan.seed
+        )
+        if variant == "killed" and index == len(plans) - 2 and len(plans) > 2:
+            _write_failed(trial, facts)
+            continue
+        killed = variant == "killed" and index == len(plans) - 1
+        rng = np.random.default_rng([plan.seed, len(plan.cell.adapter), sum(plan.cell.adapter.encode())])
+        arrivals = _arrivals(np.random.default_rng(plan.seed), span_s, peak_rate, variant)
+        position = list(adapters).index(plan.cell.adapter)
+        simulated = _simulate(
+            arrivals,
+            overhead_s=0.002 + 0.0025 * (position % 5),
+            fault_at=fault_at if has_fault else math.inf,
+            back_at=fault_at + 4.0 if has_fault and position % 2 else math.inf,
+            fail_fraction=fail_fraction,
+            rng=rng,
+        )
+        _write_trial(trial, facts, simulated, span_s=span_s, killed=killed, variant=variant, rng=rng)
+    if variant != "killed":
+        run.amend_manifest(ended_at="2026-11-23T22:31:40Z")
+    return RunFolder.open(folder)
+
+
+def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
+    hostile = variant == "hostile"
+    return {
+        "tailrace_version": "0.1.0",
+        "name": experiment.name,
+        "started_at": "2026-11-23T22:24:05Z",
+        "ended_at": None,
+        "command": ["tailrace", "run", experiment.name, "--set", f"note={SCRIPT}" if hostile else "trials=1"],
+        "experiment": experiment.model_dump(mode="json"),
+        "experiment_sha256": experiment.sha256,
+        "hardware": {
+            "cpu_model": "Synthetic CPU @ 2.00GHz",
+            "cpu_count": 2,
+            "memory_bytes": 8 * 2**30,
+            "gpus": ["Synthetic GPU"] if experiment.device == "cuda" else [],
+            "kernel": "6.1.0",
+            "os": "Debian GNU/Linux 12 (bookworm)",
+        },
+        "software": {"python": "3.11.7", "locust": "2.43.0", "numpy": "2.3.0"},
+        "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
+        "environment_variables": {"CI": "1"},
+        "adapters": {adapter: _adapter(adapter, index, hostile) for index, adapter in enumerate(experiment.adapters)},
+        "workload": {
+            "name": HOSTILE if hostile else experiment.workload,
+            "title": HOSTILE if hostile else "Emulated accelerator",
+            "description": "Emulated: a model whose device takes 12 ms plus 3 ms per item for a batch.",
+            "artifact_sha256": "ab" * 32,
+            "payloads": 64,
+            "tolerance": {"atol": 0.0, "rtol": 0.0},
+        },
+        "trace": {
+            "name": experiment.trace.name,
+            "provenance": {"source": HOSTILE if hostile else "drawn from the seed of the run"},
+            "description": {"rows": 7300, "span_s": 50.0, "mean_rate": 146.0, "index_of_dispersion_1s": 142.1},
+        },
+        "trials": [
+            {
+                "id": plan.id,
+                "cell": plan.cell.id,
+                "adapter": plan.cell.adapter,
+                "scenario": plan.cell.scenario.name,
+                "number": plan.number,
+                "seed": plan.seed,
+            }
+            for plan in interleave(experiment)
+        ],
+        "cleaned": [],
+    }
+
+
+def _adapter(name: str, index: int, hostile: bool) -> dict[str, Any]:
+    titles = {"triton": "Triton", "ray_serve": "Ray Serve", "torchserve": "TorchServe", "kserve": "KServe"}
+    return {
+        "title": HOSTILE if hostile and index == 0 else titles.get(name, name),
+        "homepage": "javascript:alert(1)" if hostile else "https://example.org/" + name,
+        "packages": {"numpy": "1.26.4", name: "1.0"},
+        "environment": "venv",
+        "knobs": {
+            "max_batch": "max_batch_size",
+            "batch_window_ms": "max_queue_delay_microseconds",
+            "replicas": "instance_group.count",
+        },
+        "refused": {"autoscale": "an external scaler only"},
+        "capabilities": ["replicas", "scrape", "applied"],
+    }
+
+
+def _facts(
+    experiment: Experiment,
+    adapter: str,
+    *,
+    span_s: float,
+    slo_ms: float,
+    device: str,
+    variant: Variant,
+) -> dict[str, Any]:
+    hostile = variant == "hostile"
+    return {
+        "adapter": adapter,
+        "state": "running",
+        "error": None,
+        "workload": HOSTILE if hostile else experiment.workload,
+        "trace": experiment.trace.name,
+        "transient": True,
+        "device": device,
+        "devices": experiment.devices,
+        "protocol": "http",
+        "slo_ms": slo_ms,
+        "span_s": span_s,
+        "arrivals": 0,
+        "models": [HOSTILE if hostile else "model"],
+        "cpu_count": 2,
+        "epoch_mono_ns": EPOCH_NS,
+        "tuning": {"max_batch": _MAX_BATCH, "batch_window_ms": 10.0, "replicas": 2},
+        "applied": {"max_batch": _MAX_BATCH, "replicas": 2},
+        "not_applied": [],
+        "faults": [],
+        "warnings": [f"a warning {HOSTILE}"] if hostile else [],
+    }
+
+
+def _arrivals(rng: np.random.Generator, span_s: float, peak_rate: float, variant: Variant) -> Floats:
+    """A triangle on a quiet base, like the catalogue's surge, by thinning; seconds."""
+    if variant == "empty":
+        return np.empty(0)
+    if variant == "one-request":
+        return np.array([span_s / 3])
+    count = rng.poisson(peak_rate * span_s)
+    t = np.sort(rng.uniform(0, span_s, count))
+    rate = 40 + (peak_rate - 40) * np.maximum(0, 1 - np.abs(t - 15) / 9)
+    return t[rng.uniform(0, peak_rate, count) < rate]
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    arrival_s: Floats
+    sent_s: Floats
+    start_s: Floats
+    done_s: Floats
+    outcome: NDArray[np.uint8]
+    busy: tuple[Floats, Floats]
+    """Starts and ends of the batches, in order of their ends."""
+
+
+def _simulate(
+    arrivals: Floats,
+    *,
+    overhead_s: float,
+    fault_at: float,
+    back_at: float,
+    fail_fraction: float,
+    rng: np.random.Generator,
+) -> _Simulated:
+    """Two replicas that take batches from one queue; the second is dead between ``fault_at`` and ``back_at``.
+
+    A dead one that never comes back keeps taking work and fails it after a second, as Triton's does.
+    """
+    n = len(arrivals)
+    sent = arrivals + np.minimum(rng.lognormal(-9.2, 0.6, n), 0.0008)
+    start, done = np.zeros(n), np.zeros(n)
+    outcome = np.full(n, Outcome.OK, dtype=np.uint8)
+    free = [0.0, 0.0]
+    batches: list[tuple[float, float]] = []
+    i = 0
+    while i < n:
+        replica = int(free[1] < free[0])
+        begin = max(free[replica], sent[i] + 0.0005)
+        dead = replica == 1 and fault_at <= begin < back_at
+        if dead and math.isfinite(back_at):
+            free[1] = back_at
+            continue
+        j = max(i + 1, min(i + _MAX_BATCH, int(np.searchsorted(sent, begin, side="right"))))
+        start[i:j] = begin
+        if dead:
+            done[i:j], outcome[i:j] = begin + 1.0, Outcome.ERROR
+            free[replica] = begin + 0.05
+        else:
+            took = _BASE_S + _PER_ITEM_S * (j - i) + overhead_s * float(rng.lognormal(0, 0.4))
+            free[replica] = begin + took
+            done[i:j] = begin + took
+            batches.append((begin, begin + took))
+        i = j
+    late = done - sent > _TIMEOUT_S
+    outcome[late], done[late] = Outcome.TIMEOUT, sent[late] + _TIMEOUT_S
+    failed = rng.uniform(size=n) < fail_fraction
+    outcome[failed] = rng.choice([Outcome.ERROR, Outcome.SHED, Outcome.CONNECTION], int(failed.sum()))
+    done[failed] = sent[failed] + 0.004
+    ends = sorted(batches, key=lambda batch: batch[1])
+    return _Simulated(
+        arrivals, sent, start, done, outcome, (np.array([b for b, _ in ends]), np.array([e for _, e in ends]))
+    )
+
+
+def _write_failed(trial: TrialFolder, facts: dict[str, Any]) -> None:
+    """A trial whose server never came up."""
+    facts.update(
+        state="failed",
+        epoch_mono_ns=None,
+        error={
+            "message": "the server's main process has ended",
+            "remedy": f"read the log: {trial.server}/logs/server.log",
+            "detail": "E1123 failed to load 'model'",
+        },
+    )
+    write_json(trial.facts_path, facts)
+    events = EventLog(trial.folder / "events.jsonl")
+    events.write("deploy", mono_ns=EPOCH_NS - 9_000_000_000)
+    events.close()
+
+
+def _write_trial(
+    trial: TrialFolder,
+    facts: dict[str, Any],
+    simulated: _Simulated,
+    *,
+    span_s: float,
+    killed: bool,
+    variant: Variant,
+    rng: np.random.Generator,
+) -> None:
+    _write_requests(trial, simulated, variant, cut=killed)
+    _write_samples(trial, facts, simulated, span_s, rng, cut=killed)
+    events = EventLog(trial.folder / "events.jsonl")
+    for offset_s, event in ((-9.0, "deploy"), (-6.5, "ready"), (-6.3, "verified"), (-4.0, "warm-up"), (0.0, "measure")):
+        events.write(event, mono_ns=EPOCH_NS + int(offset_s * 1e9))
+    faults = [] if facts["scenario"] == "no-fault" else [20.0]
+    experiment_fault = facts["scenario"] != "no-fault"
+    if experiment_fault:
+        at_s = trial_fault_s(trial)
+        faults = [at_s]
+        facts["faults"] = [
+            {"kind": "kill_replica", "at_s": at_s, "injected_s": at_s + 0.002, "target": "model-1", "pid": 4242}
+        ]
+        events.write("fault", mono_ns=EPOCH_NS + int(faults[0] * 1e9), kind="kill_replica", target="model-1", pid=4242)
+    if variant == "hostile":
+        events.write(HOSTILE, mono_ns=EPOCH_NS + 1, note=HOSTILE)
+    facts["arrivals"] = len(simulated.arrival_s)
+    if not killed:
+        spawn = 0.05 + 0.02 * float(rng.uniform())
+        opened = spawn + 0.8 + 0.2 * float(rng.uniform()) + 0.3 * (len(facts["adapter"]) % 4)
+        ready = opened + 1.2 + 2.0 * (len(facts["adapter"]) % 3)
+        facts.update(
+            state="done",
+            cold_start={
+                "process_s": spawn,
+                "port_open_s": opened,
+                "ready_s": ready,
+                "first_answer_s": ready + 0.2,
+                "environment_s": 0.4,
+            },
+            outputs={"checked": 128, "mismatched": 0, "unchecked": 3, "example": None},
+            load_generator={"cpu_us_per_request": 412.0, "connections_opened": 96, "peak_connections": 88},
+            final_probe={"process_alive": True, "claims_ready": True, "answers": True},
+        )
+        events.write("stop", mono_ns=EPOCH_NS + int((span_s + 1) * 1e9))
+    events.close()
+    write_json(trial.facts_path, facts)
+
+
+def trial_fault_s(trial: TrialFolder) -> float:
+    """When the fault of a trial's scenario was planned."""
+    experiment = RunFolder.open(trial.folder.parent.parent).manifest["experiment"]
+    return float(max(fault["at_s"] for s in experiment["scenarios"] for fault in s["faults"]))
+
+
+def _write_requests(trial: TrialFolder, simulated: _Simulated, variant: Variant, *, cut: bool) -> None:
+    n = len(simulated.arrival_s)
+    warm = 0 if variant in ("empty", "one-request") else 100
+    warm_s = np.linspace(-4.0, -1.1, warm)
+    intended = np.concatenate([warm_s, simulated.arrival_s])
+    sent = np.concatenate([warm_s + 0.0001, simulated.sent_s])
+    done = np.concatenate([warm_s + 0.030, simulated.done_s])
+    outcome = np.concatenate([np.full(warm, Outcome.OK, dtype=np.uint8), simulated.outcome])
+    names = np.array(OUTCOME_NAMES, dtype=object)[outcome]
+    messages = {Outcome.ERROR: "the model's worker has died", Outcome.SHED: "queue full", Outcome.TIMEOUT: "10 s"}
+    statuses = {Outcome.OK: 200, Outcome.ERROR: 500, Outcome.SHED: 503}
+    text = HOSTILE if variant == "hostile" else "model"
+    errors = [
+        None if o == Outcome.OK else f"{messages.get(Outcome(o), 'reset')}{HOSTILE if variant == 'hostile' else ''}"
+        for o in outcome
+    ]
+    total = warm + n
+    columns = [
+        pa.array(np.arange(total)),
+        pa.array((intended * 1e9).astype(np.int64)),
+        pa.array((sent * 1e9).astype(np.int64)),
+        pa.array(((done - 0.0002) * 1e9).astype(np.int64)),
+        pa.array((done * 1e9).astype(np.int64)),
+        pa.array(names, type=pa.string()),
+        pa.array([statuses.get(Outcome(o)) for o in outcome], type=pa.int16()),
+        pa.array(errors, type=pa.string()),
+        pa.array([text] * total, type=pa.string()),
+        pa.array(np.arange(total) % 64, type=pa.int32()),
+        pa.array(np.full(total, 310)),
+        pa.array(np.full(total, 180)),
+        pa.array(np.zeros(total), type=pa.int16()),
+        pa.array(["warmup"] * warm + ["measure"] * n, type=pa.string()),
+    ]
+    _write_table(
+        trial.folder / "requests", pa.RecordBatch.from_arrays(columns, schema=REQUEST_SCHEMA), cut, "intended_ns"
+    )
+
+
+def _write_samples(
+    trial: TrialFolder,
+    facts: dict[str, Any],
+    simulated: _Simulated,
+    span_s: float,
+    rng: np.random.Generator,
+    *,
+    cut: bool,
+) -> None:
+    rows: list[tuple[Floats, str, str, str, Floats, str]] = []
+    t = np.arange(-5.0, span_s + 1, 0.5)
+    begins, ends = simulated.busy
+    if len(ends):
+        total = np.concatenate([[0.0], np.cumsum(ends - begins)])
+        busy = np.interp(t, np.concatenate([[begins[0]], ends]), total)
+        waiting = np.searchsorted(simulated.arrival_s, t) - np.searchsorted(np.sort(simulated.start_s), t)
+    else:
+        busy, waiting = np.zeros_like(t), np.zeros_like(t)
+    if facts["device"] == "emulated":
+        rows += [(t, "device", f"device-{d}", "busy_s_total", busy / 2, "s") for d in (0, 1)]
+    elif facts["device"] == "cuda":
+        share = np.clip(np.gradient(busy, t) / 2, 0, 1)
+        rows += [
+            (t, "gpu", "gpu-0", "utilization", share, "1"),
+            (t, "gpu", "gpu-0", "memory_bytes", np.full_like(t, 3e9), "B"),
+            (t, "gpu", "gpu-0", "power_w", 70 + 200 * share, "W"),
+        ]
+    rows += [
+        (t, "server-process", "tree", "cpu_s_total", 0.5 * (t + 6) + 0.1 * busy, "s"),
+        (t, "server-process", "tree", "memory_bytes", np.full_like(t, 4e8), "B"),
+        (t, "load-generator", "process", "cpu_s_total", 0.3 * (t + 6), "s"),
+        (t, "harness", "process", "cpu_s_total", 0.1 * (t + 6), "s"),
+        (t, "host", "host", "cpu_busy", np.clip(0.5 + rng.normal(0, 0.02, len(t)), 0, 1), "1"),
+        (t, "host", "host", "steal", np.full_like(t, 0.001), "1"),
+        (t[::2], "server", "model", "queue_depth", np.maximum(waiting[::2], 0).astype(np.float64), "1"),
+        (t[::2], "server", "model", "batch_size", np.full(len(t[::2]), 6.5), "1"),
+    ]
+    arrays = [
+        pa.array(np.concatenate([(row[0] * 1e9).astype(np.int64) for row in rows])),
+        *(pa.array([row[k] for row in rows for _ in row[0]], type=pa.string()) for k in (1, 2, 3)),
+        pa.array(np.concatenate([row[4] for row in rows])),
+        pa.array([row[5] for row in rows for _ in row[0]], type=pa.string()),
+    ]
+    _write_table(trial.folder / "samples", pa.RecordBatch.from_arrays(arrays, schema=SAMPLE_SCHEMA), cut, "t_ns")
+
+
+def _write_table(stem: Path, batch: pa.RecordBatch, cut: bool, sort_by: str) -> None:
+    with TableWriter(stem, batch.schema) as writer:
+        if cut:
+            ordered = batch.sort_by(sort_by)
+            step = max(1, -(-ordered.num_rows // 20))
+            for begin in range(0, ordered.num_rows, step):
+                writer.append(ordered.slice(begin, step))
+        else:
+            writer.append(batch)
+    if cut:
+        content = writer.path.read_bytes()
+        writer.path.write_bytes(content[: len(content) * 2 // 3])
+    else:
+        finish_table(stem, sort_by=sort_by)
