@@ -151,7 +151,7 @@ class _GuardianServer:
                     answer = getattr(self, f"_{request['do']}")(request)
                 except OSError as error:
                     answer = {"error": str(error)}
-                stream.write(json.dumps(answer) + "\n")
+                stream.write(json.dumps({**answer, "id": request["id"]}) + "\n")
                 stream.flush()
         killed = _kill_descendants()
         removed = remove_paths(self._removals)
@@ -259,7 +259,8 @@ class Guardian:
                 stdin=subprocess.DEVNULL,
             )
         self._socket = ours
-        self._stream = ours.makefile("rw", encoding="utf-8")
+        self._received = b""
+        self._asked = 0
         self._lock = threading.Lock()  # faults are injected from a thread of their own
         self._spawned_ns: dict[ProcessRef, int] = {}
 
@@ -271,26 +272,31 @@ class Guardian:
 
     def close(self) -> None:
         """End everything that was started, remove what was to be removed, and end the guardian."""
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(json.dumps({"do": "goodbye"}) + "\n")
-            self._stream.flush()
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.close()
+        with contextlib.suppress(OSError):
+            self._socket.sendall(b'{"do": "goodbye"}\n')
         self._socket.close()
         self._process.wait()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        try:
-            with self._lock:
-                self._stream.write(json.dumps(request) + "\n")
-                self._stream.flush()
-                line = self._stream.readline()
-        except (OSError, ValueError):
-            line = ""
-        if not line:
-            raise TailraceError("the guardian process has ended; its servers ended with it")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        """One question and its answer. Ctrl-C may cut in anywhere: an answer that nobody waited for is passed over."""
+        with self._lock:
+            self._asked += 1
+            try:
+                self._socket.sendall(json.dumps({**request, "id": self._asked}).encode() + b"\n")
+                while True:
+                    line, newline, rest = self._received.partition(b"\n")
+                    if not newline:
+                        chunk = self._socket.recv(65536)
+                        if not chunk:
+                            raise ConnectionResetError
+                        self._received += chunk
+                        continue
+                    self._received = rest
+                    answer: dict[str, Any] = json.loads(line)
+                    if answer["id"] == self._asked:
+                        return answer
+            except OSError as error:
+                raise TailraceError("the guardian process has ended; its servers ended with it") from error
 
     def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
         """See :class:`harness.adapter.ProcessHost`. Raises :class:`DeployError` when the program cannot be started."""

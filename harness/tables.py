@@ -19,8 +19,9 @@ class TableWriter:
     def __init__(self, stem: Path, schema: pa.Schema) -> None:
         self.path = stem.with_name(stem.name + ".arrow")
         try:
-            self._file = self.path.open("wb", buffering=0)
+            self._file = self.path.open("wb")
             self._stream = pa.ipc.new_stream(self._file, schema)
+            self._file.flush()
         except OSError as error:
             raise StorageError.of(self.path, error) from error
         self._refused = False
@@ -31,6 +32,7 @@ class TableWriter:
             return  # told once; whatever followed a torn batch could not be read
         try:
             self._stream.write_batch(batch)
+            self._file.flush()
         except OSError as error:
             self._refused = True
             raise StorageError.of(self.path, error) from error
@@ -40,7 +42,8 @@ class TableWriter:
         with contextlib.suppress(OSError):
             if not self._refused:
                 self._stream.close()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> TableWriter:
         return self

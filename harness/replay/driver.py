@@ -205,6 +205,7 @@ class LoadGenerator:
                 deadline_s = time.monotonic() + END_GRACE_S
                 continue
             if progress is None:
+                self._progress.put(None)  # for whoever waits again, having aborted
                 break
             if progress.done > done:
                 done = progress.done
