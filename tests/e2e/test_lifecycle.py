@@ -235,7 +235,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_keeps_what_was_written(t
     """A file-size limit stands in for the full disk: the write fails in the middle of the replay."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.argv[0] = 'tailrace';"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv[0] = 'tailrace';"
         "from harness.cli import main; main()"
     )
     trace = ["--set", "trace={name: steady, params: {rate: 500, duration_s: 20}}"]
