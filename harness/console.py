@@ -102,7 +102,9 @@ class ConsoleObserver(Observer):
         line = Text(f"{self._label}: ")
         line.append(summary["verdict"], style=VERDICT_STYLES[summary["verdict"]])
         line.append(
-            f", {summary['goodput_rps']:.1f} good of {summary['offered_rps']:.1f} offered/s, "
+            f", {summary['reasons'][0]['text']}"
+            if not summary["arrivals"] and summary["reasons"]
+            else f", {summary['goodput_rps']:.1f} good of {summary['offered_rps']:.1f} offered/s, "
             f"p50 {milliseconds(summary['p50_ms'])} ms, p99 {milliseconds(summary['p99_ms'])} ms"
         )
         self._console.print(line, soft_wrap=True)

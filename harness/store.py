@@ -130,7 +130,7 @@ class RunFolder:
     """One run: a manifest and its trials."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # servers run in folders of their own
 
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> RunFolder:

@@ -97,6 +97,10 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
                 "the server does not run the same model, or mixes requests up: do not compare it",
             )
         )
+    if facts["state"] == "done" and not len(trace):
+        reasons.append(
+            _invalid("nothing-measured", "the trace had no arrivals", "choose a trace or a window with some")
+        )
     if len(trace) and not trace.ok.any():
         reasons.append(
             _invalid("errors-only", f"none of {len(trace)} arrivals was answered with success", "read the server's log")

@@ -110,5 +110,5 @@ def test_a_noisy_host_makes_the_trial_unknown_but_not_better_than_invalid() -> N
     assert codes({}, records(failed=Outcome.ERROR), steal=0.5)[0] == "INVALID"
 
 
-def test_an_empty_trace_says_nothing_against_the_server() -> None:
-    assert codes({}, NOTHING) == ("VALID", [])
+def test_an_empty_trace_proves_nothing() -> None:
+    assert codes({}, NOTHING) == ("INVALID", ["nothing-measured"])

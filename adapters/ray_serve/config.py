@@ -1,0 +1,152 @@
+"""The neutral tuning in Ray Serve's own terms, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from harness.adapter import DeployRequest
+
+DEPLOYMENT = "Model"
+"""The one deployment of every application; the class in ``server.py``."""
+ROUTE = "/models/{model}"
+_EXACT_BATCH_SIZES = 64
+_FORMING_BATCHES = 2
+
+
+class Options(BaseModel):
+    """The adapter's own options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    proxy: Literal["haproxy", "python"] = Field(
+        default="haproxy",
+        description="haproxy: Ray's HAProxy data plane, requests go straight to the replicas; "
+        "python: Ray's own default proxy, which saturates near 300 requests/s on two cores",
+    )
+
+
+def files(request: DeployRequest) -> dict[str, str]:
+    """``serve.json`` in the schema of ``serve deploy``; ``ray.json`` with what is Ray's and not Serve's."""
+    tuning = request.tuning
+    http_options: dict[str, Any] = {"host": request.host}
+    if tuning.server_timeout_s is not None:
+        http_options["request_timeout_s"] = tuning.server_timeout_s
+    serve = {
+        "http_options": http_options,
+        "logging_config": {"logs_dir": str(request.workdir / "logs" / "serve")},
+        "applications": [application(request, model) for model in request.models],
+    }
+    most = tuning.autoscale.max if tuning.autoscale else tuning.replicas or 1
+    ray = {
+        # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
+        # loaded later and for replicas that start while others end.
+        "init": {
+            "num_cpus": 2 * most * len(request.models) + 2,
+            "num_gpus": None if request.workload.device == "cuda" else 0,  # None: those that there are
+            "include_dashboard": False,
+            "log_to_driver": False,
+            # Another loopback address: 127.0.0.1 Ray would replace by the machine's public one.
+            "_node_ip_address": "127.0.0.2",
+        },
+        "environment": environment(request),
+    }
+    return {"serve.json": json.dumps(serve, indent=1) + "\n", "ray.json": json.dumps(ray, indent=1) + "\n"}
+
+
+def application(request: DeployRequest, model: str) -> dict[str, Any]:
+    """One model as an entry of ``applications``."""
+    tuning, workload = request.tuning, request.workload
+    deployment: dict[str, Any] = {"name": DEPLOYMENT}
+    if tuning.replicas is not None:
+        deployment["num_replicas"] = tuning.replicas
+    if tuning.autoscale is not None:
+        deployment["autoscaling_config"] = {
+            "min_replicas": tuning.autoscale.min,
+            "max_replicas": tuning.autoscale.max,
+            "target_ongoing_requests": tuning.autoscale.target_ongoing,
+        }
+    if tuning.queue_limit is not None:
+        deployment["max_queued_requests"] = tuning.queue_limit
+    if tuning.max_batch is not None:
+        # Ray's default of 5 would end every batch at 5: one batch runs while the next one forms.
+        deployment["max_ongoing_requests"] = _FORMING_BATCHES * tuning.max_batch
+        deployment["user_config"] = {"max_batch_size": tuning.max_batch}
+        if tuning.batch_window_ms is not None:
+            deployment["user_config"]["batch_wait_timeout_s"] = tuning.batch_window_ms / 1000
+    return {
+        "name": model,
+        "route_prefix": ROUTE.format(model=model),
+        "import_path": "server:application",
+        "args": {
+            "model_file": str(workload.model_file),
+            "artifact": str(workload.artifact),
+            "name": model,
+            "device": workload.device,
+            "inputs": [spec.model_dump(mode="json") for spec in workload.spec.inputs],
+            "outputs": [spec.model_dump(mode="json") for spec in workload.spec.outputs],
+        },
+        "deployments": [deployment],
+    }
+
+
+def environment(request: DeployRequest) -> dict[str, str]:
+    """Ray's environment variables that are the same at every start of this configuration."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",  # 15 otherwise: any neighbour would outrank the server under test
+        "RAY_metrics_report_interval_ms": "1000",  # 5 s of delay otherwise
+    }
+    if request.tuning.max_batch is not None:
+        variables["RAY_SERVE_BATCH_SIZE_BUCKETS"] = ",".join(map(str, batch_size_bounds(request.tuning.max_batch)))
+    if behind_haproxy(request):
+        variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    return variables
+
+
+def behind_haproxy(request: DeployRequest) -> bool:
+    """Whether requests go through Ray's HAProxy data plane."""
+    return isinstance(request.options, Options) and request.options.proxy == "haproxy"
+
+
+def batch_size_bounds(max_batch: int) -> list[int]:
+    """Upper bounds of the histogram of batch sizes: every size up to 64, then 64 steps to the largest."""
+    exact = list(range(1, min(max_batch, _EXACT_BATCH_SIZES) + 1))
+    step = math.ceil((max_batch - len(exact)) / _EXACT_BATCH_SIZES) or 1
+    beyond = list(range(len(exact) + step, max_batch, step))
+    return exact + beyond + ([max_batch] if max_batch > _EXACT_BATCH_SIZES else [])
+
+
+def knobs_in(report: Mapping[str, Any]) -> dict[str, object]:
+    """The neutral knobs in what the server reports; a knob on which the applications differ lists what they have."""
+    values: dict[str, list[object]] = defaultdict(list)
+    for reported in report["applications"].values():
+        for knob, value in _knobs_of(reported, report["http_options"]).items():
+            if value is not None and value not in values[knob]:
+                values[knob].append(value)
+    return {knob: found[0] if len(found) == 1 else found for knob, found in values.items() if found}
+
+
+def _knobs_of(reported: Mapping[str, Any], http_options: Mapping[str, Any]) -> dict[str, object]:
+    config, batching = reported["deployment_config"], reported["batching"]
+    window_s = batching.get("batch_wait_timeout_s")
+    knobs: dict[str, object] = {
+        "max_batch": batching.get("max_batch_size", 1),
+        "batch_window_ms": None if window_s is None else round(window_s * 1000, 6),
+        "queue_limit": config["max_queued_requests"] if config.get("max_queued_requests", -1) != -1 else None,
+        "server_timeout_s": http_options.get("request_timeout_s"),
+    }
+    if scaling := config.get("autoscaling_config"):
+        knobs["autoscale"] = {
+            "min": scaling["min_replicas"],
+            "max": scaling["max_replicas"],
+            "target_ongoing": scaling["target_ongoing_requests"],
+        }
+    else:
+        knobs["replicas"] = reported["running"]
+    return knobs

@@ -1,0 +1,244 @@
+"""The server's main process: a Ray head on this machine, Ray Serve in it, one application per model, until SIGTERM.
+
+It runs in the environment's interpreter and imports nothing of the harness. ``serve.json`` is a configuration in Ray
+Serve's own schema (``ray.serve.schema.ServeDeploySchema``), ``ray.json`` holds the arguments of ``ray.init``. A control
+socket opens once Serve says that all applications run; a line of JSON on it (``{"do": …}``) is answered with another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import signal
+import socketserver
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve.context import _get_global_client
+from starlette.responses import Response  # type: ignore[import-not-found]  # comes with ray[serve]
+
+_DEPLOYMENT = "Model"
+_REPLICA_ANSWER_S = 10.0
+_Item = dict[str, NDArray[Any]]
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Model:
+    """One replica: a copy of the workload's model behind HTTP, raw tensors in, raw tensors out.
+
+    ``predict`` runs on the event loop of the user's code, as in the documentation of ``@serve.batch``. Ray runs that
+    loop in a thread of its own, so health checks and timeouts go on while the model is busy; and the model is
+    exclusive. It is also what fills batches: requests that arrive during one batch form the next. Handing ``predict``
+    to another thread halves the throughput, for then the loop goes on closing small batches that queue up behind the
+    running one.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        spec = importlib.util.spec_from_file_location("tailrace_model", arguments["model_file"])
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{arguments['model_file']} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        self._model = module.Model(arguments["artifact"], arguments["name"], arguments["device"])
+        self._inputs = [(tensor["name"], np.dtype(tensor["dtype"]), tensor["shape"]) for tensor in arguments["inputs"]]
+        self._outputs = [(tensor["name"], np.dtype(tensor["dtype"])) for tensor in arguments["outputs"]]
+        self._input_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._inputs)
+        self._batches = False
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray Serve's hook for ``user_config``, which exists when batching was asked for."""
+        self._batches = True
+        self._predict_batch.set_max_batch_size(user_config["max_batch_size"])
+        if (window_s := user_config.get("batch_wait_timeout_s")) is not None:
+            self._predict_batch.set_batch_wait_timeout_s(window_s)
+
+    async def __call__(self, request: Any) -> Response:
+        body = await request.body()
+        if len(body) != self._input_bytes:
+            return Response(f"the body has {len(body)} bytes, the declared inputs have {self._input_bytes}", 400)
+        item = self._tensors(body)
+        answer = await self._predict_batch(item) if self._batches else self._predict([item])[0]
+        # Returned as plain bytes it would be sent in chunks.
+        return Response(answer, media_type="application/octet-stream")
+
+    @serve.batch  # type: ignore[untyped-decorator]
+    async def _predict_batch(self, items: list[_Item]) -> list[bytes]:
+        return self._predict(items)
+
+    def batching(self) -> dict[str, Any]:
+        """What this replica's batch queue is set to; nothing when it does not batch."""
+        if not self._batches:
+            return {}
+        return {
+            "max_batch_size": self._predict_batch._get_max_batch_size(),
+            "batch_wait_timeout_s": self._predict_batch._get_batch_wait_timeout_s(),
+        }
+
+    def _predict(self, items: list[_Item]) -> list[bytes]:
+        answers = self._model.predict({name: np.stack([item[name] for item in items]) for name, _, _ in self._inputs})
+        outputs = [np.ascontiguousarray(answers[name], dtype=dtype) for name, dtype in self._outputs]
+        return [b"".join(output[index].tobytes() for output in outputs) for index in range(len(items))]
+
+    def _tensors(self, body: bytes) -> _Item:
+        tensors: _Item = {}
+        offset = 0
+        for name, dtype, shape in self._inputs:
+            count = math.prod(shape)
+            tensors[name] = np.frombuffer(body, dtype, count, offset).reshape(shape)
+            offset += count * dtype.itemsize
+        return tensors
+
+
+_deployment: Any = serve.deployment(name=_DEPLOYMENT)(Model)
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """Ray Serve's «application builder»: what the ``import_path`` of the rendered configuration names."""
+    return _deployment.bind(args)
+
+
+def gpu_share(replicas: int, devices: int) -> float:
+    """The ``num_gpus`` of one replica that spreads ``replicas`` evenly over ``devices``; at most one each."""
+    per_device = math.ceil(replicas / devices)
+    return math.floor(10_000 / per_device) / 10_000  # Ray counts in ten-thousandths; rounding up would not fit
+
+
+class _Server:
+    """What the control socket can ask for."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._applications = config["applications"]
+        self._logging = config["logging_config"]
+        self._num_gpus = 0.0
+        if any(one["args"]["device"] == "cuda" for one in self._applications):
+            devices = int(ray.cluster_resources().get("GPU", 0))
+            if devices == 0:
+                raise RuntimeError("device: cuda, but Ray finds no NVIDIA GPU on this machine")
+            self._num_gpus = gpu_share(sum(map(_most_replicas, self._applications)), devices)
+
+    def run_all(self) -> None:
+        """Deploy every application; returns when Serve says that all run. Raises ``RuntimeError`` when one cannot."""
+        _run(
+            [
+                serve.RunTarget(self._target(one), name=one["name"], route_prefix=one["route_prefix"])
+                for one in self._applications
+            ]
+        )
+
+    def load(self, request: dict[str, Any]) -> None:
+        one = request["application"]
+        try:
+            _run([serve.RunTarget(self._target(one), name=one["name"], route_prefix=one["route_prefix"])])
+        except RuntimeError:
+            serve.delete(one["name"], _blocking=False)  # or Serve would go on trying
+            raise
+
+    def unload(self, request: dict[str, Any]) -> None:
+        serve.delete(request["model"], _blocking=False)  # blocking waits for the connections to drain, 30 s and more
+
+    def report(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What Serve's controller and the replicas say of themselves."""
+        details = _get_global_client().get_serve_details()
+        applications = {}
+        for name, one in details["applications"].items():
+            deployment = one["deployments"][_DEPLOYMENT]
+            applications[name] = {
+                "deployment_config": deployment["deployment_config"],
+                "running": sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
+                "batching": serve.get_app_handle(name).batching.remote().result(timeout_s=_REPLICA_ANSWER_S),
+            }
+        return {"http_options": details["http_options"], "applications": applications}
+
+    def _target(self, one: dict[str, Any]) -> serve.Application:
+        options = {key: value for key, value in one["deployments"][0].items() if key != "name"}
+        if self._num_gpus:
+            options["ray_actor_options"] = {"num_gpus": self._num_gpus}
+        return _deployment.options(**options, logging_config=self._logging).bind(one["args"])
+
+
+def _run(targets: list[serve.RunTarget]) -> None:
+    """Deploy and wait; a failure is told with what the model said, which Serve's own error leaves out."""
+    try:
+        serve.run_many(targets)
+    except RuntimeError as error:
+        names = {target.name for target in targets}
+        said = [
+            f"{name}: {deployment.message}"
+            for name, status in serve.status().applications.items()
+            for deployment in status.deployments.values()
+            if name in names and deployment.message
+        ]
+        raise RuntimeError("\n".join([str(error).strip(), *said])) from error
+
+
+def _most_replicas(one: dict[str, Any]) -> int:
+    deployment = one["deployments"][0]
+    most = deployment.get("autoscaling_config", {}).get("max_replicas") or deployment.get("num_replicas", 1)
+    return int(most)
+
+
+def _answer(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
+    actions = {"load": server.load, "unload": server.unload, "report": server.report}
+    try:
+        return {"answer": actions[request["do"]](request)}
+    except Exception as error:
+        return {"error": _COLOUR.sub("", str(error) or repr(error))}
+
+
+def _control(path: str, server: _Server) -> socketserver.ThreadingUnixStreamServer:
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            answer = _answer(server, json.loads(self.rfile.readline()))
+            self.wfile.write(json.dumps(answer, default=str).encode() + b"\n")
+
+    control = socketserver.ThreadingUnixStreamServer(path, Handler)
+    control.daemon_threads = True
+    return control
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="folder of serve.json and ray.json")
+    parser.add_argument("--temp-dir", required=True, help="where Ray keeps its session")
+    parser.add_argument("--control", required=True, help="path of the control socket")
+    parser.add_argument("--port", type=int, required=True, help="HTTP port of Serve's proxy")
+    parser.add_argument("--metrics-port", type=int, required=True, help="port of Ray's Prometheus metrics")
+    arguments = parser.parse_args()
+    config = json.loads((arguments.config / "serve.json").read_text(encoding="utf-8"))
+    init = json.loads((arguments.config / "ray.json").read_text(encoding="utf-8"))["init"]
+    status = 0
+    try:
+        ray.init(address="local", _temp_dir=arguments.temp_dir, _metrics_export_port=arguments.metrics_port, **init)
+        serve.start(
+            http_options={**config["http_options"], "port": arguments.port}, logging_config=config["logging_config"]
+        )
+        server = _Server(config)
+        server.run_all()
+        with _control(arguments.control, server) as control:
+            threading.Thread(target=control.serve_forever, daemon=True).start()
+            print("all applications run", flush=True)  # noqa: T201 - stdout is the server's log
+            threading.Event().wait()  # until Ray's own handler of SIGTERM raises SystemExit
+    except Exception:
+        print(_COLOUR.sub("", traceback.format_exc()), flush=True)  # noqa: T201 - stdout is the server's log
+        status = 1
+    except SystemExit:
+        pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Not serve.shutdown(): it waits for replicas to drain, half a minute behind HAProxy.
+    ray.shutdown()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
