@@ -1,7 +1,7 @@
 """What an adapter must do to let a serving framework race, and what it may add.
 
 An adapter is a folder ``adapters/NAME`` (or a package that declares an entry point in the group
-``tailrace.adapters``) whose ``adapter.py`` holds one subclass of :class:`Adapter` as ``ADAPTER``. It must render
+``tailrace.adapters``) whose ``adapter.py`` holds an instance of a subclass of :class:`Adapter` as ``ADAPTER``. It must render
 the neutral tuning into the framework's native configuration, deploy it, give an endpoint, and stop. Whatever else a
 framework can do is a capability: a method that the adapter overrides.
 """

@@ -23,10 +23,10 @@ class Options(BaseModel):
     """The adapter's own options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    proxy: Literal["haproxy", "python"] = Field(
-        default="haproxy",
+    proxy: Literal["haproxy", "python"] | None = Field(
+        default=None,
         description="haproxy: Ray's HAProxy data plane, requests go straight to the replicas; "
-        "python: Ray's own default proxy, which saturates near 300 requests/s on two cores",
+        "python: Ray's own default proxy; left out: haproxy, but python under `tuning: defaults`",
     )
 
 
@@ -111,7 +111,9 @@ def environment(request: DeployRequest) -> dict[str, str]:
 
 def behind_haproxy(request: DeployRequest) -> bool:
     """Whether requests go through Ray's HAProxy data plane."""
-    return isinstance(request.options, Options) and request.options.proxy == "haproxy"
+    if not isinstance(request.options, Options) or request.options.proxy is None:
+        return bool(request.tuning.chosen())
+    return request.options.proxy == "haproxy"
 
 
 def batch_size_bounds(max_batch: int) -> list[int]:

@@ -32,7 +32,7 @@ SPEC = WorkloadSpec(
 )
 
 
-def request_for(tuning: Tuning, scratch: Path, device: Device = "cpu", proxy: str = "haproxy") -> DeployRequest:
+def request_for(tuning: Tuning, scratch: Path, device: Device = "cpu", proxy: str | None = "haproxy") -> DeployRequest:
     return DeployRequest(
         workload=PreparedWorkload(SPEC, device, scratch / "model.py", scratch / "artifact", "", None, (), {}),
         models=("alpha", "beta"),
@@ -294,3 +294,18 @@ def test_sockets_get_a_folder_with_a_short_name(tmp_path: Path) -> None:
     assert not deployment.claims_ready()
     deployment.stop()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("tuning", "proxy", "expected"),
+    [
+        (Tuning(replicas=2), None, True),
+        (Tuning(), None, False),
+        (Tuning(), "haproxy", True),
+        (Tuning(replicas=2), "python", False),
+    ],
+)
+def test_defaults_leave_ray_its_own_proxy_unless_told_otherwise(
+    tmp_path: Path, tuning: Tuning, proxy: str | None, expected: bool
+) -> None:
+    assert config.behind_haproxy(request_for(tuning, tmp_path, proxy=proxy)) is expected
