@@ -158,10 +158,17 @@ def fault_sentence(fault: Mapping[str, Any]) -> str:
     if recovery is None:
         return f"{fault['kind']} at {fault['at_s']:g} s hit nothing (see events.jsonl)"
     back = recovery["recovery_s"]
-    told = "attainment did not come back" if back is None else f"attainment back after {back:g} s"
+    if back is None:
+        told = "attainment did not come back"
+    elif back == 0:
+        told = "attainment held"
+    else:
+        told = f"attainment back after {back:g} s"
+    if recovery["relapse_s"]:
+        told += f" (and low again in {recovery['relapse_s']} later seconds)"
     return (
-        f"{fault['kind']} at {fault['injected_s']:.2f} s: {told}, "
-        f"{recovery['lost']} requests lost, p99 of the outage {milliseconds(recovery['outage_p99_ms'])} ms"
+        f"{fault['kind']} at {fault['injected_s']:.2f} s: {told}; from then on {recovery['lost']} of the requests failed; "
+        f"p99 until recovery {milliseconds(recovery['outage_p99_ms'])} ms"
     )
 
 

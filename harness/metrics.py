@@ -188,14 +188,17 @@ def series(records: Measured, span_s: float, slo_ms: float) -> Series:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one fault cost. ``recovery_s`` is ``None`` when attainment did not come back before the trace ended."""
+    """What one fault cost. ``recovery_s`` is 0 when attainment never fell below the threshold, and ``None`` when it did
+    not come back before the trace ended."""
 
     at_s: float
     baseline_attainment: float | None
     dip_attainment: float
     recovery_s: float | None
+    relapse_s: int
+    """Seconds after the recovery in which attainment was below the threshold again."""
     lost: int
-    """Arrivals from the fault on, until recovery (or the end), that were not answered with success."""
+    """Arrivals from the fault to the end of the trace that were not answered with success."""
     outage_p99_ms: float
     """Nearest-rank p99 of the arrivals between fault and recovery (or the end); +∞ where it falls among failures."""
 
@@ -205,16 +208,16 @@ RECOVERY_HOLD_S = 3
 
 
 def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Recovery:
-    """Recovery from a fault at ``at_s``: the time until the SLO attainment of 1-second bins, counted from the fault,
-    is back to at least its pre-fault mean minus 5 points and stays there for 3 s.
+    """Recovery from a fault at ``at_s``: the time, counted from the fault, until the SLO attainment of 1-second bins,
+    once it has fallen below its pre-fault mean minus 5 points, is back at least there and stays for 3 s.
 
-    Bins begin at the fault, so that the instant of the fault does not fall inside one. Empty bins say nothing and
-    neither break nor prove a recovery.
+    Bins begin at the fault, so that its instant does not fall inside one. The search begins at the first dip, for a
+    fault may take seconds to be felt. Empty bins say nothing and neither break nor prove a recovery.
     """
     t_s = records.intended_ns / NS_PER_S
     response = records.response_ms()
     good = response <= slo_ms
-    before = t_s < at_s
+    before, after = t_s < at_s, t_s >= at_s
     baseline = float(np.mean(good[before])) if before.any() else None
     bins = math.floor(max(0.0, span_s - at_s) + 1e-9)
     attainment = np.full(bins, np.nan)
@@ -223,23 +226,26 @@ def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Re
         members = index == i
         if members.any():
             attainment[i] = np.mean(good[members])
-    floor = (baseline if baseline is not None else 1.0) - RECOVERY_MARGIN
-    recovered: int | None = None
-    for i in range(bins - RECOVERY_HOLD_S + 1):
-        held = attainment[i : i + RECOVERY_HOLD_S]
-        if not np.isnan(held).all() and not np.any(held < floor):
-            recovered = i
-            break
-    # An outage that the bins never saw lasted less than one: it is over by the first bin.
-    until = at_s + recovered if recovered is not None else span_s
-    after = t_s >= at_s
-    outage = after & (t_s < max(until, at_s + 1))
-    dip = float(np.nanmin(attainment)) if bins and not np.isnan(attainment).all() else math.nan
+    seen = ~np.isnan(attainment)
+    low = seen & (attainment < (baseline if baseline is not None else 1.0) - RECOVERY_MARGIN)
+    recovered: int | None = 0
+    if low.any():
+        recovered = next(
+            (
+                i
+                for i in range(int(np.argmax(low)), bins - RECOVERY_HOLD_S + 1)
+                if seen[i : i + RECOVERY_HOLD_S].any() and not low[i : i + RECOVERY_HOLD_S].any()
+            ),
+            None,
+        )
+    # An outage that no bin shows lasted less than one: it is over by the end of the first.
+    until = span_s if recovered is None else at_s + max(recovered, 1)
     return Recovery(
         at_s=at_s,
         baseline_attainment=baseline,
-        dip_attainment=dip,
-        recovery_s=float(recovered) if recovered is not None else None,
-        lost=int(np.count_nonzero(outage & ~records.ok)),
-        outage_p99_ms=percentile(response[outage], 0.99),
+        dip_attainment=float(np.nanmin(attainment)) if seen.any() else math.nan,
+        recovery_s=None if recovered is None else float(recovered),
+        relapse_s=0 if recovered is None else int(np.count_nonzero(low[recovered:])),
+        lost=int(np.count_nonzero(after & ~records.ok)),
+        outage_p99_ms=percentile(response[after & (t_s < until)], 0.99),
     )

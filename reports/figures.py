@@ -341,7 +341,7 @@ def _recovered(window: FaultWindow) -> str:
     if window.until_s is None:
         return "not recovered"
     took = window.until_s - window.from_s
-    return f"recovered after {seconds(took)}" if took >= 1 else "recovered within 1 s"
+    return f"recovered after {seconds(took)}" if took > 0 else "attainment held"
 
 
 def _timeline_words(cell: CellView, evidence: Evidence) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from harness.metrics import RECOVERY_MARGIN
 from harness.summary import MIN_TRIALS_FOR_T
 from reports.evidence import CellView, RunView
 from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
@@ -187,10 +188,10 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
         told.append("no more requests failed than without it" if calm and sum(usual) else "no request failed")
     back = [r["recovery_s"] for r in recoveries if r["recovery_s"] is not None]
     if len(back) == len(recoveries):
-        worst = max(back)
-        told.append(
-            "attainment was back within 1 s" if worst < 1 else f"attainment was back after {quantity(worst, 's')}"
-        )
+        worst, again = max(back), max(r["relapse_s"] for r in recoveries)
+        relapsed = f" and fell again in {count(again, 'later second')}" if again else ""
+        held = f"attainment never fell by {RECOVERY_MARGIN * 100:g} points"
+        told.append(held if worst == 0 else f"attainment was back after {quantity(worst, 's')}{relapsed}")
     elif back:
         told.append(f"attainment came back in {len(back)} of {len(recoveries)} faults")
     else:

@@ -253,10 +253,10 @@ def _recovery(fault: dict[str, Any]) -> tuple[str, ...]:
     kind = humanly(str(fault.get("kind", "fault"))) + (f" {fault['target']}" if fault.get("target") else "")
     told = fault["recovery"]
     if told is None:
-        return (kind, f"planned {seconds(fault.get('at_s'))}", *[NOTHING] * 3, "not injected", NOTHING)
+        return (kind, f"planned {seconds(fault.get('at_s'))}", *[NOTHING] * 3, "not injected", *[NOTHING] * 2)
     took = told["recovery_s"]
     empty = math.isnan(told["dip_attainment"])
-    recovered = "within 1 s" if took == 0 else seconds(took) if took is not None else "not recovered"
+    recovered = "held" if took == 0 else seconds(took) if took is not None else "not recovered"
     return (
         kind,
         quantity(fault["injected_s"], "s", digits=4),
@@ -264,6 +264,7 @@ def _recovery(fault: dict[str, Any]) -> tuple[str, ...]:
         share(told["dip_attainment"]),
         f"{told['lost']:,}",
         "no arrivals to tell" if empty else recovered,
+        NOTHING if took is None else seconds(told["relapse_s"]),
         milliseconds(told["outage_p99_ms"]),
     )
 

@@ -12,6 +12,7 @@ from scipy.stats import binom
 
 from harness.metrics import (
     Measured,
+    Recovery,
     claim_percentile,
     nearest_rank,
     order_statistic_bounds,
@@ -141,7 +142,26 @@ def test_what_does_not_come_back_within_the_trace_is_not_recovered() -> None:
     assert result.lost == 18 * 20
 
 
-def test_a_relapse_within_three_seconds_is_no_recovery() -> None:
+def test_a_relapse_within_three_seconds_is_no_recovery_and_a_later_one_is_told() -> None:
     times = [i / 20 for i in range(800)]
-    data = records(times, [math.inf if 20 <= t < 22 or 24 <= t < 25 else 10.0 for t in times])
-    assert recovery(data, 40, 200, 20.0).recovery_s == 5.0
+
+    def after(*bad: tuple[int, int]) -> Recovery:
+        values = [math.inf if any(a <= t < b for a, b in bad) else 10.0 for t in times]
+        return recovery(records(times, values), 40, 200, 20.0)
+
+    soon = after((20, 22), (24, 25))
+    assert (soon.recovery_s, soon.relapse_s, soon.lost) == (5.0, 0, 60)
+    late = after((20, 22), (27, 28), (33, 35))
+    assert (late.recovery_s, late.relapse_s, late.lost) == (2.0, 3, 100)
+
+
+def test_a_fault_that_is_felt_late_has_not_recovered_before_it_was_felt() -> None:
+    result = recovery(steady(40, bad=(24.0, 26.0)), 40, 200, 20.0)
+    assert (result.recovery_s, result.relapse_s, result.lost) == (6.0, 0, 40)
+
+
+def test_failures_too_few_to_lower_attainment_are_counted_all_the_same() -> None:
+    times = [i / 100 for i in range(4000)]
+    data = records(times, [math.inf if t >= 20 and i % 50 == 0 else 10.0 for i, t in enumerate(times)])
+    result = recovery(data, 40, 200, 20.0)
+    assert (result.recovery_s, result.lost) == (0.0, 40)

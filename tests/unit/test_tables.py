@@ -18,7 +18,14 @@ from harness.tables import TableWriter, finish_table, read_table
 
 
 def batch(start: int, rows: int) -> pa.RecordBatch:
-    columns = [range(start, start + rows), ["host"] * rows, ["host"] * rows, ["steal"] * rows, [0.5] * rows, ["1"] * rows]
+    columns = [
+        range(start, start + rows),
+        ["host"] * rows,
+        ["host"] * rows,
+        ["steal"] * rows,
+        [0.5] * rows,
+        ["1"] * rows,
+    ]
     arrays = [pa.array(list(c), type=field.type) for c, field in zip(columns, SAMPLE_SCHEMA, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SAMPLE_SCHEMA)
 

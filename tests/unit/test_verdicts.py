@@ -28,7 +28,9 @@ def records(n: int = 500, *, response_ms: float = 50, lag_ms: float = 0.1, faile
 NOTHING = records(0)
 
 
-def codes(facts: dict[str, Any], trace: Measured, warmup: Measured = NOTHING, **host: float | None) -> tuple[str, list[str]]:
+def codes(
+    facts: dict[str, Any], trace: Measured, warmup: Measured = NOTHING, **host: float | None
+) -> tuple[str, list[str]]:
     verdict, reasons = judge({"state": "done", **facts}, trace, warmup, {**QUIET, **host})
     assert all(reason.text and reason.remedy for reason in reasons)
     return verdict, [reason.code for reason in reasons]
@@ -72,7 +74,9 @@ def test_wrong_answers_make_a_trial_invalid_and_give_the_example() -> None:
     verdict, reasons = judge({"state": "done", **facts}, records(), NOTHING, QUIET)
     assert verdict == "INVALID"
     assert "y[0] is 3" in reasons[0].text
-    assert codes({"outputs": {"checked": 100, "mismatched": 0, "unchecked": 0, "example": None}}, records())[0] == "VALID"
+    assert (
+        codes({"outputs": {"checked": 100, "mismatched": 0, "unchecked": 0, "example": None}}, records())[0] == "VALID"
+    )
 
 
 def test_errors_only() -> None:
@@ -95,7 +99,9 @@ MUTE = {"process_alive": True, "claims_ready": False, "answers": True}
 WELL = {"process_alive": True, "claims_ready": True, "answers": True}
 
 
-@pytest.mark.parametrize(("probe", "expected"), [(DEAD, ["server-died"]), (LYING, ["wedged"]), (MUTE, ["wedged"]), (WELL, [])])
+@pytest.mark.parametrize(
+    ("probe", "expected"), [(DEAD, ["server-died"]), (LYING, ["wedged"]), (MUTE, ["wedged"]), (WELL, [])]
+)
 def test_the_state_after_the_trial_counts_only_when_no_fault_explains_it(
     probe: dict[str, bool], expected: list[str]
 ) -> None:
