@@ -28,7 +28,7 @@ WireProtocol = Literal["http", "grpc"]
 class Autoscale(BaseModel):
     """Scaling by queue depth: keep about ``target_ongoing`` requests per replica, within ``min`` and ``max`` replicas."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     min: int = Field(ge=0)
     max: int = Field(ge=1)
     target_ongoing: float = Field(gt=0)
@@ -43,7 +43,7 @@ class Autoscale(BaseModel):
 class Tuning(BaseModel):
     """The neutral knobs. ``None`` leaves the framework's own default alone; ``Tuning()`` is ``tuning: defaults``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     max_batch: int | None = Field(default=None, ge=1)
     batch_window_ms: float | None = Field(default=None, ge=0)
     replicas: int | None = Field(default=None, ge=1)
@@ -59,7 +59,7 @@ class Tuning(BaseModel):
 class NoOptions(BaseModel):
     """For adapters without options of their own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import pyarrow as pa
 
 from harness.adapter import Deployment, Replica
 from harness.emulated_device import read_counters
-from harness.errors import StorageError
+from harness.errors import StorageError, TailraceError
 from harness.processes import ProcessRef, descendants
 from harness.records import SAMPLE_SCHEMA
 from harness.store import EventLog
 from harness.tables import TableWriter
 
 _FLUSH_S = 1.0
+_JOIN_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ class Sampler:
         self._stopped.set()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(_JOIN_S)
+            if thread.is_alive():  # a daemon thread: it ends with the harness
+                self._on_error(TailraceError(f"{thread.name} did not come back within {_JOIN_S:.0f} s"))
         try:
             self._flush()
         except StorageError as error:

@@ -34,7 +34,9 @@ def milliseconds(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{math.floor(value * 1000) / 10:.1f}%"  # 99.97 % is not 100 %
 
 
 class _Live(ProgressColumn):
@@ -110,38 +112,28 @@ class ConsoleObserver(Observer):
         self._console.print(line, soft_wrap=True)
 
 
+_TABLE_WIDTH = 150
+
+
 def print_summary(summary: Summary, console: Console) -> None:
-    """The cells of a run as a table, with the reasons and remedies of whatever is not VALID below it."""
-    cells = summary["cells"]
-    emulated = any(cell["emulated"] for cell in cells)
-    table = Table(title="emulated accelerator: not a real device" if emulated else None, title_style="yellow")
-    for heading, justify in (
-        ("adapter", "left"), ("scenario", "left"), ("trials", "right"), ("offered/s", "right"),
-        ("goodput/s\nper device", "right"), ("p50 ms", "right"), ("p99 ms", "right"), ("p99 95 % interval", "right"),
-        ("within SLO", "right"), ("shed", "right"), ("failed", "right"), ("used", "right"), ("cold\nstart s", "right"),
-        ("verdict", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for cell in cells:
-        failed = cell["errors"] + cell["timeouts"] + cell["connection_errors"] + cell["dropped"]
-        interval = cell["p99_ci_ms"]
-        table.add_row(
-            cell["adapter"],
-            cell["scenario"],
-            str(cell["trials"]),
-            f"{cell['offered_rps']:.1f}",
-            f"{cell['goodput_rps_per_device']:.1f}",
-            milliseconds(cell["p50_ms"]),
-            milliseconds(cell["p99_ms"]),
-            "–" if interval is None else " – ".join(milliseconds(end) for end in interval),
-            _share(cell["slo_attainment"]),
-            str(cell["shed"]),
-            str(failed),
-            _share(cell["utilization"]),
-            "–" if cell["cold_start_s"] is None else f"{cell['cold_start_s']:.1f}",
-            Text(cell["verdict"], style=VERDICT_STYLES[cell["verdict"]]),
-        )
-    console.print(table)
+    """The cells of a run as a table (on a narrow terminal one block per cell), then the reasons and remedies of whatever
+    is not VALID, and what faults did."""
+    cells = [_figures(cell) for cell in summary["cells"]]
+    if any(cell["emulated"] for cell in summary["cells"]):
+        console.print(Text("emulated accelerator: not a real device", style="yellow"))
+    if console.width >= _TABLE_WIDTH:
+        table = Table()
+        for number, heading in enumerate(cells[0] if cells else ()):
+            table.add_column(heading, justify="left" if number < 2 else "right")
+        for figures in cells:
+            table.add_row(*(_styled(value) for value in figures.values()))
+        console.print(table)
+    else:
+        for figures in cells:
+            block = Table(show_header=False)
+            for heading, value in figures.items():
+                block.add_row(heading, _styled(value))
+            console.print(block)
     for trial in summary["trials"]:
         for reason in trial["reasons"]:
             console.print(
@@ -150,6 +142,31 @@ def print_summary(summary: Summary, console: Console) -> None:
             )
         for fault in trial["faults"]:
             console.print(Text(f"{trial['trial']}: {fault_sentence(fault)}"), soft_wrap=True)
+
+
+def _figures(cell: Summary) -> dict[str, str]:
+    """One cell as headings and values for reading."""
+    interval = cell["p99_ci_ms"]
+    return {
+        "adapter": cell["adapter"],
+        "scenario": cell["scenario"],
+        "trials": str(cell["trials"]),
+        "offered/s": f"{cell['offered_rps']:.1f}",
+        "goodput/s/device": f"{cell['goodput_rps_per_device']:.1f}",
+        "p50 ms": milliseconds(cell["p50_ms"]),
+        "p99 ms": milliseconds(cell["p99_ms"]),
+        "p99 95% interval": "–" if interval is None else " – ".join(milliseconds(end) for end in interval),
+        "within SLO": _share(cell["slo_attainment"]),
+        "shed": str(cell["shed"]),
+        "failed": str(cell["errors"] + cell["timeouts"] + cell["connection_errors"] + cell["dropped"]),
+        "device used": _share(cell["utilization"]),
+        "cold start s": "–" if cell["cold_start_s"] is None else f"{cell['cold_start_s']:.1f}",
+        "verdict": cell["verdict"],
+    }
+
+
+def _styled(value: str) -> Text:
+    return Text(value, style=VERDICT_STYLES.get(value, ""))
 
 
 def fault_sentence(fault: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ def _memory() -> Finding:
         "4 GiB of free memory",
         available >= _MEMORY_NEEDED_BYTES,
         f"{available / 2**30:.1f} GiB",
-        "stop what uses memory; Ray Serve alone takes 1.6 to 2.4 GB",
+        "stop what uses memory; the largest servers take 2.5 GB before they serve anything",
     )
 
 
@@ -98,7 +98,7 @@ def _shared_memory() -> Finding:
     path = Path("/dev/shm")  # noqa: S108 - a mount point, nothing is written there
     free = shutil.disk_usage(path).free if path.is_dir() else 0
     return Finding(
-        "64 MiB of shared memory (Triton, Ray)",
+        "64 MiB of shared memory for the servers",
         free >= _SHM_NEEDED_BYTES,
         f"{free / 2**20:.0f} MiB in {path}",
         "in a container: docker run --shm-size=1g",

@@ -224,8 +224,8 @@ def _uv_variables(folder: Path) -> dict[str, str]:
 def _remedy(said: str) -> str:
     if re.search(r"No space left on device|os error 28|Disk quota exceeded", said):
         return (
-            f"free some space where {cache_folder()} lies (`tailrace clean` removes old environments, "
-            "`uv cache prune` old packages), or set TAILRACE_CACHE to a folder on a larger disk"
+            f"free some space where {cache_folder()} lies (everything below it can be deleted, "
+            "`uv cache prune` removes old packages), or set TAILRACE_CACHE to a folder on a larger disk"
         )
     if re.search(r"No solution found|unsatisfiable|no version of|not found in the (package registry|provided)", said):
         return (

@@ -19,6 +19,9 @@ CAPABILITY_NEEDED = {"kill_replica": "replicas"}
 """Fault kind → the adapter capability without which it is refused before the run."""
 
 
+_JOIN_S = 30.0
+
+
 @dataclass(frozen=True)
 class PlannedFault:
     """A fault with its instant on the trace clock."""
@@ -66,24 +69,34 @@ class Nemesis(threading.Thread):
             wait_s = (self._epoch_ns - time.monotonic_ns()) / 1e9 + fault.at_s
             if self._stopped.wait(max(0.0, wait_s)):
                 return
-            self.done.append(self._kill_replica(fault))
+            told: dict[str, Any] = {
+                "kind": fault.kind,
+                "at_s": fault.at_s,
+                "injected_s": None,
+                "target": None,
+                "pid": None,
+            }
+            self.done.append(told)
+            try:
+                self._kill_replica(fault, told)
+            except Exception as error:  # the trial goes on, and is INVALID: the fault was not injected
+                self._events.write("fault-missed", kind=fault.kind, reason=f"{type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """Inject nothing more, and wait for an injection under way."""
         self._stopped.set()
         if self.is_alive():
-            self.join()
+            self.join(_JOIN_S)
 
-    def _kill_replica(self, fault: PlannedFault) -> dict[str, Any]:
-        told: dict[str, Any] = {"kind": fault.kind, "at_s": fault.at_s, "injected_s": None, "target": None, "pid": None}
+    def _kill_replica(self, fault: PlannedFault, told: dict[str, Any]) -> None:
         replicas = sorted(self._deployment.replicas(), key=lambda r: (r.process.started_ticks, r.process.pid))
         if not replicas:
             self._events.write("fault-missed", kind=fault.kind, reason="no replica was alive")
-            return told
+            return
         index = int(self._rng.integers(len(replicas))) if fault.target == "random" else int(fault.target)
         if index >= len(replicas):
             self._events.write("fault-missed", kind=fault.kind, reason=f"only {len(replicas)} replicas were alive")
-            return told
+            return
         victim = replicas[index]
         now = time.monotonic_ns()
         if self._host.signal(victim.process, signal.SIGKILL):
@@ -98,4 +111,3 @@ class Nemesis(threading.Thread):
             )
         else:
             self._events.write("fault-missed", kind=fault.kind, reason=f"{victim.name} had gone by itself")
-        return told

@@ -24,14 +24,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import psutil
 
-from harness.errors import DeployError, TailraceError
+from harness.errors import DeployError, StorageError, TailraceError
 from harness.folders import state_folder
 from harness.processes import ProcessRef
 
@@ -44,6 +44,10 @@ def _prctl(option: int, argument: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, argument, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def _pid_namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -140,8 +144,9 @@ class _GuardianServer:
     def serve(self) -> None:
         """Answer requests until the harness says goodbye or its end of the socket closes; then clean up."""
         graceful = False
-        with self._control.makefile("rw", encoding="utf-8") as stream, contextlib.suppress(OSError, ValueError):
-            for line in stream:
+        # Whatever goes wrong between the two of us, cleaning up comes after it.
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._lines():
                 request = json.loads(line)
                 if request["do"] == "goodbye":
                     graceful = True
@@ -151,8 +156,7 @@ class _GuardianServer:
                     answer = getattr(self, f"_{request['do']}")(request)
                 except OSError as error:
                     answer = {"error": str(error)}
-                stream.write(json.dumps({**answer, "id": request["id"]}) + "\n")
-                stream.flush()
+                self._control.sendall(json.dumps({**answer, "id": request["id"]}).encode() + b"\n")
         killed = _kill_descendants()
         removed = remove_paths(self._removals)
         if graceful:
@@ -160,9 +164,16 @@ class _GuardianServer:
         else:
             self._write_ledger(cleaned={"processes": killed, "paths": removed})
 
+    def _lines(self) -> Iterator[bytes]:
+        buffer = b""
+        while chunk := self._control.recv(65536):
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            yield from lines
+
     def _write_ledger(self, cleaned: dict[str, list[str]] | None = None) -> None:
         own = ProcessRef.of(os.getpid())
         content = {
+            "namespace": _pid_namespace(),
             "guardian": [own.pid, own.started_ticks],
             "processes": [list(key) for key in self._keepers],
             "paths": self._removals,
@@ -246,14 +257,20 @@ class Guardian:
     """The harness's side: a :class:`harness.adapter.ProcessHost`. Use it as a context manager."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
         folder = state_folder() / "guardians"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{folder} could not be made: {error.strerror}",
+                remedy="set TAILRACE_STATE to a folder that you can write to",
+            ) from error
+        ours, theirs = socket.socketpair()
         ledger = folder / f"{os.getpid()}-{time.monotonic_ns()}.json"
         with theirs:
             # A session of its own: Ctrl-C on the terminal reaches the harness, which then stops servers in order.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.guardian", str(theirs.fileno()), str(ledger)],
+                [sys.executable, "-P", "-m", "harness.guardian", str(theirs.fileno()), str(ledger)],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
@@ -340,6 +357,8 @@ def sweep() -> list[str]:
         try:
             content = json.loads(ledger.read_text(encoding="utf-8"))
             guardian = ProcessRef(*content["guardian"])
+            if content["namespace"] != _pid_namespace():
+                continue  # written in another container, where these pids mean something else
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if guardian.alive():
@@ -361,8 +380,9 @@ def sweep() -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Entry point of the guardian process: the control socket's descriptor and the ledger's path."""
     # Signals meant for the harness (terminal, CI) must not end the one who cleans up after it.
+    # Handlers, not SIG_IGN: what is ignored stays ignored in every server, what is handled is reset by exec.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _GuardianServer(socket.socket(fileno=int(argv[0])), Path(argv[1])).serve()
 

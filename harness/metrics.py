@@ -198,7 +198,7 @@ class Recovery:
     relapse_s: int
     """Seconds after the recovery in which attainment was below the threshold again."""
     lost: int
-    """Arrivals from the fault to the end of the trace that were not answered with success."""
+    """Arrivals under way at the fault, or after it to the end of the trace, that were not answered with success."""
     outage_p99_ms: float
     """Nearest-rank p99 of the arrivals between fault and recovery (or the end); +∞ where it falls among failures."""
 
@@ -211,10 +211,12 @@ def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Re
     """Recovery from a fault at ``at_s``: the time, counted from the fault, until the SLO attainment of 1-second bins,
     once it has fallen below its pre-fault mean minus 5 points, is back at least there and stays for 3 s.
 
-    Bins begin at the fault, so that its instant does not fall inside one. The search begins at the first dip, for a
-    fault may take seconds to be felt. Empty bins say nothing and neither break nor prove a recovery.
+    Bins begin at the fault, so that its instant does not fall inside one; an arrival that was under way when the fault
+    came is hit by it and counts into the first. The search begins at the first dip, for a fault may take seconds to be
+    felt. Empty bins say nothing and neither break nor prove a recovery.
     """
     t_s = records.intended_ns / NS_PER_S
+    t_s = np.where(records.done_ns / NS_PER_S >= at_s, np.maximum(t_s, at_s), t_s)
     response = records.response_ms()
     good = response <= slo_ms
     before, after = t_s < at_s, t_s >= at_s

@@ -19,7 +19,7 @@ class Observer:
         """A trial starts; ``duration_s`` is how long its schedule lasts."""
 
     def stage(self, plan: TrialPlan, name: str) -> None:
-        """A trial enters a stage of its life: deploy, verify, warm up, measure, drain, stop."""
+        """A trial enters a stage of its life: deploy, verify, warm up, measure, drained, stop."""
 
     def progress(self, plan: TrialPlan, progress: Progress) -> None:
         """The load generator's live figures."""

@@ -64,12 +64,12 @@ def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> 
 @contextlib.contextmanager
 def _closing(run: RunFolder) -> Iterator[None]:
     """However the trials end, the manifest says when, and what there is gets a summary."""
-    state = "interrupted"
+    state = "failed"
     try:
         yield
         state = "done"
-    except TailraceError:
-        state = "failed"
+    except KeyboardInterrupt:
+        state = "interrupted"
         raise
     finally:
         # Whatever ended the run is being raised; a disk that is full now must not hide it.

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TraceChoice(_Strict):
@@ -287,6 +287,10 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
         if isinstance(place, list):
             place = place[_index(place, parent, assignment)]
             continue
+        if not isinstance(place, dict):
+            raise InputError(
+                f"--set {assignment!r}: {'.'.join(parents[:depth])} is {place!r}, which has no keys of its own"
+            )
         inner = place.get(parent)
         if parent == "trace" and isinstance(inner, str):
             inner = {"name": inner}
@@ -300,6 +304,8 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
         place = inner
     if isinstance(place, list):
         place[_index(place, last, assignment)] = value
+    elif not isinstance(place, dict):
+        raise InputError(f"--set {assignment!r}: {'.'.join(parents)} is {place!r}, which has no keys of its own")
     else:
         place[last] = value
 

@@ -91,6 +91,7 @@ def summarise_trial(trial: TrialFolder) -> Summary:
         "number": facts["number"],
         "adapter": facts["adapter"],
         "scenario": facts["scenario"],
+        "state": facts["state"],
         "workload": facts["workload"],
         "trace": facts["trace"],
         "device": facts["device"],
@@ -126,6 +127,7 @@ def summarise_trial(trial: TrialFolder) -> Summary:
         "send_lag_p50_ms": percentile(lag, 0.50),
         "send_lag_p99_ms": percentile(lag, 0.99),
         "send_lag_max_ms": float(lag.max()) if len(lag) else math.nan,
+        "start_lag_p99_ms": (facts.get("load_generator") or {}).get("start_lag_p99_ms"),
         **usage,
         "cold_start_s": (facts.get("cold_start") or {}).get("first_answer_s"),
         "cold_start_phases_s": facts.get("cold_start"),
@@ -215,7 +217,7 @@ def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> d
         "utilization": utilization,
         "server_cpu_cores": server_cores,
         "server_memory_bytes": samples.peak("server-process", "memory_bytes", span_s),
-        "batch_size_mean": samples.mean("server", "batch_size", span_s),
+        "batch_size_mean": _batch_size(samples, span_s),
         "queue_depth_max": samples.peak("server", "queue_depth", span_s),
         "gpu_memory_bytes": samples.peak("gpu", "memory_bytes", span_s),
         "gpu_power_w": samples.mean("gpu", "power_w", span_s),
@@ -223,6 +225,15 @@ def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> d
         "steal": samples.mean("host", "steal", span_s),
         "outside_load": outside,
     }
+
+
+def _batch_size(samples: Samples, span_s: float) -> float | None:
+    """Items ÷ batches over the trace where the server counts both, else the mean of its own gauge."""
+    rates = []
+    for metric in ("items_total", "batches_total"):
+        known = [samples.rate("server", metric, span_s, scope) for scope in samples.scopes("server", metric)]
+        rates.append(sum(rate for rate in known if rate is not None))
+    return rates[0] / rates[1] if rates[1] > 0 else samples.mean("server", "batch_size", span_s)
 
 
 _SHARED = ("cell", "adapter", "scenario", "workload", "trace", "device", "emulated", "devices", "protocol", "slo_ms")
@@ -235,10 +246,9 @@ _AVERAGED = (
     "utilization",
     "cold_start_s",
     "server_cpu_cores",
-    "server_memory_bytes",
     "batch_size_mean",
-    "queue_depth_max",
 )
+_LARGEST = ("server_memory_bytes", "queue_depth_max")
 _COUNTED = ("arrivals", "good", "ok", "errors", "shed", "timeouts", "connection_errors", "dropped")
 
 
@@ -247,16 +257,20 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
     for cell_id in dict.fromkeys(trial["cell"] for trial in trials):
         members = [trial for trial in trials if trial["cell"] == cell_id]
         first = members[0]
+        # What a trial measured before it broke off is no repetition; it still counts, and still dooms the verdict.
+        whole = [trial for trial in members if trial["state"] == "done"] or members
+        lags = [trial["send_lag_p99_ms"] for trial in whole if not math.isnan(trial["send_lag_p99_ms"])]
         cells.append(
             {
                 **{key: first[key] for key in _SHARED},
                 "trials": len(members),
-                **{key: _mean(trial[key] for trial in members) for key in _AVERAGED},
+                **{key: _mean(trial[key] for trial in whole) for key in _AVERAGED},
+                **{key: _largest(trial[key] for trial in whole) for key in _LARGEST},
                 **{key: sum(trial[key] for trial in members) for key in _COUNTED},
-                **_across(members, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),
-                **_percentile_across(members, "p50_ms", "p50_ci_ms"),
-                **_percentile_across(members, "p99_ms", "p99_ci_ms"),
-                "send_lag_p99_ms": max(trial["send_lag_p99_ms"] for trial in members),
+                **_across(whole, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),
+                **_percentile_across(whole, "p50_ms", "p50_ci_ms"),
+                **_percentile_across(whole, "p99_ms", "p99_ci_ms"),
+                "send_lag_p99_ms": max(lags, default=math.nan),
                 "verdict": _worst(trial["verdict"] for trial in members),
                 "reasons": sorted({reason["code"] for trial in members for reason in trial["reasons"]}),
             }
@@ -269,24 +283,34 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
 MIN_TRIALS_FOR_T = 3
 
 
-def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> Summary:
-    """Mean (geometric when ``log``) and Student-t 95 % interval over trials; no interval from fewer than three."""
-    values = np.array([trial[key] for trial in members], dtype=np.float64)
+def t_interval(values: Floats, *, log: bool) -> tuple[float, float, float] | None:
+    """Mean and Student-t 95 % interval over trials, as (centre, low, high); on logarithms, and so of the geometric
+    mean, when ``log``. ``None`` from fewer than three trials, or where a value is not finite (or not positive)."""
     if len(values) < MIN_TRIALS_FOR_T or not np.isfinite(values).all() or (log and not (values > 0).all()):
-        return {ci_key: None}
+        return None
     scale = np.log(values) if log else values
-    half = float(stdtrit(len(scale) - 1, 0.975) * scale.std(ddof=1) / math.sqrt(len(scale)))
     centre = float(scale.mean())
-    ends = [centre - half, centre + half]
-    return {key: math.exp(centre), ci_key: [math.exp(end) for end in ends]} if log else {key: centre, ci_key: ends}
+    half = float(stdtrit(len(scale) - 1, 0.975) * scale.std(ddof=1) / math.sqrt(len(scale)))
+    ends = (centre, centre - half, centre + half)
+    return (math.exp(ends[0]), math.exp(ends[1]), math.exp(ends[2])) if log else ends
+
+
+def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> Summary:
+    interval = t_interval(np.array([trial[key] for trial in members], dtype=np.float64), log=log)
+    return {ci_key: None} if interval is None else {key: interval[0], ci_key: list(interval[1:])}
 
 
 def _percentile_across(members: Sequence[Summary], key: str, ci_key: str) -> Summary:
     """A percentile of a cell: from three finite trials on the geometric mean with a t interval on logarithms;
-    from fewer, the median trial with the envelope of the within-trial intervals; nothing when a trial claims nothing."""
+    from fewer, the median trial (of two, the worse one) with the envelope of the within-trial intervals; nothing when a
+    trial claims nothing."""
     source = f"{ci_key}_source"
     values = [trial[key] for trial in members]
     if any(value is None for value in values):
@@ -296,4 +320,4 @@ def _percentile_across(members: Sequence[Summary], key: str, ci_key: str) -> Sum
         return {**across, source: "across-trials"}
     intervals = [trial[ci_key] for trial in members]
     envelope = [min(low for low, _ in intervals), max(high for _, high in intervals)]
-    return {key: percentile(np.array(values), 0.5), ci_key: envelope, source: "within-trial"}
+    return {key: sorted(values)[len(values) // 2], ci_key: envelope, source: "within-trial"}

@@ -1,11 +1,13 @@
-"""The life of one trial: deploy → ready → verify → warm up → measure → drain → heal → stop, evidence on disk at each step."""
+"""The life of one trial: deploy → ready → verify → warm up → measure → drain → probe → stop, evidence on disk at each step."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +39,7 @@ from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
 from harness.processes import log_tail, port_open
-from harness.replay.driver import LoadGenerator, ReplayResult
+from harness.replay.driver import LoadGenerator, Progress, ReplayResult
 from harness.schedule import WARMUP_GAP_S, Phase, Schedule, build_schedule
 from harness.spec import Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
@@ -110,6 +112,7 @@ class Trial:
         self._folder = folder
         self._observer = observer
         self._collector_errors: list[BaseException] = []
+        self._measuring = False
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -132,6 +135,7 @@ class Trial:
             "cpu_count": cpu_count(),
             "tuning": setup.experiment.tuning.model_dump(mode="json"),
             "options": setup.options.model_dump(mode="json"),
+            "planned_faults": len(setup.faults),
             "faults": [],
             "warnings": [],
         }
@@ -158,6 +162,13 @@ class Trial:
             self._failed("failed", error, events)
             if isinstance(error, StorageError):
                 raise
+        except OSError as error:
+            if error.filename is None:
+                self._failed("failed", error, events)
+            else:
+                refused = StorageError.of(Path(error.filename), error)
+                self._failed("failed", refused, events)
+                raise refused from error
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self._failed(state, error, events)
@@ -185,7 +196,7 @@ class Trial:
 
     def _run(self, guardian: Guardian, events: EventLog) -> None:
         scratch = Path(tempfile.mkdtemp(prefix="tailrace-"))
-        guardian.remove_later(scratch)
+        guardian.remove_later(glob.escape(str(scratch)))
         try:
             self._stage("deploy", events)
             deployment = self._deploy(guardian, events, scratch)
@@ -199,8 +210,11 @@ class Trial:
                 self._probe(deployment, events)
             finally:
                 self._stage("stop", events)
-                deployment.stop(_STOP_GRACE_S)
-                events.write("stopped")
+                # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
+                interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+                with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
+                    deployment.stop(_STOP_GRACE_S)
+                    events.write("stopped")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if self._collector_errors:
@@ -315,7 +329,7 @@ class Trial:
             applied = deployment.applied()
         except CapabilityMissingError:
             return
-        except OSError as error:
+        except (OSError, ServerError) as error:
             self.facts["warnings"].append(f"the server did not report its configuration: {error}")
             return
         asked = self._setup.experiment.tuning.model_dump(mode="json", exclude_none=True)
@@ -355,13 +369,14 @@ class Trial:
             epoch_ns = time.monotonic_ns() + int((before_s + _LEAD_S) * 1e9)
             self.facts["epoch_mono_ns"] = epoch_ns
             self._save()
-            self._stage("warm up" if before_s else "measure", events)
+            if before_s:
+                self._stage("warm up", events)
             generator.go(epoch_ns)
             nemesis = Nemesis(setup.faults, deployment, guardian, events, epoch_ns=epoch_ns, seed=setup.plan.seed)
             with self._sampling(deployment, scratch, generator.pid, epoch_ns, events):
                 nemesis.start()
                 try:
-                    result = self._replay(generator)
+                    result = self._replay(generator, events)
                     # Arrivals may end before the trace does; a late fault, and the quiet after it, belong to the trace.
                     _sleep_until(epoch_ns + int(setup.span_s * 1e9))
                 finally:
@@ -374,16 +389,24 @@ class Trial:
             "connections_opened": result.connections_opened,
             "peak_connections": result.peak_connections,
             "nice": result.nice,
+            "start_lag_p50_ms": result.start_lag_p50_ms,
+            "start_lag_p99_ms": result.start_lag_p99_ms,
             "measured_arrivals": measured,
         }
         if result.failure is not None:
             self.facts["warnings"].append(f"the load generator ended early: {result.failure}")
         self.facts["outputs"] = self._check_outputs(deployment, result)
 
-    def _replay(self, generator: LoadGenerator) -> ReplayResult:
+    def _follow(self, progress: Progress, events: EventLog) -> None:
+        if progress.t_s >= 0 and not self._measuring:
+            self._measuring = True
+            self._stage("measure", events)
+        self._observer.progress(self._setup.plan, progress)
+
+    def _replay(self, generator: LoadGenerator, events: EventLog) -> ReplayResult:
         """Wait for the replay; interrupted, keep what was recorded until then."""
         try:
-            return generator.wait(lambda progress: self._observer.progress(self._setup.plan, progress))
+            return generator.wait(lambda progress: self._follow(progress, events))
         except BaseException:
             generator.abort()
             with contextlib.suppress(TailraceError):

@@ -69,16 +69,17 @@ def _generator(facts: Mapping[str, Any], trace: Measured) -> list[Reason]:
                 "raise client.max_connections, lower the rate, or shorten client.timeout_s",
             )
         )
-    lag = trace.send_lag_ms()
-    if len(lag):
+    # The generator's own lateness: the send lag also holds the wait for a connection, which is the server's.
+    p99 = (facts.get("load_generator") or {}).get("start_lag_p99_ms")
+    if p99 is not None:
         answered = trace.response_ms()[trace.ok]
-        median = percentile(answered, 0.5) if len(answered) else 0.0
-        limit, p99 = max(1.0, 0.1 * median), percentile(lag, 0.99)
+        limit = max(1.0, 0.1 * percentile(answered, 0.5) if len(answered) else 0.0)
         if p99 > limit:
             reasons.append(
                 _invalid(
                     "generator-saturated",
-                    f"send lag p99 {p99:.2f} ms is above {limit:.2f} ms (the larger of 1 ms and a tenth of the median)",
+                    f"arrivals were taken up late: p99 {p99:.2f} ms is above {limit:.2f} ms (the larger of 1 ms and a tenth "
+                    "of the median response time)",
                     "lower the rate, or leave the generator a core of its own",
                 )
             )
@@ -96,6 +97,10 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
                 + (f": {outputs['example']}" if outputs.get("example") else ""),
                 "the server does not run the same model, or mixes requests up: do not compare it",
             )
+        )
+    elif trace.ok.any() and outputs and not outputs["checked"]:
+        reasons.append(
+            _invalid("outputs-unchecked", "no answer of the run was compared with the reference", "run it again")
         )
     if facts["state"] == "done" and not len(trace):
         reasons.append(
@@ -117,8 +122,18 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
                 "read server/config in the trial's folder, and the server's log",
             )
         )
-    probe, faults = facts.get("final_probe"), facts.get("faults")
-    if probe and not faults:
+    injected = sum(fault["injected_s"] is not None for fault in facts.get("faults") or [])
+    planned = facts.get("planned_faults", 0)
+    if facts["state"] == "done" and injected < planned:
+        reasons.append(
+            _invalid(
+                "fault-missed",
+                f"{planned - injected} of {planned} planned faults hit nothing (see events.jsonl)",
+                "choose a target that exists at that time",
+            )
+        )
+    probe = facts.get("final_probe")
+    if probe and not injected:
         if not probe["process_alive"]:
             reasons.append(
                 _invalid("server-died", "the server's main process ended during the trial", "read the server's log")

@@ -19,7 +19,7 @@ Device = Literal["emulated", "cpu", "cuda"]
 class TensorSpec(BaseModel):
     """One input or output of a model: ``shape`` is that of a single item, without the batch axis."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str
     dtype: Literal["int32", "int64", "uint8", "float32", "float16"]
     shape: tuple[int, ...]
@@ -28,14 +28,14 @@ class TensorSpec(BaseModel):
 class Slo(BaseModel):
     """The service-level objective of one request: an answer later than ``latency_ms`` after its intended start is a miss."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     latency_ms: float = Field(gt=0)
 
 
 class Tolerance(BaseModel):
     """How far an output may lie from the reference: ``|x − ref| ≤ atol + rtol·|ref|``, element by element."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     atol: float = 0.0
     rtol: float = 0.0
 
@@ -43,8 +43,8 @@ class Tolerance(BaseModel):
 class WorkloadSpec(BaseModel):
     """The contents of ``workload.yaml``; the field documentation is in CONTRIBUTING.md, «add a workload»."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     description: str
     devices: tuple[Device, ...]

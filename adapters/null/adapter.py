@@ -20,7 +20,7 @@ _NO_FRAMEWORK = "the null server has no framework behind it; it follows its scri
 class NullOptions(BaseModel):
     """The script. Shares are probabilities per request, in 0..1."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     latency_ms: float = Field(default=0.0, ge=0, description="constant time before every answer")
     jitter_ms: float = Field(default=0.0, ge=0, description="mean of an exponential time added to it")
     shed_share: float = Field(default=0.0, ge=0, le=1, description="share of requests answered with 503")

@@ -22,7 +22,7 @@ _FORMING_BATCHES = 2
 class Options(BaseModel):
     """The adapter's own options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     proxy: Literal["haproxy", "python"] | None = Field(
         default=None,
         description="haproxy: Ray's HAProxy data plane, requests go straight to the replicas; "

@@ -31,6 +31,8 @@ from harness.tables import TableWriter
 START_TIMEOUT_S = 60.0
 END_GRACE_S = 30.0
 """How long after an answer must have come, or the timeout in its place, a load process may take to report it."""
+WAKE_S = 1.0
+"""How often :meth:`LoadGenerator.wait` looks up while nothing comes, for an abort brings the deadline forward."""
 FILL_ROWS = 100_000
 
 
@@ -85,6 +87,11 @@ class ReplayResult:
     """CPU time of the load process from the go to the last row, all its threads."""
     nice: int | None
     """The priority that the load process had; ``None`` when it did not live to say."""
+    start_lag_p50_ms: float | None
+    start_lag_p99_ms: float | None
+    """How long after its intended start the load process took an arrival up, the generator's own part of the send lag:
+    nearest-rank percentiles over the measured arrivals (over all when there are none). ``None`` when the process did not
+    live to say, or nothing was due."""
     aborted: bool
     failure: str | None
     """Why the load process ended before its time (what it had not recorded is recorded as dropped); else ``None``."""
@@ -142,7 +149,7 @@ class LoadGenerator:
         self._failure: str | None = None
         self._storage_error: StorageError | None = None
         self._went_ns: int | None = None
-        self._aborted = False
+        self._aborted_s: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -160,11 +167,15 @@ class LoadGenerator:
     def start(self) -> None:
         """Start the load process, hand it the plan, and wait until its connections are open.
 
-        Raises :class:`StorageError` when the records cannot be written, :class:`TailraceError` when the process
-        does not get ready.
+        Raises :class:`StorageError` when the records or the log cannot be written, :class:`TailraceError` when the
+        process does not get ready.
         """
         self._records.open()
-        with self._log.open("ab") as log:
+        try:
+            log = self._log.open("ab")
+        except OSError as error:
+            raise StorageError.of(self._log, error) from error
+        with log:
             self._process = subprocess.Popen(
                 # -P: a file called locust.py in the user's folder is not Locust.
                 [sys.executable, "-P", "-m", "harness.replay.worker"],
@@ -176,11 +187,19 @@ class LoadGenerator:
             )
         self._reader = threading.Thread(target=self._read, args=(self._process,), name="records", daemon=True)
         self._reader.start()
-        self._say(wire.PLAN, self._plan)
-        self._plan = b""
-        if not self._ready.wait(START_TIMEOUT_S) or self._ended.is_set():
-            why = self._failure or f"it was not ready after {START_TIMEOUT_S:g} s"
+        # The plan does not fit into a pipe: a process that does not read it is as late as one that is never ready.
+        patience = threading.Timer(START_TIMEOUT_S, self._give_up_start)
+        patience.daemon = True
+        patience.start()
+        try:
+            self._say(wire.PLAN, self._plan)
+            self._plan = b""
+            self._ready.wait()
+        finally:
+            patience.cancel()
+        if self._ended.is_set():
             self.close()
+            why = self._failure or "it was closed"
             raise TailraceError(f"the load process did not start: {why}", detail=log_tail(self._log))
 
     def go(self, epoch_ns: int) -> None:
@@ -195,21 +214,24 @@ class LoadGenerator:
         Raises :class:`StorageError` when the records could not be written; what was written stays readable.
         """
         done = 0
-        deadline_s = time.monotonic() + self._patience_s()
+        moved_s = time.monotonic()
         while True:
+            left_s = self._deadline_s(moved_s) - time.monotonic()
             try:
-                progress = self._progress.get(timeout=max(deadline_s - time.monotonic(), 0.0))
+                progress = self._progress.get(timeout=min(max(left_s, 0.0), WAKE_S))
             except queue.Empty:
-                self._failure = f"the load process recorded nothing for {self._patience_s():.0f} s and was killed"
-                self._kill()
-                deadline_s = time.monotonic() + END_GRACE_S
+                if left_s <= 0:
+                    silent_s = time.monotonic() - moved_s
+                    self._failure = f"the load process recorded nothing for {silent_s:.0f} s and was killed"
+                    self._kill()
+                    moved_s = time.monotonic()
                 continue
             if progress is None:
                 self._progress.put(None)  # for whoever waits again, having aborted
                 break
             if progress.done > done:
                 done = progress.done
-                deadline_s = time.monotonic() + self._patience_s()
+                moved_s = time.monotonic()
             if on_progress is not None:
                 on_progress(progress)
         if self._storage_error is not None:
@@ -223,7 +245,9 @@ class LoadGenerator:
             peak_connections=self._end.get("peak_connections", 0),
             cpu_s=self._end.get("cpu_s", 0.0),
             nice=self._end.get("nice"),
-            aborted=self._aborted,
+            start_lag_p50_ms=self._end.get("start_lag_p50_ms"),
+            start_lag_p99_ms=self._end.get("start_lag_p99_ms"),
+            aborted=self._aborted_s is not None,
             failure=self._failure,
         )
 
@@ -232,7 +256,8 @@ class LoadGenerator:
 
         :meth:`wait` then returns soon.
         """
-        self._aborted = True
+        if self._aborted_s is None:
+            self._aborted_s = time.monotonic()
         self._say(wire.STOP)
 
     def close(self) -> None:
@@ -243,8 +268,10 @@ class LoadGenerator:
         if self._process is None:
             self._records.close()
             return
-        if not self._ended.is_set():
-            self._aborted = True
+        if not self._ended.is_set() and self._aborted_s is None:
+            self._aborted_s = time.monotonic()
+        if not self._ready.is_set():
+            self._kill()  # it may not be reading, and what is left of the plan would wait for it
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()  # which ends it
@@ -256,13 +283,19 @@ class LoadGenerator:
         if self._reader is not None:
             self._reader.join()
 
-    def _patience_s(self) -> float:
-        """How long the load process may record nothing before it counts as hung."""
+    def _deadline_s(self, moved_s: float) -> float:
+        """When a load process whose last row came at ``moved_s`` counts as hung (both on ``time.monotonic``)."""
         if self._went_ns is None or not len(self._schedule):
-            return END_GRACE_S
-        last_ns = self._went_ns + int(self._schedule.intended_ns[-1])
-        left_s = (last_ns - time.monotonic_ns()) / 1e9 + self._timeout_s
-        return max(left_s, 0.0) + END_GRACE_S
+            return moved_s + END_GRACE_S
+        last_s = (self._went_ns + int(self._schedule.intended_ns[-1])) / 1e9
+        if self._aborted_s is not None:
+            last_s = min(last_s, self._aborted_s)
+        return max(last_s + self._timeout_s, moved_s) + END_GRACE_S
+
+    def _give_up_start(self) -> None:
+        if not self._ready.is_set():
+            self._failure = f"it was not ready after {START_TIMEOUT_S:g} s"
+            self._kill()
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -320,7 +353,7 @@ class LoadGenerator:
             self._failure = payload.decode()
 
     def _finish(self, process: subprocess.Popen[bytes]) -> None:
-        if not self._end and not self._aborted:
+        if not self._end and self._aborted_s is None:
             self._failure = self._failure or f"the load process ended (exit code {process.wait()})"
             if self._went_ns is not None:
                 self._records.drop_rest("load generator ended")

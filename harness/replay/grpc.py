@@ -11,6 +11,7 @@ So nothing is patched here, and the calls run where gRPC is at home.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
@@ -98,7 +99,8 @@ class GrpcReplay:
         self._channels: list[grpc.aio.Channel] = []
         self._methods: list[list[Any]] = []
         self._outstanding: dict[int, asyncio.Task[None]] = {}
-        self._pacer = Pacer(shard.intended_ns, self._start)
+        self.pacer = Pacer(shard.intended_ns, self._start)
+        self._finished = asyncio.Event()
         self._bug: BaseException | None = None
         self._thread = ThreadPool(1)
         self._runner = asyncio.Runner()
@@ -136,23 +138,22 @@ class GrpcReplay:
 
     async def _run(self, epoch_ns: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._finished = asyncio.Event()
-        self._pacer.begin(epoch_ns)
-        self._loop.add_reader(self._pacer.timer.fileno(), self._fire)
+        self.pacer.begin(epoch_ns)
+        self._loop.add_reader(self.pacer.timer.fileno(), self._fire)
         housekeeper = asyncio.ensure_future(self._keep_house())
         try:
             self._check_finished()
             await self._finished.wait()
         finally:
             housekeeper.cancel()
-            self._loop.remove_reader(self._pacer.timer.fileno())
-            self._pacer.close()
+            self._loop.remove_reader(self.pacer.timer.fileno())
+            self.pacer.close()
             for channel in self._channels:
                 await channel.close()
 
     def _stop(self) -> None:
         if not self._finished.is_set():
-            self._pacer.stop()
+            self.pacer.stop()
             for task in self._outstanding.values():
                 task.cancel()
             self._check_finished()
@@ -171,16 +172,17 @@ class GrpcReplay:
 
     def _fire(self) -> None:
         try:
-            self._pacer.fire()
-            if self._pacer.exhausted:
-                self._loop.remove_reader(self._pacer.timer.fileno())
+            self.pacer.fire()
+            if self.pacer.exhausted:
+                self._loop.remove_reader(self.pacer.timer.fileno())
                 self._check_finished()
         except Exception as error:
             self._fail(error)
 
     def _start(self, position: int) -> None:
         if len(self._outstanding) < self._max_outstanding:
-            self._outstanding[position] = self._loop.create_task(self._call(position))
+            task = self._outstanding[position] = self._loop.create_task(self._call(position))
+            task.add_done_callback(functools.partial(self._called, position))
         else:
             error = self._recorder.error(f"{self._max_outstanding} calls are outstanding")
             self._recorder.row(position, NONE, NONE, monotonic_ns(), Outcome.DROPPED, -1, error, 0, 0)
@@ -190,7 +192,7 @@ class GrpcReplay:
         data = self._shard.data[request]
         outcome, status, error, received = Outcome.OK, 0, -1, 0
         self.sent += 1
-        sent_ns = monotonic_ns()
+        sent_ns = self.pacer.began_ns[position] = monotonic_ns()
         try:
             answer = await self._methods[position % len(self._channels)][request](data, timeout=self._timeout_s)
             done_ns = monotonic_ns()
@@ -208,13 +210,16 @@ class GrpcReplay:
             done_ns = monotonic_ns()
             outcome, status = Outcome.TIMEOUT, -1
             error = self._recorder.error("stopped before the answer")
-        except Exception as bug:
-            self._fail(bug)
-            return
         self._recorder.row(position, sent_ns, NONE, done_ns, outcome, status, error, len(data), received)
+
+    def _called(self, position: int, task: asyncio.Task[None]) -> None:
+        """A call is over; one that was stopped before it began ends here only, and was never sent."""
         del self._outstanding[position]
+        bug = None if task.cancelled() else task.exception()
+        if bug is not None:
+            self._fail(bug)
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if not self._outstanding and self._pacer.exhausted:
+        if not self._outstanding and self.pacer.exhausted:
             self._finished.set()

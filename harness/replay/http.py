@@ -174,7 +174,7 @@ class HttpReplay:
         self._open: dict[_Connection, None] = {}
         self._idle: dict[_Connection, None] = {}
         self._outstanding: dict[int, _Connection] = {}
-        self._pacer = Pacer(shard.intended_ns, self._start)
+        self.pacer = Pacer(shard.intended_ns, self._start)
         self._finished = Event()
         self._bug: BaseException | None = None
         self.sent = 0
@@ -194,8 +194,8 @@ class HttpReplay:
 
     def run(self, epoch_ns: int) -> None:
         """Replay; returns when every arrival has its row (after :meth:`stop`: every arrival that was sent)."""
-        self._pacer.begin(epoch_ns)
-        pacing = self._loop.io(self._pacer.timer.fileno(), _READ)
+        self.pacer.begin(epoch_ns)
+        pacing = self._loop.io(self.pacer.timer.fileno(), _READ)
         pacing.priority = self._loop.MAXPRI  # of all that is ready, an arrival that is due comes first
         housekeeping = self._loop.timer(HOUSEKEEPING_S, HOUSEKEEPING_S)
         try:
@@ -209,7 +209,7 @@ class HttpReplay:
                 watcher.close()
             for connection in list(self._open):
                 self._close(connection)
-            self._pacer.close()
+            self.pacer.close()
         if self._bug is not None:
             raise self._bug
 
@@ -217,7 +217,7 @@ class HttpReplay:
         """Send nothing more and wait for nothing more; what was sent is recorded as a timeout. From the same thread."""
         if self._finished.is_set():
             return
-        self._pacer.stop()
+        self.pacer.stop()
         for position, connection in list(self._outstanding.items()):
             if connection.sent_ns == NONE:
                 del self._outstanding[position]
@@ -237,8 +237,8 @@ class HttpReplay:
             self._finished.set()
 
     def _fire(self, watcher: Any) -> None:
-        self._pacer.fire()
-        if self._pacer.exhausted:
+        self.pacer.fire()
+        if self.pacer.exhausted:
             watcher.stop()
             self._check_finished()
 
@@ -314,8 +314,8 @@ class HttpReplay:
             connection.bytes_received += len(data)
         self._parse(connection, data, now)
         # Answers may come faster than they are read; what is due in the meantime does not wait for the last of them.
-        if now >= self._pacer.due_ns:
-            self._pacer.fire()
+        if now >= self.pacer.due_ns:
+            self.pacer.fire()
 
     # ── the life of one arrival ──
 
@@ -407,10 +407,9 @@ class HttpReplay:
     def _answered(self, connection: _Connection, clean: bool, now: int) -> None:
         """A whole answer has come."""
         status = connection.status
-        if 200 <= status < 300:
+        if status == 200:  # other successes, 204 say, bring no tensors
             outcome, error = Outcome.OK, -1
-            if status == 200:
-                self._look_at(connection)
+            self._look_at(connection)
         else:
             outcome = Outcome.SHED if status in _SHED else Outcome.ERROR
             text = b"".join(connection.body_parts or ()).decode("utf-8", "replace")
@@ -476,5 +475,5 @@ class HttpReplay:
         self._idle.pop(connection, None)
 
     def _check_finished(self) -> None:
-        if not self._outstanding and self._pacer.exhausted:
+        if not self._outstanding and self.pacer.exhausted:
             self._finished.set()

@@ -66,6 +66,8 @@ class Pacer:
         self._intended = np.ascontiguousarray(intended_ns, dtype=np.int64).data
         self._epoch = 0
         self._send = send
+        self.began_ns = np.zeros(len(intended_ns), np.int64).data
+        """When each arrival was taken up, on the monotonic clock; a sender that does so only later says when."""
         self._end = len(intended_ns)
         self.timer = TimerFd()
         self.fired = 0
@@ -88,8 +90,9 @@ class Pacer:
     def fire(self) -> None:
         """Send what is due, :data:`BURST` arrivals at most, and arm the timer for the next."""
         end = min(self.fired + BURST, self._end)
-        while self.fired < end and self._epoch + self._intended[self.fired] <= monotonic_ns():
+        while self.fired < end and self._epoch + self._intended[self.fired] <= (now := monotonic_ns()):
             position = self.fired
+            self.began_ns[position] = now
             self.fired = position + 1
             self._send(position)
         self._advance()
@@ -103,6 +106,22 @@ class Pacer:
     def exhausted(self) -> bool:
         """Whether every arrival has been fired."""
         return self.fired == self._end
+
+    def start_lag_ms(self) -> tuple[float, float] | tuple[None, None]:
+        """Median and 99th percentile (nearest rank) of the start lag: how long after its intended start each arrival
+        was taken up, whatever its connection then cost.
+
+        Over the measured arrivals (intended at or after the epoch), over all when there are none; ``None`` when nothing
+        was fired.
+        """
+        intended = np.asarray(self._intended)[: self.fired]
+        lag_ns = np.asarray(self.began_ns)[: self.fired] - self._epoch - intended
+        measured = lag_ns[intended >= 0]
+        ordered = np.sort(measured if len(measured) else lag_ns)
+        if not len(ordered):
+            return None, None
+        p50, p99 = (float(ordered[-(-len(ordered) * percent // 100) - 1]) / 1e6 for percent in (50, 99))
+        return p50, p99
 
     def close(self) -> None:
         """Give the timer back; stop watching it first."""

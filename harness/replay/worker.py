@@ -158,11 +158,15 @@ class Session:
         if epoch_ns is not None:
             self._epoch_ns = epoch_ns
             self._replay.run(epoch_ns)
+        cpu_s = time.process_time() - cpu_s
+        start_lag_p50_ms, start_lag_p99_ms = self._replay.pacer.start_lag_ms()
         end = {
-            "cpu_s": time.process_time() - cpu_s,
+            "cpu_s": cpu_s,
             "connections_opened": self._replay.connections_opened,
             "peak_connections": self._replay.peak_connections,
             "nice": os.getpriority(os.PRIO_PROCESS, 0),
+            "start_lag_p50_ms": start_lag_p50_ms,
+            "start_lag_p99_ms": start_lag_p99_ms,
         }
         self._flush()
         self._outbox.put(wire.ANSWERS, self._answers.pack())

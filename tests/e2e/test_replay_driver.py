@@ -24,7 +24,8 @@ from harness.codecs import PreparedRequest, http_request
 from harness.errors import StorageError, TailraceError
 from harness.processes import ProcessRef
 from harness.records import REQUEST_SCHEMA
-from harness.replay.driver import LoadGenerator, Progress
+from harness.replay import driver
+from harness.replay.driver import LoadGenerator, Progress, ReplayResult
 from harness.schedule import Schedule
 from harness.tables import finish_table, read_table
 
@@ -124,6 +125,9 @@ def test_a_trial_from_plan_to_parquet(port: int, tmp_path: Path) -> None:
     assert not result.aborted
     assert result.recorded == 202
     assert result.cpu_s > 0
+    assert result.start_lag_p50_ms is not None
+    assert result.start_lag_p99_ms is not None
+    assert 0 <= result.start_lag_p50_ms <= result.start_lag_p99_ms
     assert 1 <= result.peak_connections <= result.connections_opened <= 64
 
     finish_table(tmp_path / "requests", sort_by="arrival_id")
@@ -138,6 +142,7 @@ def test_a_trial_from_plan_to_parquet(port: int, tmp_path: Path) -> None:
     assert set(rows["status"].to_pylist()) == {200}
     assert rows["error"].null_count == 202
     sent, done = rows["sent_ns"].to_numpy(), rows["done_ns"].to_numpy()
+    assert result.start_lag_p99_ms <= (sent - plan.intended_ns).max() / 1e6
     assert (sent >= plan.intended_ns).all()
     assert (done >= sent).all()
 
@@ -174,6 +179,7 @@ def test_a_load_process_killed_amid_a_trial(port: int, tmp_path: Path) -> None:
         os.kill(load.pid, signal.SIGKILL)
         result = load.wait()
     assert result.failure == "the load process ended (exit code -9)"
+    assert (result.start_lag_p50_ms, result.start_lag_p99_ms) == (None, None)
     assert result.recorded == 1000
     rows = records(tmp_path).sort_by("arrival_id")
     assert rows["arrival_id"].to_pylist() == list(range(1000))
@@ -200,6 +206,27 @@ def test_an_aborted_trial_keeps_what_was_sent(port: int, tmp_path: Path) -> None
     assert 10 < result.recorded == rows.num_rows < 1000
     assert rows["arrival_id"].to_pylist() == list(range(rows.num_rows))
     assert sum(answer.count for answer in result.answers) >= rows.num_rows - 1
+
+
+def test_an_abort_does_not_wait_for_the_rest_of_the_trace(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "END_GRACE_S", 1.0)
+    results: list[ReplayResult] = []
+    with generator(schedule([0.0, 3_600_000.0]), port, tmp_path, timeout_s=0.5) as load:
+        load.start()
+        load.go(time.monotonic_ns())
+        waiting = threading.Thread(target=lambda: results.append(load.wait()), daemon=True)
+        waiting.start()
+        until(lambda: rows_on_disk(tmp_path) == 1)
+        assert load.pid is not None
+        os.kill(load.pid, signal.SIGSTOP)  # it will not hear of the abort
+        load.abort()
+        waiting.join(30)
+        assert not waiting.is_alive()
+    assert results[0].aborted
+    assert "recorded nothing" in (results[0].failure or "")
+    assert results[0].recorded == rows_on_disk(tmp_path) == 1
 
 
 def test_a_trial_that_never_began_ends_with_nothing(port: int, tmp_path: Path) -> None:
@@ -275,6 +302,59 @@ def test_a_load_process_that_does_not_start(port: int, tmp_path: Path, monkeypat
     ):
         load.start()
     assert caught.value.detail  # what the process said
+
+
+def test_a_log_that_cannot_be_created(port: int, tmp_path: Path) -> None:
+    with (
+        generator(schedule([0.0]), port, tmp_path, log=tmp_path / "none" / "load.log") as load,
+        pytest.raises(StorageError, match=r"load\.log"),
+    ):
+        load.start()
+
+
+@pytest.fixture
+def deaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Load processes never read their plan; the file appears when one ends without having been killed."""
+    lived = tmp_path / "lived"
+    script = tmp_path / "deaf"
+    # A shell that waits in a builtin, and so leaves no child behind that would keep the pipes open.
+    script.write_text(f"#!/bin/bash\nread -t 20 <> <(:)\necho > '{lived}'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(driver.sys, "executable", str(script))
+    return lived
+
+
+def more_than_a_pipe_holds(port: int, folder: Path) -> LoadGenerator:
+    requests = {(0, payload): PreparedRequest(bytes(1_000_000)) for payload in range(3)}
+    return generator(schedule([0.0]), port, folder, requests=requests)
+
+
+def test_a_load_process_that_does_not_read_its_plan(
+    port: int, tmp_path: Path, deaf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "START_TIMEOUT_S", 1.0)
+    with (
+        more_than_a_pipe_holds(port, tmp_path) as load,
+        pytest.raises(TailraceError, match="did not start: it was not ready after 1 s"),
+    ):
+        load.start()
+    assert not Path(f"/proc/{load.pid}").exists()
+    assert not deaf.exists()
+
+
+def test_an_interrupt_while_the_plan_is_handed_over(port: int, tmp_path: Path, deaf: Path) -> None:
+    main_thread = threading.get_ident()
+
+    def interrupt() -> None:
+        until(lambda: load.pid is not None)
+        time.sleep(0.5)  # by now the pipe is full
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    with more_than_a_pipe_holds(port, tmp_path) as load, pytest.raises(KeyboardInterrupt):
+        threading.Thread(target=interrupt, daemon=True).start()
+        load.start()
+    assert not Path(f"/proc/{load.pid}").exists()
+    assert not deaf.exists()
 
 
 def test_a_request_that_was_not_prepared_is_a_mistake_of_the_caller(port: int, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -145,3 +146,54 @@ def test_sigkill_of_harness_or_guardian_leaves_no_server(tmp_path: Path, victim:
     if victim == "harness":
         assert any("ended" in sentence for sentence in told), told
     assert sweep() == [], "what was cleaned is told once"
+
+
+def test_servers_start_with_the_usual_signals(tmp_path: Path) -> None:
+    """What the guardian does to survive Ctrl-C must not make every server deaf to SIGTERM."""
+    with Guardian() as host:
+        process = host.spawn("sleep", ["/bin/sleep", "600"], env={}, cwd=tmp_path, log=tmp_path / "log")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            assert not ignored & (1 << (number - 1)), number
+        begun = time.monotonic()
+        host.stop_tree(process, grace_s=60)
+        assert time.monotonic() - begun < 60, "SIGTERM was enough"
+
+
+def test_a_module_in_the_users_folder_does_not_shadow_the_guardians(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "psutil.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    with Guardian() as host:
+        host.stop_tree(
+            host.spawn("sleep", ["/bin/sleep", "600"], env={}, cwd=tmp_path, log=tmp_path / "log"), grace_s=10
+        )
+
+
+def test_a_harness_that_hangs_up_in_mid_question_loses_no_clean_up(tmp_path: Path) -> None:
+    host = Guardian()
+    _, family = spawn_stubborn(host, tmp_path)
+    for number in range(50):
+        host._socket.sendall(f'{{"do": "remove_later", "path": "x", "id": {number}}}\n'.encode())
+    host._socket.close()
+    host._process.wait(timeout=60)
+    assert all(gone(pid) for pid in family)
+    assert any("ended" in sentence for sentence in sweep())
+
+
+def test_ledgers_of_another_pid_namespace_are_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "guardians"
+    folder.mkdir(parents=True)
+    (tmp_path / "precious").write_text("x")
+    ledger = {
+        "namespace": "pid:[1]",
+        "guardian": [999_999_999, 1],
+        "processes": [],
+        "paths": [str(tmp_path / "precious")],
+        "cleaned": None,
+    }
+    (folder / "1.json").write_text(json.dumps(ledger))
+    assert sweep() == []
+    assert (tmp_path / "precious").exists()

@@ -160,6 +160,18 @@ def test_a_fault_that_is_felt_late_has_not_recovered_before_it_was_felt() -> Non
     assert (result.recovery_s, result.relapse_s, result.lost) == (6.0, 0, 40)
 
 
+def test_what_was_under_way_when_the_fault_came_is_hit_by_it() -> None:
+    """600 ms of service time: whatever began up to 600 ms before the kill is lost with the server that held it."""
+    times = [i / 20 for i in range(800)]
+    data = records(times, [600.0] * 800)
+    data.outcome[388:400] = Outcome.CONNECTION  # intended before second 20, failed at it
+    data.done_ns[388:400] = 20 * 10**9 + 1
+    result = recovery(data, 40, 1000, 20.0)
+    assert result.baseline_attainment == 1.0
+    assert result.lost == 12
+    assert result.dip_attainment < 1.0
+
+
 def test_failures_too_few_to_lower_attainment_are_counted_all_the_same() -> None:
     times = [i / 100 for i in range(4000)]
     data = records(times, [math.inf if t >= 20 and i % 50 == 0 else 10.0 for i, t in enumerate(times)])

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import gevent
 import grpc
@@ -211,6 +211,63 @@ def test_stopping_early_keeps_what_was_sent(server: Server) -> None:
     rows, errors, _, _ = replay(server.port, calls, stop_after_s=0.5)
     assert names(rows) == ["ok", "timeout"]
     assert errors == ["stopped before the answer"]
+
+
+def idle_engine(port: int, at_ms: list[float], tick: Callable[[], None]) -> tuple[GrpcReplay, Recorder]:
+    shard = wire.Shard(
+        np.arange(len(at_ms)),
+        (np.array(at_ms) * 1e6).astype(np.int64),
+        np.zeros(len(at_ms), np.int32),
+        (b"x",),
+        ("/t/ok",),
+    )
+    recorder = Recorder(lambda kind, payload: None, shard.arrival_id)
+    engine = GrpcReplay(shard, wire.Endpoint("grpc", "127.0.0.1", port, 20.0, 64), recorder, Answers(1), tick)
+    engine.prepare()
+    return engine, recorder
+
+
+def test_a_call_stopped_before_it_began_was_never_sent(server: Server) -> None:
+    """Fired and stopped in one turn of the loop: none of its code ever runs."""
+    stopped = False
+
+    def fire_and_stop() -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            engine.pacer.begin(time.monotonic_ns() - 1)
+            engine.pacer.fire()
+            assert len(engine._outstanding) == 2
+            engine._stop()
+
+    engine, recorder = idle_engine(server.port, [0, 0, 60_000], fire_and_stop)
+    with gevent.Timeout(30):
+        engine.run(time.monotonic_ns() + 3_600_000_000_000)
+    assert stopped
+    assert engine._outstanding == {}
+    assert engine.sent == 0
+    assert len(recorder.flush()) == 0
+
+
+def test_a_stop_before_the_replay_runs_is_not_lost(server: Server) -> None:
+    engine, recorder = idle_engine(server.port, [3_600_000], lambda: None)
+    engine.stop()
+    with gevent.Timeout(30):
+        engine.run(time.monotonic_ns())
+    assert len(recorder.flush()) == 0
+
+
+def test_a_bug_while_recording_ends_the_replay(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, recorder = idle_engine(server.port, [0, 3_600_000], lambda: None)
+    monkeypatch.setattr(recorder, "row", lambda *row: 1 // 0)
+    with gevent.Timeout(30), pytest.raises(ZeroDivisionError):
+        engine.run(time.monotonic_ns())
+
+
+def test_an_arrival_begins_when_it_is_handed_over(server: Server) -> None:
+    rows, _, _, engine = replay(server.port, [(0, "/t/soon", b"x")] * 3, max_connections=2)
+    assert engine.pacer.began_ns[:2].tolist() == rows["sent_ns"][:2].tolist()
+    assert 0 < engine.pacer.began_ns[2] <= rows["done_ns"][2]  # dropped
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x
         (answer("404 Not Found", b"no model m"), "error", 404, "HTTP 404: no model m"),
         (answer("500 Oops", b"\xff\xfe" + b"y" * 10_000), "error", 500, "HTTP 500: \ufffd\ufffd" + "y" * 198),
         (answer("302 Found", b"", "Location: /x"), "error", 302, "HTTP 302"),
-        (answer("204 No Content").replace(b"Content-Length: 0\r\n", b""), "ok", 204, None),
+        (answer("204 No Content").replace(b"Content-Length: 0\r\n", b""), "error", 204, "HTTP 204"),
+        (answer("202 Accepted", b"come back later"), "error", 202, "HTTP 202: come back later"),
         (CHUNKED, "ok", 200, None),
         (b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + OK, "ok", 200, None),
         (OK.replace(b"HTTP/1.1", b"HTTP/1.0"), "ok", 200, None),
@@ -395,6 +396,47 @@ def test_schedules_of_every_shape(at_ms: list[float]) -> None:
     with serving(OK) as server:
         result = replay(server.port, at_ms)
     assert result.outcomes() == ["ok"] * len(at_ms)
+
+
+def test_a_server_that_does_not_accept_is_not_the_generators_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue of connections is full until every arrival has been taken up; the kernel then tries again."""
+    monkeypatch.setattr(http, "PREOPENED", 0)
+    count = 8
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = listener.getsockname()[1]
+    data = http_request("127.0.0.1", port, "/infer", b"x", {})
+    shard = wire.Shard(np.arange(count), np.zeros(count, np.int64), np.zeros(count, np.int32), (data,), ("",))
+    recorder = Recorder(lambda kind, payload: None, shard.arrival_id)
+    endpoint = wire.Endpoint("http", "127.0.0.1", port, 30.0, 64)
+    engine = HttpReplay(shard, endpoint, recorder, Answers(1), lambda: None)
+    began_accepting: list[int] = []
+
+    def serve(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock:
+            sock.recv(1000)
+            sock.sendall(OK)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    def release() -> None:
+        while not engine.pacer.exhausted:
+            gevent.sleep(0.01)
+        gevent.sleep(0.1)
+        began_accepting.append(time.monotonic_ns())
+        threading.Thread(target=accept, daemon=True).start()
+
+    gevent.spawn(release)
+    with listener:
+        engine.run(time.monotonic_ns())
+    rows = recorder.flush()
+    assert set(rows["outcome"]) == {Outcome.OK}
+    assert rows["sent_ns"].max() > began_accepting[0]
+    assert max(engine.pacer.began_ns) < began_accepting[0]
+    assert all(engine.pacer.began_ns[row["arrival_id"]] <= row["sent_ns"] for row in rows)
 
 
 def test_stopping_early_keeps_what_was_sent() -> None:

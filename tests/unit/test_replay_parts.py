@@ -113,6 +113,42 @@ def test_a_stopped_pacer_fires_nothing_more() -> None:
     pacer.close()
 
 
+def lagging_pacer(monkeypatch: pytest.MonkeyPatch, intended_ms: list[float], lags_ms: list[float]) -> Pacer:
+    """A pacer whose clock, once it has begun, stands at each arrival's lag after its intended instant."""
+    pacer = Pacer((np.array(intended_ms) * 1e6).astype(np.int64), lambda position: None)
+    now_ns = [round((at + lag) * 1e6) for at, lag in zip(intended_ms, lags_ms, strict=True)]
+    monkeypatch.setattr("harness.replay.pacer.monotonic_ns", lambda: 10**12 + now_ns[pacer.fired])
+    pacer.begin(10**12)
+    while not pacer.exhausted:
+        pacer.fire()
+    pacer.close()
+    return pacer
+
+
+def test_start_lag_counts_measured_arrivals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pacer = lagging_pacer(monkeypatch, [-20.0, -10.0, 0.0, 10.0, 20.0], [500.0, 500.0, 2.0, 4.0, 3.0])
+    assert pacer.start_lag_ms() == (3.0, 4.0)
+
+
+def test_start_lag_of_a_warm_up_alone_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lagging_pacer(monkeypatch, [-20.0, -10.0], [7.0, 5.0]).start_lag_ms() == (5.0, 7.0)
+    assert lagging_pacer(monkeypatch, [], []).start_lag_ms() == (None, None)
+    stopped = Pacer(np.array([0, 1]), lambda position: None)
+    stopped.stop()
+    assert stopped.start_lag_ms() == (None, None)
+    stopped.close()
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=300))
+def test_start_lag_percentiles_are_nearest_ranks(lags_ms: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        pacer = lagging_pacer(patch, [0.0] * len(lags_ms), [float(lag) for lag in lags_ms])
+    for percent, got in zip((50, 99), pacer.start_lag_ms(), strict=True):
+        assert got in lags_ms
+        assert sum(lag <= got for lag in lags_ms) * 100 >= percent * len(lags_ms)  # the smallest such value
+        assert sum(lag < got for lag in lags_ms) * 100 < percent * len(lags_ms)
+
+
 def record(count: int) -> tuple[Recorder, list[tuple[bytes, bytes]]]:
     messages: list[tuple[bytes, bytes]] = []
     return Recorder(lambda kind, payload: messages.append((kind, payload)), np.arange(count) * 10), messages

@@ -56,17 +56,23 @@ def test_one_dropped_arrival_is_one_too_many() -> None:
     ("response_ms", "lag_ms", "expected"),
     [(5, 0.99, []), (5, 1.01, ["generator-saturated"]), (50, 4.9, []), (50, 5.1, ["generator-saturated"])],
 )
-def test_send_lag_is_judged_against_the_larger_of_1_ms_and_a_tenth_of_the_median(
+def test_the_generators_lateness_is_judged_against_the_larger_of_1_ms_and_a_tenth_of_the_median(
     response_ms: float, lag_ms: float, expected: list[str]
 ) -> None:
-    assert codes({}, records(response_ms=response_ms, lag_ms=lag_ms))[1] == expected
+    facts = {"load_generator": {"start_lag_p99_ms": lag_ms}}
+    assert codes(facts, records(response_ms=response_ms))[1] == expected
+
+
+def test_waiting_for_a_connection_is_the_servers_doing() -> None:
+    facts = {"load_generator": {"start_lag_p99_ms": 0.1}}
+    assert codes(facts, records(response_ms=3000, lag_ms=2000)) == ("VALID", [])
 
 
 def test_failures_that_take_long_do_not_excuse_a_late_generator() -> None:
-    trace = records(response_ms=5, lag_ms=2)
+    trace = records(response_ms=5)
     trace.outcome[: len(trace) // 2] = Outcome.TIMEOUT
     trace.done_ns[: len(trace) // 2] += 10**10
-    assert codes({}, trace)[1] == ["generator-saturated"]
+    assert codes({"load_generator": {"start_lag_p99_ms": 2.0}}, trace)[1] == ["generator-saturated"]
 
 
 def test_wrong_answers_make_a_trial_invalid_and_give_the_example() -> None:
@@ -105,8 +111,21 @@ WELL = {"process_alive": True, "claims_ready": True, "answers": True}
 def test_the_state_after_the_trial_counts_only_when_no_fault_explains_it(
     probe: dict[str, bool], expected: list[str]
 ) -> None:
+    hit, missed = {"injected_s": 20.0}, {"injected_s": None}
     assert codes({"final_probe": probe, "faults": []}, records())[1] == expected
-    assert codes({"final_probe": probe, "faults": [{"kind": "kill_replica"}]}, records())[1] == []
+    assert codes({"final_probe": probe, "planned_faults": 1, "faults": [hit]}, records())[1] == []
+    missing = codes({"final_probe": probe, "planned_faults": 1, "faults": [missed]}, records())[1]
+    assert missing == ["fault-missed", *expected], "a fault that hit nothing explains nothing"
+
+
+def test_a_planned_fault_that_was_never_tried_is_missed_too() -> None:
+    assert codes({"planned_faults": 2, "faults": [{"injected_s": 1.0}]}, records()) == ("INVALID", ["fault-missed"])
+    assert codes({"state": "interrupted", "planned_faults": 1, "faults": []}, records())[1] == ["incomplete"]
+
+
+def test_answers_that_nobody_checked_prove_nothing() -> None:
+    facts = {"outputs": {"checked": 0, "mismatched": 0, "unchecked": 500, "example": None}}
+    assert codes(facts, records()) == ("INVALID", ["outputs-unchecked"])
 
 
 def test_a_noisy_host_makes_the_trial_unknown_but_not_better_than_invalid() -> None:

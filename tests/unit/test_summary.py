@@ -1,0 +1,100 @@
+"""The summary: figures of trials and cells from stored records, for whole runs, broken ones and odd ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.store import write_json
+from harness.summary import jsonable, summarise, t_interval, write_summary
+from tests.synthetic import make_run
+
+
+def test_counts_close_and_rates_follow_from_them(tmp_path: Path) -> None:
+    summary = summarise(make_run(tmp_path / "run", fail_fraction=0.02))
+    for trial in summary["trials"]:
+        outcomes = ("ok", "errors", "shed", "timeouts", "connection_errors", "dropped")
+        assert sum(trial[key] for key in outcomes) == trial["arrivals"] > 0
+        assert trial["goodput_rps"] == pytest.approx(trial["good"] / trial["span_s"])
+        assert trial["goodput_rps_per_device"] == pytest.approx(trial["goodput_rps"] / trial["devices"])
+        assert trial["slo_attainment"] == pytest.approx(trial["good"] / trial["arrivals"])
+        assert trial["good"] <= trial["ok"]
+
+
+def test_a_killed_run_is_summarised_as_far_as_it_went(tmp_path: Path) -> None:
+    summary = summarise(make_run(tmp_path / "run", variant="killed"))
+    assert summary["verdict"] == "INVALID"
+    broken = [trial for trial in summary["trials"] if trial["state"] != "done"]
+    assert broken
+    assert all("incomplete" in [reason["code"] for reason in trial["reasons"]] for trial in broken)
+
+
+@pytest.mark.parametrize("variant", ["empty", "one-request"])
+def test_odd_traces_are_summarised_without_inventing_a_percentile(tmp_path: Path, variant: str) -> None:
+    summary = write_summary(make_run(tmp_path / "run", variant=variant))
+    for trial in summary["trials"]:
+        assert trial["p99_ms"] is None
+        assert trial["p99_more_needed"] == 368 - trial["arrivals"]
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert told["trials"][0]["p99_ms"] is None
+
+
+def test_a_trial_that_failed_dooms_its_cell_but_is_no_repetition(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3)
+    whole = summarise(run)["cells"][0]
+    victim = run.trials[0]
+    write_json(victim.facts_path, {**victim.facts, "state": "failed", "error": {"message": "it did not come up"}})
+    (victim.folder / "requests.parquet").unlink()
+    run.__dict__.clear()
+    run.__init__(tmp_path / "run")  # type: ignore[misc]
+    cell = summarise(run)["cells"][0]
+    assert cell["verdict"] == "INVALID"
+    assert cell["trials"] == 3
+    assert cell["offered_rps"] == pytest.approx(whole["offered_rps"], rel=0.1), "not a third less"
+    assert cell["arrivals"] < whole["arrivals"]
+    assert cell["goodput_rps_per_device_ci"] is None, "two repetitions have no t interval"
+
+
+@given(st.lists(st.floats(0.1, 1e4), min_size=3, max_size=20), st.booleans())
+def test_t_intervals_hold_their_centre_and_scale(values: list[float], log: bool) -> None:
+    interval = t_interval(np.array(values), log=log)
+    assert interval is not None
+    centre, low, high = interval
+    assert low <= centre <= high
+    mean = math.exp(np.mean(np.log(values))) if log else np.mean(values)
+    assert centre == pytest.approx(mean)
+
+
+def test_t_interval_is_the_textbooks() -> None:
+    centre, low, high = t_interval(np.array([9.0, 10.0, 11.0]), log=False) or (0.0, 0.0, 0.0)
+    assert centre == pytest.approx(10.0)
+    assert high - centre == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975; 2) · s/√n
+    assert centre - low == pytest.approx(high - centre)
+    assert t_interval(np.array([1.0, 2.0]), log=False) is None
+    assert t_interval(np.array([1.0, 2.0, math.inf]), log=True) is None
+
+
+def test_of_two_trials_the_worse_percentile_stands_for_the_cell(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=2)
+    summary = summarise(run)
+    (cell,) = summary["cells"]
+    assert cell["p99_ms"] == max(trial["p99_ms"] for trial in summary["trials"])
+    assert cell["p99_ci_ms_source"] == "within-trial"
+
+
+@given(
+    st.recursive(
+        st.floats() | st.none() | st.text() | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_whatever_is_summarised_is_legal_json(value: object) -> None:
+    json.dumps(jsonable(value), allow_nan=False)
+    assert jsonable(math.inf) == "inf"
+    assert jsonable(math.nan) is None
