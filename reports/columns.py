@@ -73,7 +73,11 @@ def _count(key: str, *, ours: bool = False) -> Callable[[Summary], Field]:
 
 
 def _trials(s: Summary) -> Field:
-    return Field(str(s["trials"]), str(s["trials"])) if "trials" in s else Field(f"no. {s['number']}", str(s["number"]))
+    if "trials" not in s:
+        return Field(f"no. {s['number']}", str(s["number"]), "" if s["state"] == "done" else "not finished")
+    return Field(
+        str(s["trials"]), str(s["trials"]), "" if s["finished"] == s["trials"] else f"{s['finished']} finished"
+    )
 
 
 def _verdict(s: Summary) -> Field:
@@ -83,7 +87,15 @@ def _verdict(s: Summary) -> Field:
 
 COLUMNS = (
     Column("verdict", "Verdict", "", "", "VALID, UNKNOWN or INVALID, with the reasons given at the top.", _verdict),
-    Column("trials", "Trials", "", "", "Repetitions of the cell, interleaved with those of the others.", _trials),
+    Column(
+        "trials",
+        "Trials",
+        "",
+        "",
+        "Repetitions of the cell, interleaved with those of the others. Only those that finished make rates, percentiles and "
+        "curves; counts are of all.",
+        _trials,
+    ),
     Column("offered", "Offered", "req/s", "Throughput", "Arrivals of the trace ÷ its span.", _number("offered_rps")),
     Column(
         "goodput",
@@ -119,7 +131,8 @@ COLUMNS = (
         "Response time",
         "99th percentile over all arrivals, failures as +∞, nearest rank; claimed only where the exact binomial 95 % "
         "upper bound exists. In brackets: from three finite trials on, the Student-t interval of the geometric mean "
-        "over trials; else the binomial one within trials, which takes arrivals as independent and is optimistic.",
+        "over trials; else the binomial one within trials, which takes arrivals as independent and is optimistic. "
+        "Of two trials the worse one stands.",
         _percentile("p99_ms"),
         has_interval=True,
     ),
@@ -128,7 +141,7 @@ COLUMNS = (
         "p99 of successes",
         "ms",
         "Response time",
-        "The same over successes alone, for orientation; it flatters a server that fails. Median over trials.",
+        "The same over successes alone, for orientation; it flatters a server that fails. Median over trials, of two the worse.",
         _number("p99_ok_ms"),
     ),
     Column("ok", "OK", "", "Outcomes", "Answers with success, all trials together.", _count("ok")),
@@ -174,8 +187,18 @@ COLUMNS = (
         "Send lag p99",
         "ms",
         "Trust",
-        "How late the generator sent (sent − intended start); the largest over trials.",
+        "sent − intended start: the start lag, and the wait for a connection, which is the server's. The largest over "
+        "trials.",
         _number("send_lag_p99_ms"),
+    ),
+    Column(
+        "start_lag",
+        "Start lag p99",
+        "ms",
+        "Trust",
+        "The generator's own lateness: from the intended start until it took the arrival up. What «generator-saturated» "
+        "judges. The largest over trials.",
+        _number("start_lag_p99_ms"),
     ),
 )
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.metrics import Floats, Series, claim_percentile, measured, samples_needed, series
+from harness.metrics import Floats, Series, claim_percentile, measured, nearest_rank, samples_needed, series
 from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder, TrialFolder
 from harness.summary import Samples, Summary, summarise
+from reports.conditions import Conditions
 from reports.svg import slots
 from reports.text import printable
 
@@ -35,8 +35,11 @@ class Band:
     high: Floats
 
     @classmethod
-    def over(cls, rows: Sequence[Floats]) -> Band:
-        """Across trials; shorter ones are padded, and places where a trial says nothing are left to the others."""
+    def over(cls, rows: Sequence[Floats], *, high_is_bad: bool = False) -> Band:
+        """Across trials; shorter ones are padded, and places where a trial says nothing are left to the others.
+
+        Of an even number the worse of the two in the middle stands: a failure is not fast.
+        """
         width = max(len(row) for row in rows)
         stack = np.full((len(rows), width), np.nan)
         for i, row in enumerate(rows):
@@ -45,17 +48,18 @@ class Band:
         known = np.count_nonzero(~np.isnan(stack), axis=0)
         last = np.maximum(known - 1, 0)
         columns = np.arange(width)
-        return cls(mid=ordered[last // 2, columns], low=ordered[0], high=ordered[last, columns])
+        middle = (last + 1) // 2 if high_is_bad else last // 2
+        return cls(mid=ordered[middle, columns], low=ordered[0], high=ordered[last, columns])
 
 
 @dataclass(frozen=True)
 class FaultWindow:
-    """When a fault hurt, over all trials of a cell: from the earliest injection to the latest recovery."""
+    """When a fault hurt, over the trials of a cell: from the earliest injection on for the longest recovery."""
 
     kind: str
     from_s: float
-    until_s: float | None
-    """``None``: some trial did not recover before its trace ended."""
+    recovery_s: float | None
+    """0: attainment held in every trial; ``None``: some trial did not recover before its trace ended."""
     seen: bool
     """Whether anything arrived after it, to tell what it did."""
 
@@ -83,8 +87,10 @@ class CellView:
     """The run's label; empty when the report has but one."""
     framework: str
     slot: int
+    conditions: Conditions
     summary: Summary
     trials: tuple[Summary, ...]
+    """All that began, for listing."""
     evidence: Evidence | None
     faults: tuple[FaultWindow, ...]
     failures: tuple[tuple[str, str, str, int], ...]
@@ -99,6 +105,11 @@ class CellView:
     def label(self) -> str:
         """How the cell is called in text."""
         return " · ".join(part for part in (self.framework, self.scenario, self.run) if part)
+
+    @property
+    def repetitions(self) -> tuple[Summary, ...]:
+        """The trials from which figures are made: those that finished."""
+        return _whole(self.trials)
 
     @property
     def faulty(self) -> bool:
@@ -169,7 +180,7 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
         folders = [trial for trial in run.trials if by_id[trial.id]["cell"] == cell["cell"]]
         folders.sort(key=lambda trial: int(by_id[trial.id]["number"]))
         trials = [by_id[trial.id] for trial in folders]
-        evidence, failures = _evidence(folders, trials)
+        whole = _whole(trials)
         told = (run.manifest.get("adapters") or {}).get(cell["adapter"]) or {}
         cells.append(
             CellView(
@@ -177,20 +188,36 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
                 run=label,
                 framework=printable(str(told.get("title") or cell["adapter"])),
                 slot=colours[cell["adapter"]],
-                summary={**cell, "p99_ok_ms": _median(t["p99_ok_ms"] for t in trials)}
-                | {"p99_more_needed": max(t["p99_more_needed"] for t in trials)},
+                conditions=Conditions.of(run.manifest, cell),
+                summary={
+                    **cell,
+                    "finished": sum(trial["state"] == "done" for trial in trials),
+                    "p99_ok_ms": _median(t["p99_ok_ms"] for t in whole),
+                    "p99_more_needed": max(t["p99_more_needed"] for t in whole),
+                    "start_lag_p99_ms": max(_known(t["start_lag_p99_ms"] for t in whole), default=None),
+                },
                 trials=tuple(trials),
-                evidence=evidence,
-                faults=_fault_windows(trials),
-                failures=failures,
+                evidence=_evidence([folder for folder in folders if by_id[folder.id] in whole], whole),
+                faults=_fault_windows(whole),
+                failures=_failures(folders),
             )
         )
     return RunView(run, label, title, summary, tuple(cells))
 
 
+def _whole(trials: Sequence[Summary]) -> tuple[Summary, ...]:
+    """The trials that finished; what another measured before it broke off stands only where there is nothing else."""
+    return tuple(trial for trial in trials if trial["state"] == "done") or tuple(trials)
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return sorted(value for value in values if value is not None and not math.isnan(value))
+
+
 def _median(values: Iterable[float]) -> float | None:
-    known = sorted(value for value in values if not math.isnan(value))
-    return known[(len(known) - 1) // 2] if known else None
+    """Of latencies: of an even number the larger of the two in the middle."""
+    known = _known(values)
+    return known[len(known) // 2] if known else None
 
 
 def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
@@ -201,25 +228,21 @@ def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
         hit = [fault for fault in hit if fault["recovery"] is not None]
         if hit:
             took = [fault["recovery"]["recovery_s"] for fault in hit]
-            ends = [f["injected_s"] + s for f, s in zip(hit, took, strict=True) if s is not None]
             windows.append(
                 FaultWindow(
                     str(hit[0]["kind"]),
                     min(fault["injected_s"] for fault in hit),
-                    max(ends) if len(ends) == len(hit) else None,
+                    None if None in took else max(took),
                     not all(math.isnan(fault["recovery"]["dip_attainment"]) for fault in hit),
                 )
             )
     return tuple(windows)
 
 
-def _evidence(
-    folders: Sequence[TrialFolder], trials: Sequence[Summary]
-) -> tuple[Evidence | None, tuple[tuple[str, str, str, int], ...]]:
+def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evidence | None:
     curves: list[Band] = []
     timelines: list[Series] = []
     gauges: dict[str, list[Floats]] = {"utilization": [], "queue_depth": []}
-    failures: Counter[tuple[str, str, str]] = Counter()
     alone = sum(trial["arrivals"] > 0 for trial in trials) == 1
     for folder, trial in zip(folders, trials, strict=True):
         if trial["arrivals"] == 0 or folder.requests is None:
@@ -232,20 +255,21 @@ def _evidence(
         span = len(timelines[-1].t_s)
         gauges["utilization"].append(utilization_series(folder.facts, samples, span))
         gauges["queue_depth"].append(gauge_series(samples, "server", "queue_depth", span))
-        failures.update(_failures(folder.requests))
     if not curves:
-        return None, ()
+        return None
     unclaimed = np.isnan([curve.mid for curve in curves]).any(axis=0)
-    latency = curves[0] if alone else Band.over([curve.mid for curve in curves])
-    evidence = Evidence(
+    latency = curves[0] if alone else Band.over([curve.mid for curve in curves], high_is_bad=True)
+    return Evidence(
         latency_ms=Band(*(np.where(unclaimed, np.nan, row) for row in (latency.mid, latency.low, latency.high))),
         rate=Band.over([t.offered.astype(np.float64) for t in timelines]),
         goodput=Band.over([t.good.astype(np.float64) for t in timelines]),
-        p99_ms=Band.over([t.p99_ms for t in timelines]),
-        gauges={name: Band.over(rows) for name, rows in gauges.items() if not np.isnan(np.concatenate(rows)).all()},
+        p99_ms=Band.over([t.p99_ms for t in timelines], high_is_bad=True),
+        gauges={
+            name: Band.over(rows, high_is_bad=True)
+            for name, rows in gauges.items()
+            if not np.isnan(np.concatenate(rows)).all()
+        },
     )
-    ranked = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
-    return evidence, tuple((*what, number) for what, number in ranked)
 
 
 def _curve(response_ms: Floats, *, with_interval: bool) -> Band:
@@ -263,7 +287,7 @@ def _curve(response_ms: Floats, *, with_interval: bool) -> Band:
             if claimed.value is not None and claimed.low is not None and claimed.high is not None:
                 mid[i], low[i], high[i] = claimed.value, claimed.low, claimed.high
         else:
-            mid[i] = ordered[max(0, math.ceil(q * n - 1e-9) - 1)]
+            mid[i] = ordered[nearest_rank(n, q) - 1]
     return Band(mid, low, high)
 
 
@@ -296,10 +320,18 @@ def gauge_series(samples: Samples, source: str, metric: str, seconds: int, *, me
     return total / len(rows) if mean else total
 
 
-def _failures(requests: pa.Table) -> dict[tuple[str, str, str], int]:
-    failed = requests.filter(pc.and_(pc.equal(requests["phase"], "measure"), pc.not_equal(requests["outcome"], "ok")))
-    groups = failed.group_by(["outcome", "status", "error"]).aggregate([("arrival_id", "count")]).to_pylist()
-    return {
-        (g["outcome"], "" if g["status"] is None else str(g["status"]), g["error"] or ""): g["arrival_id_count"]
-        for g in groups
-    }
+def _failures(folders: Sequence[TrialFolder]) -> tuple[tuple[str, str, str, int], ...]:
+    """Of all trials, like the counts of the cell."""
+    failures: Counter[tuple[str, str, str]] = Counter()
+    for folder in folders:
+        if folder.requests is None:
+            continue
+        requests = folder.requests
+        failed = requests.filter(
+            pc.and_(pc.equal(requests["phase"], "measure"), pc.not_equal(requests["outcome"], "ok"))
+        )
+        for group in failed.group_by(["outcome", "status", "error"]).aggregate([("arrival_id", "count")]).to_pylist():
+            status = "" if group["status"] is None else str(group["status"])
+            failures[group["outcome"], status, group["error"] or ""] += group["arrival_id_count"]
+    ranked = sorted(failures.items(), key=lambda item: (-item[1], item[0]))
+    return tuple((*what, number) for what, number in ranked)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from harness.metrics import Floats
 from reports import svg
+from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
 from reports.frontier import non_dominated
@@ -250,7 +250,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
     panels = 2 + len(shared.gauges)
     top_px = 40 if shared.faults else 24
     height = top_px + panels * _PANEL_PX + (panels - 1) * _GAP_PX + _BOTTOM_PX
-    span_s = float(max(trial["span_s"] for trial in cell.trials))
+    span_s = float(max(trial["span_s"] for trial in cell.repetitions))
     colour = svg.colour(cell.slot)
     with svg.style():
         canvas = svg.new_figure(height)
@@ -290,8 +290,14 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         axes[-1].set_xlabel("seconds of the trace", labelpad=2)
         _stamp(canvas, [cell])
         drawn = svg.inline(canvas, name=f"time-{cell.key}", alt=_timeline_words(cell, evidence))
-    note = "" if len(cell.trials) == 1 else f"median second over {len(cell.trials)} trials; bands: lowest to highest"
-    return Figure(cell.label, drawn, note=note)
+    return Figure(cell.label, drawn, note=_timeline_note(len(cell.repetitions)))
+
+
+def _timeline_note(trials: int) -> str:
+    if trials == 1:
+        return ""
+    middle = "worse second of 2 trials" if trials == 2 else f"median second over {trials} trials"
+    return f"{middle}; bands: lowest to highest"
 
 
 def _line(
@@ -316,7 +322,7 @@ def _line(
 def _fault_marks(cell: CellView, axes: Sequence[Axes], span_s: float) -> None:
     """Shade each fault from injection to recovery, or to the end, over all panels."""
     for window in cell.faults:
-        until = span_s if window.until_s is None else max(window.until_s, window.from_s)
+        until = span_s if window.recovery_s is None else window.from_s + window.recovery_s
         for ax in axes:
             if until > window.from_s:
                 ax.axvspan(window.from_s, until, color=svg.ALARM, alpha=0.1, lw=0, zorder=0)
@@ -338,10 +344,9 @@ def _fault_marks(cell: CellView, axes: Sequence[Axes], span_s: float) -> None:
 def _recovered(window: FaultWindow) -> str:
     if not window.seen:
         return "no arrivals after it"
-    if window.until_s is None:
+    if window.recovery_s is None:
         return "not recovered"
-    took = window.until_s - window.from_s
-    return f"recovered after {seconds(took)}" if took > 0 else "attainment held"
+    return f"recovered after {seconds(window.recovery_s)}" if window.recovery_s > 0 else "attainment held"
 
 
 def _timeline_words(cell: CellView, evidence: Evidence) -> str:
@@ -356,35 +361,48 @@ def _timeline_words(cell: CellView, evidence: Evidence) -> str:
 # ---------------------------------------------------------------- frontier
 
 
-def frontier(cells: Sequence[CellView]) -> list[Figure]:
-    """Goodput per device against p99, one figure per workload, trace and device, for only those compare."""
-    groups: dict[tuple[str, ...], list[CellView]] = {}
+@dataclass(frozen=True)
+class Frontier:
+    """Cells that were measured under the same conditions, and those of them that nobody beats."""
+
+    title: str
+    """What sets the conditions apart from those of other cells; empty when there are no others."""
+    cells: tuple[CellView, ...]
+    best: tuple[CellView, ...]
+
+
+def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
+    """The frontier of each group of cells under the same conditions, for only those compare."""
+    groups: dict[Conditions, list[CellView]] = {}
     for cell in cells:
         if cell.summary["arrivals"] > 0:
-            groups.setdefault(tuple(str(cell.summary[k]) for k in ("workload", "trace", "device")), []).append(cell)
-    several = len(groups) > 1
+            groups.setdefault(cell.conditions, []).append(cell)
     return [
-        _frontier(" · ".join(group) if several else "", members, f"frontier{i}")
-        for i, (group, members) in enumerate(groups.items())
+        Frontier(distinction(conditions, list(groups)), tuple(members), _unbeaten(members))
+        for conditions, members in groups.items()
     ]
 
 
-def frontier_members(cells: Sequence[CellView]) -> NDArray[np.bool_]:
-    """Which cells are on the frontier: comparable, with a finite p99, and beaten by none of those on both axes."""
-    finite = np.array([c.comparable and c.summary["p99_ms"] is not None for c in cells], dtype=np.bool_)
-    finite &= np.array([math.isfinite(c.summary["p99_ms"] or 0.0) for c in cells], dtype=np.bool_)
-    on = np.zeros(len(cells), dtype=np.bool_)
-    chosen = [cell for cell, ok in zip(cells, finite, strict=True) if ok]
-    on[finite] = non_dominated(
+def _unbeaten(cells: Sequence[CellView]) -> tuple[CellView, ...]:
+    """Comparable cells with a finite p99 that none of the others beats on both axes."""
+    chosen = [
+        c for c in cells if c.comparable and c.summary["p99_ms"] is not None and math.isfinite(c.summary["p99_ms"])
+    ]
+    on = non_dominated(
         np.array([c.summary["p99_ms"] for c in chosen], dtype=np.float64),
         np.array([c.summary["goodput_rps_per_device"] for c in chosen], dtype=np.float64),
     )
-    return on
+    return tuple(cell for cell, member in zip(chosen, on, strict=True) if member)
 
 
-def _frontier(title: str, cells: Sequence[CellView], name: str) -> Figure:
+def frontier(groups: Sequence[Frontier]) -> list[Figure]:
+    """Goodput per device against p99, one figure per group."""
+    return [_frontier(group, f"frontier{i}") for i, group in enumerate(groups)]
+
+
+def _frontier(group: Frontier, name: str) -> Figure:
+    cells, best = group.cells, group.best
     styles = _Styles.of(cells)
-    on = frontier_members(cells)
     claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
     unclaimed = [cell for cell in cells if cell.summary["p99_ms"] is None]
     with svg.style():
@@ -404,7 +422,7 @@ def _frontier(title: str, cells: Sequence[CellView], name: str) -> Figure:
         ax.set_ylim(*_around(goodputs))
         for objective in sorted({float(cell.summary["slo_ms"]) for cell in cells}):
             ax.axvline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
-        _frontier_line(ax, [cell for cell, member in zip(cells, on, strict=True) if member])
+        _frontier_line(ax, best)
         for cell in claimed:
             if cell in infinite:
                 x = scale.within_strip((infinite.index(cell) + 1) / (len(infinite) + 1))
@@ -416,7 +434,6 @@ def _frontier(title: str, cells: Sequence[CellView], name: str) -> Figure:
             _unclaimed(beside, unclaimed, styles, alone=not claimed)
         _heading(canvas, ax, "Goodput per device, requests/s")
         ax.set_xlabel("p99 response time, ms (log scale)", labelpad=3)
-        best = [cell for cell, member in zip(cells, on, strict=True) if member]
         alt = "Goodput per device against p99. " + " ".join(_point_words(cell) for cell in cells)
         alt += f" On the frontier: {listing([c.label for c in best]) or 'none'}."
         _stamp(canvas, cells)
@@ -426,7 +443,7 @@ def _frontier(title: str, cells: Sequence[CellView], name: str) -> Figure:
     keys = _marker_keys(cells, styles)
     keys += [Key("frontier: nobody is better on both")] if best else []
     keys += [Key("objective", kind="objective")]
-    return Figure(title, drawn, tuple(keys), _frontier_note(cells, best))
+    return Figure(group.title, drawn, tuple(keys), _frontier_note(cells, best))
 
 
 def _marker_keys(cells: Sequence[CellView], styles: _Styles) -> list[Key]:
@@ -455,7 +472,9 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 def _frontier_note(cells: Sequence[CellView], best: Sequence[CellView]) -> str:
     told = [f"On the frontier: {listing([cell.label for cell in best])}." if best else "No cell is on the frontier."]
     if any(c.summary["p99_ms"] == math.inf for c in cells):
-        told.append("In the ∞ strip: cells in which more than 1 % of requests failed, so that their p99 has no end.")
+        told.append(
+            "In the ∞ strip: cells in which more than 1\u202f% of requests failed, so that their p99 has no end."
+        )
     if any(c.summary["p99_ms"] is None for c in cells):
         told.append("Apart: cells with too few arrivals to claim a p99.")
     if any(not c.comparable for c in cells):
@@ -549,7 +568,7 @@ def cold_starts(cells: Sequence[CellView]) -> list[ColdStart]:
         groups.setdefault((cell.run, cell.summary["adapter"]), []).append(cell)
     starts = []
     for members in groups.values():
-        told = [t["cold_start_phases_s"] for c in members for t in c.trials if t["cold_start_phases_s"]]
+        told = [t["cold_start_phases_s"] for c in members for t in c.repetitions if t["cold_start_phases_s"]]
         known = [(key, words) for key, words in PHASES if told and all(t.get(key) is not None for t in told)]
         if not known:
             continue

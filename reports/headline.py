@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 from harness.metrics import RECOVERY_MARGIN
-from harness.summary import MIN_TRIALS_FOR_T
+from harness.summary import t_interval
 from reports.evidence import CellView, RunView
 from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
 
@@ -42,18 +41,16 @@ def paired_ratio(pairs: Pairs) -> Ratio | None:
     values = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     if not len(values) or not np.isfinite(values).all() or not (values > 0).all():
         return None
-    logs = np.log(values[:, 0] / values[:, 1])
-    centre = float(logs.mean())
-    if len(logs) < MIN_TRIALS_FOR_T:
-        return Ratio(math.exp(centre), None, len(logs))
-    half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return Ratio(math.exp(centre), (math.exp(centre - half), math.exp(centre + half)), len(logs))
+    ratios = values[:, 0] / values[:, 1]
+    if (across := t_interval(ratios, log=True)) is None:
+        return Ratio(float(np.exp(np.log(ratios).mean())), None, len(ratios))
+    return Ratio(across[0], across[1:], len(ratios))
 
 
 def pair(first: CellView, second: CellView, key: str) -> Pairs:
-    """The figure ``key`` of the trials that both cells have, by number."""
-    other = {trial["number"]: trial for trial in second.trials}
-    return [(t[key], other[t["number"]][key]) for t in first.trials if t["number"] in other]
+    """The figure ``key`` of the trials that both cells finished, by number."""
+    other = {trial["number"]: trial for trial in second.repetitions}
+    return [(t[key], other[t["number"]][key]) for t in first.repetitions if t["number"] in other]
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def _single(cell: CellView, cells: Sequence[CellView]) -> str:
     if p99 is None:
         tail = f"p99 is not claimed ({count(s['p99_more_needed'], 'more arrival')} would do)"
     elif math.isinf(p99):
-        tail = "p99 is ∞, for more than 1 % failed"
+        tail = "p99 is ∞, for more than 1\u202f% failed"
     else:
         side = "above" if p99 > s["slo_ms"] else "within"
         tail = f"p99 {milliseconds(p99)} {interval(s['p99_ci_ms'])}".rstrip() + f", {side} the objective"
@@ -136,19 +133,22 @@ def _race(cells: Sequence[CellView]) -> str:
     told: list[str] = []
     for scenario in dict.fromkeys(cell.scenario for cell in cells):
         members = [cell for cell in cells if cell.scenario == scenario]
-        members.sort(key=lambda cell: -cell.summary["goodput_rps_per_device"])
+        members.sort(key=_typical_goodput, reverse=True)
         condition = _condition(members[0], cells)
         if len(members) < 2:
             told.append(f"{condition} only {members[0].framework} gave a figure to compare")
             continue
         best, next_best = members[0], members[1]
         ratio = paired_ratio(pair(best, next_best, "goodput_rps_per_device"))
+        if ratio is not None and ratio.value < 1:  # a trial without its pair had put the other one first
+            best, next_best = next_best, best
+            ratio = paired_ratio(pair(best, next_best, "goodput_rps_per_device"))
         if ratio is None:
             told.append(f"{condition} not every framework answered within the objective in every trial")
         elif ratio.ends is None and ratio.value < CLOSE:
             percent = max(1, math.ceil((ratio.value - 1) * 100 - 1e-9))
             told.append(
-                f"{condition} {best.framework} and {next_best.framework} are within {percent} % of each other "
+                f"{condition} {best.framework} and {next_best.framework} are within {percent}\u202f% of each other "
                 f"({count(ratio.pairs, 'trial')} each: no interval)"
             )
         elif ratio.settled or ratio.ends is None:
@@ -157,10 +157,17 @@ def _race(cells: Sequence[CellView]) -> str:
         else:
             told.append(f"{condition} {best.framework} and {next_best.framework} are level ({ratio})")
     if len(told) > 4:
-        told = [*told[:4], f"{len(told) - 4} more scenarios are in the table"]
+        left = len(told) - 4
+        told = [*told[:4], f"{count(left, 'more scenario')} {'is' if left == 1 else 'are'} in the table"]
     s = cells[0].summary
     clauses = "; ".join(clause.strip() for clause in told)
     return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+
+
+def _typical_goodput(cell: CellView) -> float:
+    """As the paired ratio weighs it: the geometric mean over trials, or the plain one where a trial has no goodput."""
+    values = np.array([trial["goodput_rps_per_device"] for trial in cell.repetitions], dtype=np.float64)
+    return float(np.exp(np.log(values).mean()) if (values > 0).all() else values.mean())
 
 
 def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
@@ -176,10 +183,10 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
         ratio = paired_ratio(pair(cell, calm[0], "goodput_rps_per_device"))
         if ratio is not None:
             told.append(f"goodput was {ratio} that without it")
-    recoveries = [f["recovery"] for trial in cell.trials for f in trial["faults"] if f["recovery"]]
+    recoveries = [f["recovery"] for trial in cell.repetitions for f in trial["faults"] if f["recovery"]]
     recoveries = [r for r in recoveries if not math.isnan(r["dip_attainment"])]
-    failed = [t["arrivals"] - t["ok"] for t in cell.trials]
-    usual = [t["arrivals"] - t["ok"] for t in calm[0].trials] if calm else [0]
+    failed = [t["arrivals"] - t["ok"] for t in cell.repetitions]
+    usual = [t["arrivals"] - t["ok"] for t in calm[0].repetitions] if calm else [0]
     extra = sum(failed) / len(failed) - sum(usual) / len(usual)
     if extra > 0:
         more = " more than without it" if calm and sum(usual) else ""
@@ -189,8 +196,8 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
     back = [r["recovery_s"] for r in recoveries if r["recovery_s"] is not None]
     if len(back) == len(recoveries):
         worst, again = max(back), max(r["relapse_s"] for r in recoveries)
-        relapsed = f" and fell again in {count(again, 'later second')}" if again else ""
-        held = f"attainment never fell by {RECOVERY_MARGIN * 100:g} points"
+        relapsed = f" and was low again in {count(again, 'later second')}" if again else ""
+        held = f"attainment never fell by more than {RECOVERY_MARGIN * 100:g} points"
         told.append(held if worst == 0 else f"attainment was back after {quantity(worst, 's')}{relapsed}")
     elif back:
         told.append(f"attainment came back in {len(back)} of {len(recoveries)} faults")

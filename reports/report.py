@@ -18,14 +18,16 @@ from markupsafe import Markup
 
 from harness.errors import InputError, StorageError
 from harness.store import RunFolder
+from harness.summary import Summary
 from reports import figures
 from reports.columns import COLUMNS, fields
+from reports.conditions import differences
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
 from reports.headline import Headline, headline
 from reports.reproduce import Portable, reproduce
 from reports.svg import palette_css
-from reports.text import NOTHING, count, humanly, listing, milliseconds, printable, quantity, seconds, share
+from reports.text import NOTHING, count, humanly, listing, milliseconds, printable, quantity, seconds, share, tied
 
 FAILURES_PER_CELL = 5
 REASONS_SHOWN = 1
@@ -70,7 +72,7 @@ def build(runs: Sequence[RunFolder]) -> str:
     views = view(runs)
     cells = [cell for run in views for cell in run.cells]
     script = (files("reports") / "report.js").read_text(encoding="utf-8")
-    best = figures.frontier_members(cells)
+    frontiers = figures.frontiers(cells)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -78,21 +80,23 @@ def build(runs: Sequence[RunFolder]) -> str:
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(lambda name: (files("reports") / name).read_text(encoding="utf-8")),
     )
+    environment.filters["tied"] = tied
     page = environment.get_template("report.html.j2").render(
         title=_question(views),
         kicker=_kicker(views),
         answers=[_Answer(run.label, _own_question(run, views), headline(run)) for run in views],
         verdict=_verdict(views),
+        differences=differences([(run.title, cell.conditions) for run in views for cell in run.cells]),
         device_note=_device_note(views),
         all_emulated=bool(cells) and all(cell.summary["emulated"] for cell in cells),
         cells=cells,
-        best={cell.key for cell, member in zip(cells, best, strict=True) if member and len(cells) > 1},
+        best={cell.key for group in frontiers for cell in group.best if len(group.cells) > 1},
         columns=COLUMNS,
         column_groups=[(name, len(list(group))) for name, group in itertools.groupby(c.group for c in COLUMNS)],
         fields=fields,
         failures=_failures(cells),
         tails=figures.latency(cells),
-        frontiers=figures.frontier(cells),
+        frontiers=figures.frontier(frontiers),
         timelines=figures.timelines(cells),
         timeline_keys=_timeline_keys(cells),
         recoveries=_recoveries(cells),
@@ -193,10 +197,11 @@ def _verdict(views: Sequence[RunView]) -> _Verdict:
         told = ["The only trial is valid" if len(trials) == 1 else f"All {count(len(trials), 'trial')} are valid"]
     else:
         told = [
-            ", ".join(f"{number} {name}" for name, number in numbers.items() if number) + f" of {len(trials)} trials"
+            ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
+            + f" of {count(len(trials), 'trial')}"
         ]
     if planned > len(trials):
-        told.append(f"{planned - len(trials)} of {planned} planned trials never began")
+        told.append(f"{planned - len(trials)} of {count(planned, 'planned trial')} never began")
     return _Verdict(word, "; ".join(told) + ".", _reasons(views))
 
 
@@ -236,17 +241,21 @@ def _failures(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
         rest = cell.failures[FAILURES_PER_CELL:]
         if rest:
             total = sum(number for *_, number in rest)
-            rows.append((cell.label, "", "", f"{len(rest)} other messages", f"{total:,}"))
+            rows.append((cell.label, "", "", count(len(rest), "other message"), f"{total:,}"))
     return rows
 
 
 def _recoveries(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
     return [
-        (cell.label, f"no. {trial['number']}", *_recovery(fault))
+        (cell.label, _number(trial), *_recovery(fault))
         for cell in cells
         for trial in cell.trials
         for fault in trial["faults"]
     ]
+
+
+def _number(trial: Summary) -> str:
+    return f"no. {trial['number']}" + ("" if trial["state"] == "done" else ", not finished")
 
 
 def _recovery(fault: dict[str, Any]) -> tuple[str, ...]:
@@ -264,7 +273,7 @@ def _recovery(fault: dict[str, Any]) -> tuple[str, ...]:
         share(told["dip_attainment"]),
         f"{told['lost']:,}",
         "no arrivals to tell" if empty else recovered,
-        NOTHING if took is None else seconds(told["relapse_s"]),
+        NOTHING if empty or took is None else seconds(told["relapse_s"]),
         milliseconds(told["outage_p99_ms"]),
     )
 

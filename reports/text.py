@@ -75,6 +75,14 @@ def listing(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
 
 
+def tied(text: str) -> str:
+    """The text with numbers held to their units, so that no line breaks between them."""
+    return _NUMBER_AND_UNIT.sub(_NO_BREAK, text)
+
+
+_NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:%|[mµn]?s|min|h|req/s|requests/s|[KMGT]i?B|B|MHz|GHz)(?![\w%]))")
+
+
 def humanly(identifier: str) -> str:
     """``kill_replica`` → ``kill replica``."""
     return identifier.replace("_", " ").replace("-", " ")

@@ -335,7 +335,13 @@ def _write_trial(
                 "environment_s": 0.4,
             },
             outputs={"checked": 128, "mismatched": 0, "unchecked": 3, "example": None},
-            load_generator={"cpu_us_per_request": 412.0, "connections_opened": 96, "peak_connections": 88},
+            load_generator={
+                "cpu_us_per_request": 412.0,
+                "connections_opened": 96,
+                "peak_connections": 88,
+                "start_lag_p50_ms": 0.04,
+                "start_lag_p99_ms": 0.31,
+            },
             final_probe={"process_alive": True, "claims_ready": True, "answers": True},
         )
         events.write("stop", mono_ns=EPOCH_NS + int((span_s + 1) * 1e9))

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
 from harness.errors import InputError, StorageError
-from harness.metrics import samples_needed
-from harness.store import RunFolder
-from reports.columns import COLUMNS
+from harness.metrics import measured, percentile, samples_needed
+from harness.store import RunFolder, write_json
+from reports.columns import COLUMNS, fields
 from reports.downsample import largest_triangles
-from reports.evidence import Band, view
-from reports.figures import DASHES, MARKERS, frontier_members
+from reports.evidence import NINES, Band, FaultWindow, view
+from reports.figures import DASHES, MARKERS, cold_starts, frontiers, timelines
 from reports.frontier import non_dominated
 from reports.headline import headline, paired_ratio
 from reports.report import MARKER_SHAPES, build, write
 from reports.reproduce import Portable
 from reports.svg import palette, slots
-from reports.text import printable, share, significant
+from reports.text import printable, share, significant, tied
 from tests.synthetic import SCRIPT, make_run
 
 
@@ -68,6 +68,28 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return make_run(tmp_path_factory.mktemp("compare") / "run", trials=3)
+
+
+@pytest.fixture(scope="module")
+def pair_of_trials(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return make_run(folder, scenarios=("no-fault",), trials=2, span_s=12)
+
+
+def changed(run: RunFolder, folder: Path, **changes: Any) -> RunFolder:
+    """A copy of a run with another manifest; ``name`` and other keys of the experiment go where they belong."""
+    shutil.copytree(run.folder, folder)
+    experiment = {**run.manifest["experiment"], **changes.pop("experiment", {})}
+    copy = RunFolder.open(folder)
+    copy.amend_manifest(experiment=experiment, **changes)
+    return RunFolder.open(folder)
+
+
+def with_facts(run: RunFolder, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> RunFolder:
+    """The run with facts of its trials changed."""
+    for trial in run.trials:
+        write_json(trial.facts_path, {**trial.facts, **change(trial.facts)})
+    return RunFolder.open(run.folder)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +196,105 @@ def test_runs_side_by_side_are_told_apart(compare: RunFolder, tmp_path: Path) ->
     assert len(set(twins)) == 2
 
 
+# ---------------------------------------------------------------- what may be compared
+
+
+def _tagged(html: str) -> set[str]:
+    """The labels of the cells that bear the frontier's tag in the table."""
+    heads = re.findall(r'<tr class="cell"><th scope="row" data-value="([^"]*)">(.*?)</th>', html, flags=re.DOTALL)
+    return {label for label, inner in heads if 'class="tag best"' in inner}
+
+
+def _best(runs: list[RunFolder]) -> set[str]:
+    cells = [cell for seen in view(runs) for cell in seen.cells]
+    return {cell.label for group in frontiers(cells) for cell in group.best}
+
+
+def test_the_table_and_the_figure_know_the_same_frontier(pair_of_trials: RunFolder, tmp_path: Path) -> None:
+    other = changed(pair_of_trials, tmp_path / "run", experiment={"name": "gpu"})
+    other = with_facts(other, lambda facts: {"device": "cpu"})
+    html = build([pair_of_trials, other])
+    assert _tagged(html) == _best([pair_of_trials, other])
+    assert {label.rpartition(" · ")[2] for label in _tagged(html)} == {"compare", "gpu"}  # neither beats the other
+    assert "on different devices" in Page(html).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "told"),
+    [
+        ({"hardware": {"cpu_model": "Other CPU", "cpu_count": 64, "memory_bytes": 2**36}}, {}, "on different hardware"),
+        ({}, {"slo_ms": 50.0}, "against different objectives"),
+        ({"experiment": {"trace": {"name": "surge", "mean_rate": 500.0}}}, {}, "under different traffic"),
+        ({}, {"workload": "another"}, "with different workloads"),
+    ],
+)
+def test_runs_under_other_conditions_are_said_to_be_so_and_kept_apart(
+    pair_of_trials: RunFolder, tmp_path: Path, changes: dict[str, Any], facts: dict[str, Any], told: str
+) -> None:
+    experiment = {"name": "second", **changes.pop("experiment", {})}
+    other = with_facts(changed(pair_of_trials, tmp_path / "run", experiment=experiment, **changes), lambda _: facts)
+    cells = [cell for seen in view([pair_of_trials, other]) for cell in seen.cells]
+    groups = frontiers(cells)
+    assert [{cell.run for cell in group.cells} for group in groups] == [{"compare"}, {"second"}]
+    assert len({group.title for group in groups}) == 2 and all(group.title for group in groups)
+    page = Page(build([pair_of_trials, other]))
+    assert f"Runs compare and second were made {told} (compare: " in page.text
+    assert page.text.count("do not read across") == 1
+
+
+def test_runs_under_the_same_conditions_share_a_frontier_without_a_note(
+    pair_of_trials: RunFolder, tmp_path: Path
+) -> None:
+    other = changed(pair_of_trials, tmp_path / "run", experiment={"name": "second", "seed": 99})
+    (group,) = frontiers([cell for seen in view([pair_of_trials, other]) for cell in seen.cells])
+    assert group.title == "" and len(group.cells) == 4
+    assert "do not read across" not in build([pair_of_trials, other])
+
+
+# ---------------------------------------------------------------- trials that did not finish
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
+def test_a_trial_that_did_not_finish_is_listed_and_enters_no_figure(
+    compare: RunFolder, tmp_path: Path, state: str
+) -> None:
+    whole = {cell.label: cell for cell in view([compare])[0].cells}
+    folder = tmp_path / "run"
+    shutil.copytree(compare.folder, folder)
+    run = with_facts(RunFolder.open(folder), lambda f: {"state": state, "span_s": 500.0} if f["number"] == 3 else {})
+    (seen,) = view([run])
+    for cell in seen.cells:
+        assert [trial["number"] for trial in cell.trials] == [1, 2, 3]
+        assert [trial["number"] for trial in cell.repetitions] == [1, 2]
+        before = whole[cell.label]
+        assert cell.evidence is not None
+        drawn = cell.evidence.latency_ms.high
+        assert drawn[~np.isnan(drawn)].tolist() == _highest(compare, cell.summary["cell"], {1, 2}).tolist()
+        assert len(cell.evidence.rate.mid) == 50
+        assert cell.summary["p99_ok_ms"] == max(t["p99_ok_ms"] for t in before.trials if t["number"] < 3)
+        trials_field = {column.key: field for column, field in fields(cell.summary)}["trials"]
+        assert (trials_field.text, trials_field.note) == ("3", "2 finished")
+        assert not cell.comparable
+        assert cell.failures == before.failures  # like the counts, of all trials
+    assert {start.starts for start in cold_starts(seen.cells)} == {4}  # two scenarios, two whole trials each
+    page = Page(build([run]))
+    assert f"the trial did not finish ({state})" in page.text
+    assert "no. 3, not finished" in page.text
+
+
+def _highest(run: RunFolder, cell: str, numbers: set[int]) -> Any:
+    """The highest response time of some trials of a cell at each of the drawn percentiles that are claimed."""
+    rows = []
+    for trial in run.trials:
+        if trial.facts["cell"] == cell and trial.facts["number"] in numbers:
+            assert trial.requests is not None
+            response = measured(trial.requests).response_ms()
+            claimed = [q for q in 1 - 10.0 ** -NINES[1:] if samples_needed(q) <= len(response)]
+            rows.append([float(response.min()), *(percentile(response, q) for q in claimed)])
+    shortest = min(map(len, rows))
+    return np.max([row[:shortest] for row in rows], axis=0)
+
+
 # ---------------------------------------------------------------- safety
 
 
@@ -241,12 +362,12 @@ def test_a_killed_run_shows_what_there_is_and_claims_nothing_from_it(tmp_path: P
     (run_view,) = view([run])
     killed = [cell for cell in run_view.cells if not cell.comparable]
     assert len(killed) == 2
-    assert not frontier_members(run_view.cells)[[run_view.cells.index(cell) for cell in killed]].any()
+    assert not any(cell in killed for group in frontiers(run_view.cells) for cell in group.best)
     told = " ".join(headline(run_view).support)
     assert all(cell.label in told for cell in killed)
     # Trials that were planned and never began are said to be missing.
     shutil.rmtree(run.trial(run.manifest["trials"][-1]["id"]).folder)
-    assert "1 of 4 planned trials never began" in Page(build([RunFolder.open(run.folder)])).text
+    assert "1 of 4\u00a0planned trials never began" in Page(build([RunFolder.open(run.folder)])).text
 
 
 def test_a_run_without_any_trial_still_gives_a_page(tmp_path: Path) -> None:
@@ -273,7 +394,10 @@ def test_keys_that_a_killed_run_lacks_are_not_needed(tmp_path: Path) -> None:
 
 def _with_goodput(run: RunFolder, change: Callable[[str, int], float]) -> Any:
     """The view of a run whose trials have other goodputs: adapter, number → requests per second and device."""
-    (seen,) = view([run])
+    return _given_goodput(view([run])[0], change)
+
+
+def _given_goodput(seen: Any, change: Callable[[str, int], float]) -> Any:
     for cell in seen.cells:
         for trial in cell.trials:
             trial["goodput_rps_per_device"] = change(trial["adapter"], trial["number"])
@@ -295,7 +419,38 @@ def test_one_trial_gives_no_interval(tmp_path: Path) -> None:
     seen = _with_goodput(run, lambda a, n: 160 if a == "triton" else 100)
     assert "1.60× the goodput of Ray Serve (1\u00a0trial each: no interval)" in headline(seen).lede
     close = _with_goodput(run, lambda a, n: 101 if a == "triton" else 100)
-    assert "within 1 % of each other" in headline(close).lede
+    assert "within 1\u202f% of each other" in headline(close).lede
+
+
+def test_the_leader_is_the_one_that_the_paired_ratio_favours(pair_of_trials: RunFolder) -> None:
+    goodputs = {("triton", 1): 250.0, ("triton", 2): 50.0, ("ray_serve", 1): 140.0, ("ray_serve", 2): 140.0}
+    lede = headline(_with_goodput(pair_of_trials, lambda a, n: goodputs[a, n])).lede
+    assert "Ray Serve reaches 1.25× the goodput of Triton (2\u00a0trials each: no interval)" in lede
+    assert "within" not in lede
+
+
+def test_a_leader_without_a_goodput_in_some_trial_is_not_passed_over(pair_of_trials: RunFolder) -> None:
+    goodputs = {("triton", 1): 300.0, ("triton", 2): 0.0, ("ray_serve", 1): 140.0, ("ray_serve", 2): 140.0}
+    lede = headline(_with_goodput(pair_of_trials, lambda a, n: goodputs[a, n])).lede
+    assert "not every framework answered within the objective in every trial" in lede
+
+
+@pytest.fixture(scope="module")
+def view_of_two(pair_of_trials: RunFolder) -> Any:
+    return view([pair_of_trials])[0]
+
+
+@given(st.lists(st.tuples(st.floats(50, 300), st.floats(50, 300)), min_size=2, max_size=2))
+def test_no_order_of_goodputs_makes_a_lead_of_less_than_one(
+    view_of_two: Any, goodputs: list[tuple[float, float]]
+) -> None:
+    seen = _given_goodput(view_of_two, lambda a, n: goodputs[n - 1][a == "triton"])
+    lede = headline(seen).lede
+    apart = abs(sum(math.log(a / b) for a, b in goodputs) / 2)
+    close = re.search(r"within (\d+)\u202f% of each other", lede)
+    assert (close is not None) == (apart < math.log(1.05))
+    if close is not None:
+        assert math.exp(apart) - 1 <= int(close[1]) / 100 + 1e-9
 
 
 @given(st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=3, max_size=12))
@@ -315,6 +470,75 @@ def test_paired_ratio_claims_nothing_of_nothing() -> None:
     assert paired_ratio([(1.0, 0.0)]) is None
     two = paired_ratio([(2.0, 1.0), (2.0, 1.0)])
     assert two is not None and two.ends is None and not two.settled
+
+
+def _with_recoveries(run: RunFolder, *told: Mapping[str, Any]) -> Any:
+    """The headline of a run whose faults recovered so, trial by trial."""
+    (seen,) = view([run])
+    for cell in seen.cells:
+        for trial, recovery in zip(cell.trials, told, strict=False):
+            for fault in trial["faults"]:
+                fault["recovery"].update(recovery)
+    return " ".join(headline(seen).support)
+
+
+def test_what_a_fault_cost_is_said_as_it_is_defined(compare: RunFolder) -> None:
+    held = {"recovery_s": 0.0, "relapse_s": 0}
+    assert "attainment never fell by more than 5 points" in _with_recoveries(compare, held, held, held)
+    back = _with_recoveries(compare, {"recovery_s": 3.0, "relapse_s": 1}, held, held)
+    assert "attainment was back after 3.00\u202fs and was low again in 1\u00a0later second." in back
+    again = _with_recoveries(compare, {"recovery_s": 3.0, "relapse_s": 2}, held, held)
+    assert "low again in 2\u00a0later seconds." in again
+    lost = {"recovery_s": None, "relapse_s": 0}
+    assert "attainment came back in 2 of 3 faults" in _with_recoveries(compare, lost, held, held)
+
+
+def test_faults_injected_at_slightly_different_times_are_still_held(compare: RunFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compare.folder, folder)
+
+    def late(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        moved = [{**f, "injected_s": 49.2 + 0.01 * facts["number"]} for f in facts["faults"]]  # felt by nobody
+        return {"faults": moved, "slo_ms": 1e6}
+
+    windows = [w for cell in view([with_facts(RunFolder.open(folder), late)])[0].cells for w in cell.faults]
+    assert windows and all(isinstance(w, FaultWindow) and w.recovery_s == 0 for w in windows)
+
+
+def test_the_page_defines_recovery_as_it_is_computed(page: Page) -> None:
+    definition = page.text[page.text.index("How each number is made") :]
+    for words in ("once it has fallen below", "Arrivals under way at the fault", "Low again", "p99 until recovery"):
+        assert words in definition
+    assert "Lost:" not in definition
+
+
+def test_one_trial_is_not_called_trials(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), variant="empty")
+    assert "1 INVALID of 1\u00a0trial." in Page(build([run])).text
+
+
+def test_the_generators_own_lateness_stands_beside_the_send_lag(compare: RunFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(compare.folder, folder)
+    run = with_facts(RunFolder.open(folder), lambda f: {"load_generator": {"start_lag_p99_ms": 0.25 * f["number"]}})
+    page = Page(build([run]))
+    assert [row["start_lag"] for row in page.rows()[:4]] == ["0.75", "0.25", "0.5", "0.75"]
+    assert "generator-saturated" in page.text and "the wait for a connection" in page.text
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["s", "ms", "%", "req/s", "GiB"]), st.sampled_from(["", ".", ",", " x"]))
+def test_a_number_and_its_unit_stay_on_one_line(number: int, unit: str, after: str) -> None:
+    assert tied(f"within {number} {unit}{after}") == f"within {number}\u00a0{unit}{after}"
+    assert tied(f"{number} servers, {number} mains") == f"{number} servers, {number} mains"
+
+
+def test_sentences_of_the_page_hold_numbers_to_their_units(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",))
+    told = {"message": "the server did not answer within 1 s", "remedy": "give it 5 s", "detail": ""}
+    run = with_facts(run, lambda _: {"state": "failed", "error": told, "warnings": ["threads ended within 1 s."]})
+    page = Page(build([run]))
+    for words in ("did not answer within 1\u00a0s", "give it 5\u00a0s", "ended within 1\u00a0s."):
+        assert words in page.text
 
 
 @given(st.floats(0, 1))
@@ -367,6 +591,28 @@ def test_a_band_over_trials_knows_gaps_lengths_and_failures() -> None:
     assert band.low.tolist() == [1.0, 5.0, 2.0, 7.0]
     assert band.mid.tolist() == [2.0, 5.0, math.inf, 7.0]
     assert band.high.tolist() == [3.0, 5.0, math.inf, 7.0]
+
+
+def test_of_two_trials_the_worse_one_is_drawn() -> None:
+    rows = [np.array([1.0, 2.0, np.nan]), np.array([math.inf, 1.0, 3.0])]
+    assert Band.over(rows, high_is_bad=True).mid.tolist() == [math.inf, 2.0, 3.0]
+    assert Band.over(rows).mid.tolist() == [1.0, 1.0, 3.0]  # goodput
+
+
+def test_the_latency_of_two_trials_is_that_of_the_worse(pair_of_trials: RunFolder) -> None:
+    for cell in view([pair_of_trials])[0].cells:
+        assert cell.evidence is not None
+        assert cell.summary["p99_ok_ms"] == max(trial["p99_ok_ms"] for trial in cell.trials)
+        for curve in (cell.evidence.latency_ms, cell.evidence.p99_ms):
+            assert np.array_equal(curve.mid, curve.high, equal_nan=True)
+        assert "worse second of 2 trials" in timelines([cell])[0].note
+
+
+def test_the_drawn_percentiles_are_those_of_the_table(compare: RunFolder) -> None:
+    for cell in view([compare])[0].cells:
+        assert cell.evidence is not None
+        at = int(np.argmin(abs(NINES - 2)))
+        assert cell.evidence.latency_ms.mid[at] == sorted(trial["p99_ms"] for trial in cell.trials)[1]
 
 
 @given(st.sets(st.text(min_size=1, max_size=8), max_size=12))
