@@ -224,6 +224,8 @@ class Adapter(ABC):
     """Neutral knob → the native key that it lands in."""
     refused: ClassVar[Mapping[str, str]]
     """Neutral knob → why this framework has no place for it. Every knob is in exactly one of the two."""
+    exposes: ClassVar[str] = ""
+    """What of this server listens beyond loopback and cannot be told not to; printed, and kept with the run."""
     start_timeout_s: ClassVar[float] = 120.0
     """How long a start may take before it counts as failed."""
 

@@ -195,6 +195,8 @@ def adapters() -> None:
         table.add_column("")
         table.add_row("protocols", ", ".join(adapter.protocols))
         table.add_row("capabilities", ", ".join(adapter.capabilities()) or "none beyond deploy and stop")
+        if adapter.exposes:
+            table.add_row("exposes", Text(adapter.exposes, style="yellow"))
         for knob, native in adapter.knobs.items():
             table.add_row(knob, Text(native))
         for knob, reason in adapter.refused.items():

@@ -37,6 +37,9 @@ def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> 
     cleaned = sweep()
     for sentence in cleaned:
         observer.note(f"cleaned: {sentence}")
+    for name, contestant in checked.contestants.items():
+        if contestant.adapter.exposes:
+            observer.note(f"{name}: {contestant.adapter.exposes}")
     # The manifest comes first, so that whatever stops the run leaves word of what it was to be.
     run = RunFolder.create(folder, _manifest(checked, cleaned))
     with _closing(run):
@@ -108,6 +111,7 @@ def _manifest(checked: Checked, cleaned: list[str]) -> dict[str, Any]:
                 "knobs": dict(contestant.adapter.knobs),
                 "refused": dict(contestant.adapter.refused),
                 "capabilities": contestant.adapter.capabilities(),
+                "exposes": contestant.adapter.exposes,
                 "environment": experiment.environment,
                 "packages": {},
             }

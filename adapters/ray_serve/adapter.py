@@ -141,6 +141,7 @@ class RayServeDeployment(Deployment):
 
     def load_model(self, model: str) -> None:
         """Deploy one more application; returns when Serve says that it runs and the proxy routes to it."""
+    exposes = "Ray's gRPC ports (guarded by a token) and its and HAProxy's metrics listen on all interfaces while it runs"
         self._ask({"do": "load", "application": config.application(self._request, model)}, RayServe.start_timeout_s)
         self._await_route(model, there=True)
         if model not in self._models:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,23 @@ def test_the_leader_is_the_one_that_the_paired_ratio_favours(pair_of_trials: Run
     lede = headline(_with_goodput(pair_of_trials, lambda a, n: goodputs[a, n])).lede
     assert "Ray Serve reaches 1.25× the goodput of Triton (2\u00a0trials each: no interval)" in lede
     assert "within" not in lede
+
+
+def test_the_runner_up_is_the_one_that_the_paired_ratio_favours(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", adapters=("triton", "ray_serve", "kserve"), scenarios=("no-fault",), trials=2, span_s=12
+    )
+    goodputs = {"triton": (250.0, 50.0), "ray_serve": (140.0, 140.0), "kserve": (100.0, 100.0 * 1.4)}
+    lede = headline(_with_goodput(run, lambda a, n: goodputs[a][n - 1])).lede
+    assert "Ray Serve reaches 1.18× the goodput of KServe" in lede
+
+
+def test_a_trial_without_its_pair_makes_nobody_the_leader(pair_of_trials: RunFolder) -> None:
+    goodputs = {("triton", 1): 100.0, ("triton", 2): 300.0, ("ray_serve", 1): 140.0, ("ray_serve", 2): 140.0}
+    seen = _with_goodput(pair_of_trials, lambda a, n: goodputs[a, n])
+    cut = [replace(c, trials=c.trials[:1]) if c.summary["adapter"] == "ray_serve" else c for c in seen.cells]
+    lede = headline(replace(seen, cells=tuple(cut))).lede
+    assert "Ray Serve reaches 1.40× the goodput of Triton (1\u00a0trial each: no interval)" in lede
 
 
 def test_a_leader_without_a_goodput_in_some_trial_is_not_passed_over(pair_of_trials: RunFolder) -> None:
