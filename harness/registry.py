@@ -21,16 +21,22 @@ def all_adapters() -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     for folder in sorted(Path(adapters.__path__[0]).iterdir()):
         if (folder / "adapter.py").is_file():
-            module = importlib.import_module(f"adapters.{folder.name}.adapter")
-            _register(found, getattr(module, "ADAPTER", None), f"adapters/{folder.name}/adapter.py")
+            where = f"adapters/{folder.name}/adapter.py"
+            _register(found, _loaded(where, f"adapters.{folder.name}.adapter"), where)
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         where = f"entry point {entry_point.name!r} ({entry_point.value})"
-        try:
-            adapter = entry_point.load()
-        except Exception as error:  # another package's import may raise anything
-            raise InputError(f"{where} cannot be loaded: {error}", remedy="mend or uninstall that package") from error
-        _register(found, adapter, where)
+        module, _, attribute = entry_point.value.partition(":")
+        _register(found, _loaded(where, module, attribute or "ADAPTER"), where)
     return found
+
+
+def _loaded(where: str, module: str, attribute: str = "ADAPTER") -> object:
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # somebody's module may raise anything
+        raise InputError(
+            f"{where} cannot be loaded: {type(error).__name__}: {error}", remedy="mend it, or remove that adapter"
+        ) from error
 
 
 def _register(found: dict[str, Adapter], adapter: object, where: str) -> None:

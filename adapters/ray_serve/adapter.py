@@ -141,7 +141,6 @@ class RayServeDeployment(Deployment):
 
     def load_model(self, model: str) -> None:
         """Deploy one more application; returns when Serve says that it runs and the proxy routes to it."""
-    exposes = "Ray's gRPC ports (guarded by a token) and its and HAProxy's metrics listen on all interfaces while it runs"
         self._ask({"do": "load", "application": config.application(self._request, model)}, RayServe.start_timeout_s)
         self._await_route(model, there=True)
         if model not in self._models:
@@ -233,6 +232,9 @@ class RayServe(Adapter):
         "autoscale": "autoscaling_config",
     }
     refused: ClassVar[Mapping[str, str]] = {}
+    exposes: ClassVar[str] = (
+        "Ray's gRPC ports (guarded by a token), its metrics and HAProxy's listen on all interfaces while it runs"
+    )
     start_timeout_s: ClassVar[float] = 180.0
 
     def refusals(self, tuning: Tuning, options: BaseModel) -> list[str]:
