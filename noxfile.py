@@ -24,11 +24,26 @@ def _install(session: nox.Session, extra: str | None = None) -> None:
     session.run_install("uv", "pip", "install", *options, "--editable", target, env=uv_environment(), silent=True)
 
 
+def _install_for_tests(session: nox.Session) -> None:
+    """Besides, an adapter that lives in a package of its own, as somebody else's would."""
+    _install(session, "test")
+    options = ["--quiet", *uv_arguments(), "--editable"]
+    session.run_install("uv", "pip", "install", *options, "./tests/third_party", env=uv_environment(), silent=True)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the whole suite: unit, contract, end to end on real servers, the report in headless Chromium."""
-    _install(session, "test")
-    session.run("pytest", *session.posargs)
+    _install_for_tests(session)
+    # Two files at a time: mostly a test waits for a server, and tests that share one are in the same file.
+    session.run("pytest", "--numprocesses=2", "--dist=loadfile", *session.posargs)
+
+
+@nox.session
+def contract(session: nox.Session) -> None:
+    """Hold adapters to the contract (`-- --adapter NAME` for one), and record what is seen for `tailrace adapters`."""
+    _install_for_tests(session)
+    session.run("pytest", "tests/contract", *session.posargs)
 
 
 @nox.session
@@ -46,18 +61,33 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+def _bench(session: nox.Session, adapter: str) -> None:
+    _install(session)
+    session.run("tailrace", "run", "default", "--adapter", adapter, *session.posargs)
+
+
 @nox.session(name="bench-triton")
 def bench_triton(session: nox.Session) -> None:
     """Race Triton through the default surge, with and without a replica kill. The last line is the report's path."""
-    _install(session)
-    session.run("tailrace", "run", "default", "--adapter", "triton", *session.posargs)
+    _bench(session, "triton")
 
 
 @nox.session(name="bench-ray-serve")
 def bench_ray_serve(session: nox.Session) -> None:
     """Race Ray Serve through the default surge, with and without a replica kill. The last line is the report's path."""
-    _install(session)
-    session.run("tailrace", "run", "default", "--adapter", "ray_serve", *session.posargs)
+    _bench(session, "ray_serve")
+
+
+@nox.session(name="bench-torchserve")
+def bench_torchserve(session: nox.Session) -> None:
+    """Race TorchServe through the default surge, with and without a replica kill. The last line is the report's path."""
+    _bench(session, "torchserve")
+
+
+@nox.session(name="bench-kserve")
+def bench_kserve(session: nox.Session) -> None:
+    """Race KServe through the default surge, with and without a replica kill. The last line is the report's path."""
+    _bench(session, "kserve")
 
 
 @nox.session
@@ -65,3 +95,45 @@ def compare(session: nox.Session) -> None:
     """Race all frameworks on the same arrivals, trials interleaved. The last line is the report's path."""
     _install(session)
     session.run("tailrace", "run", "compare", *session.posargs)
+
+
+@nox.session(name="bench-faults")
+def bench_faults(session: nox.Session) -> None:
+    """Every framework on two nodes, and each fault that all of them know: about half an hour."""
+    _install(session)
+    session.run("tailrace", "run", "faults", *session.posargs)
+
+
+@nox.session(name="bench-loadgen")
+def bench_loadgen(session: nox.Session) -> None:
+    """Measure tailrace's load generator beside Locust's FastHttpUser, and beside wrk where that is installed."""
+    _install(session)
+    session.run("python", "benchmarks/loadgen_peers.py", *session.posargs)
+
+
+@nox.session(name="bench-analysis")
+def bench_analysis(session: nox.Session) -> None:
+    """Analyse ten million recorded requests: how long that takes, and in how much memory."""
+    _install(session)
+    session.run("python", "benchmarks/analysis.py", *session.posargs)
+
+
+@nox.session(name="coordinated-omission")
+def coordinated_omission(session: nox.Session) -> None:
+    """Show what a closed loop hides: Locust's ordinary user and tailrace against a server that stalls."""
+    _install(session)
+    session.run("python", "benchmarks/coordinated_omission.py", *session.posargs)
+
+
+@nox.session
+def crosscheck(session: nox.Session) -> None:
+    """Measure one real Triton with tailrace, wrk and perf_analyzer in turns: medians within 5 %, or the difference explained."""
+    _install(session)
+    session.run("python", "benchmarks/crosscheck.py", *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill the harness at random instants (`-- --kills 20 --adapter NAME`): nothing may be left, every run must go on."""
+    _install(session)
+    session.run("python", "benchmarks/chaos.py", *session.posargs)

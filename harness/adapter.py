@@ -9,8 +9,9 @@ framework can do is a capability: a method that the adapter overrides.
 from __future__ import annotations
 
 import inspect
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -18,11 +19,13 @@ from typing import ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.codecs import Codec
-from harness.errors import DeployError
+from harness.errors import DeployError, ServerError, StorageError
 from harness.processes import ProcessRef, log_tail
 from harness.workload import PreparedWorkload
 
 WireProtocol = Literal["http", "grpc"]
+
+_POLL_S = 0.02
 
 
 class Autoscale(BaseModel):
@@ -98,7 +101,12 @@ class DeployRequest:
     server_env: Mapping[str, str]
     host: str = "127.0.0.1"
     ports: tuple[int, ...] = ()
-    """Ports to use, in the adapter's own documented order; empty: choose free ones."""
+    """Ports to use, in the order of :attr:`Adapter.port_names`; empty: choose free ones."""
+    nodes: int = 1
+    """Of how many nodes a framework with a cluster of its own (:attr:`Adapter.own_cluster`) is to make it. Others are
+    deployed once for each node, each time with 1."""
+    node_envs: tuple[Mapping[str, str], ...] = ()
+    """With a cluster of its own: what each node's processes must get on top of ``server_env``, by the node's index."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,28 @@ class Replica:
     name: str
     model: str
     process: ProcessRef
+
+
+@dataclass(frozen=True)
+class Node:
+    """One server process tree: what dies as a whole when a machine does. ``process`` is its root, started through
+    :meth:`ProcessHost.spawn`."""
+
+    name: str
+    process: ProcessRef
+
+
+NODE_NAME = "node-{index}"
+"""The name of a node by its index, which stays the same when it is restarted."""
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """What a load balancer asks a node: ``GET path`` on one of the adapter's ports (by its name in ``port_names``),
+    answered with 200 by a node that is to get requests."""
+
+    port: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -147,6 +177,19 @@ class ProcessHost(Protocol):
     def stop_tree(self, process: ProcessRef, grace_s: float) -> None:
         """End a process and all that it started: SIGTERM, ``grace_s`` of patience, then SIGKILL; returns when none is left."""
 
+    def kill_tree(self, process: ProcessRef) -> bool:
+        """SIGKILL a spawned process and all that it started, at once; returns when none is left, False when there was
+        nothing."""
+
+    def signal_tree(self, process: ProcessRef, signal_number: int) -> int:
+        """Send a signal to a spawned process and all that it started; returns how many got it."""
+
+    def limit_cpus(self, process: ProcessRef, cpus: float | None) -> None:
+        """Let a spawned process and all that it started have so many CPUs together; ``None``: as many as there are.
+
+        Raises :class:`harness.errors.TailraceError` where control groups cannot be used.
+        """
+
     def remove_later(self, path: Path | str) -> None:
         """Remove this file, folder or glob pattern when the run ends, however it ends."""
 
@@ -163,14 +206,29 @@ class Deployment(ABC):
         self.process = process
         self.endpoint = endpoint
         self.log = log
+        self.notes: list[str] = []
+        """What a reader of this server's figures must know of this very start; kept with the trial as warnings."""
 
     @abstractmethod
     def claims_ready(self) -> bool:
-        """Whether the framework's own health interface says that every model can answer. Never raises."""
+        """Whether the framework says that every model can answer, by the best of what it offers to say so. Never raises."""
+
+    def health(self) -> bool:
+        """Capability: the framework's plainest health check, the one that a load balancer would ask; it may lie. Never
+        raises."""
+        raise CapabilityMissingError("health")
 
     def replicas(self) -> list[Replica]:
         """Capability: the model workers alive now. Overriding it is what makes ``kill_replica`` possible."""
         raise CapabilityMissingError("replicas")
+
+    def nodes(self) -> list[Node]:
+        """The nodes that live, by index. A framework with a cluster of its own tells them; others are one."""
+        return [Node(NODE_NAME.format(index=0), self.process)] if self.process.alive() else []
+
+    def restart_node(self, index: int) -> None:
+        """Of a framework with a cluster of its own: start a node that has ended again, under its name; returns at once."""
+        raise CapabilityMissingError("restart_node")
 
     def scrape(self) -> list[MetricSample]:
         """Capability: the server's own metrics under canonical names. Raises ``OSError`` when it cannot be reached."""
@@ -188,6 +246,10 @@ class Deployment(ABC):
         """Capability: unload a model at run time; returns when the server no longer answers for it."""
         raise CapabilityMissingError("unload_model")
 
+    def scale(self, replicas: int) -> None:
+        """Capability: have so many replicas of every model from now on; returns when the server says it has them."""
+        raise CapabilityMissingError("scale")
+
     def check_alive(self) -> None:
         """Raise :class:`DeployError` with the log's tail when the server's main process has gone."""
         if not self.process.alive():
@@ -197,8 +259,20 @@ class Deployment(ABC):
                 detail=log_tail(self.log),
             )
 
+    def wait_for(self, reached: Callable[[], bool], purpose: str, timeout_s: float) -> None:
+        """Poll until something that the server was told to do is done.
+
+        Raises :class:`ServerError` with the log's tail when it takes longer, and whatever :meth:`check_alive` raises.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not reached():
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server did not {purpose} within {timeout_s:.0f} s", detail=log_tail(self.log))
+            time.sleep(_POLL_S)
+
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the server and everything that it started."""
+        """End the server and everything that it started; once ended, there is nothing more to do."""
         self.host.stop_tree(self.process, grace_s)
 
 
@@ -206,7 +280,15 @@ class CapabilityMissingError(Exception):
     """The adapter does not have this capability; never seen by users, because plans are checked against capabilities first."""
 
 
-CAPABILITIES = ("replicas", "scrape", "applied", "load_model", "unload_model")
+CAPABILITIES = ("health", "replicas", "scrape", "applied", "load_model", "unload_model", "scale")
+
+AXES = {
+    "batching": "how it batches",
+    "scaling": "what it scales on",
+    "models": "models per device",
+    "kubernetes": "Kubernetes depth",
+}
+"""The four axes on which people compare serving frameworks, in words."""
 
 
 class Adapter(ABC):
@@ -217,6 +299,8 @@ class Adapter(ABC):
     homepage: ClassVar[str]
     protocols: ClassVar[tuple[WireProtocol, ...]]
     """The first one is the default."""
+    port_names: ClassVar[tuple[str, ...]]
+    """What each of its ports is for, in the order of ``DeployRequest.ports``."""
     Options: ClassVar[type[BaseModel]] = NoOptions
     """The adapter's own options (``options: {NAME: …}`` in an experiment), every field with a description."""
     deployment_type: ClassVar[type[Deployment]]
@@ -224,8 +308,16 @@ class Adapter(ABC):
     """Neutral knob → the native key that it lands in."""
     refused: ClassVar[Mapping[str, str]]
     """Neutral knob → why this framework has no place for it. Every knob is in exactly one of the two."""
+    traits: ClassVar[Mapping[str, str]] = {}
+    """Where the framework stands on each of :data:`AXES`, a sentence each. A claim: what a machine shows stands beside it
+    (:mod:`harness.observations`)."""
+    approximate: ClassVar[Mapping[str, str]] = {}
+    """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""
     """What of this server listens beyond loopback and cannot be told not to; printed, and kept with the run."""
+    own_cluster: ClassVar[bool] = False
+    """Whether several nodes are a cluster of the framework's own, with a way in of its own, rather than servers behind
+    the harness's load balancer. ``deploy`` then heeds ``request.nodes``, and ``nodes`` and ``restart_node`` are there."""
     start_timeout_s: ClassVar[float] = 120.0
     """How long a start may take before it counts as failed."""
 
@@ -239,13 +331,36 @@ class Adapter(ABC):
         """The lock file of the server's environment."""
         return self.folder / "requirements.txt"
 
-    def refusals(self, tuning: Tuning, options: BaseModel) -> list[str]:
-        """Why this framework cannot express that tuning, one sentence per knob; empty when it can."""
-        return [
-            f"{self.name} has no place for `{knob}`: {self.refused[knob]}"
+    def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
+        """Why this framework cannot express that tuning: knob → a sentence; empty when it can."""
+        return {
+            knob: f"{self.name} has no place for `{knob}`: {self.refused[knob]}"
             for knob in tuning.chosen()
             if knob in self.refused
-        ]
+        }
+
+    def expressible(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> tuple[Tuning, dict[str, str]]:
+        """As much of a tuning as this framework can express, and why the rest was left out, by knob."""
+        left_out: dict[str, str] = {}
+        # A knob may have a place only beside another one: what is left is asked about again.
+        while refusals := self.refusals(tuning, options, protocol):
+            left_out |= refusals
+            tuning = tuning.model_copy(update=dict.fromkeys(refusals))
+        return tuning, left_out
+
+    def described(self) -> dict[str, object]:
+        """What it claims, for manifests and listings: JSON."""
+        return {
+            "title": self.title,
+            "homepage": self.homepage,
+            "protocols": list(self.protocols),
+            "knobs": dict(self.knobs),
+            "refused": dict(self.refused),
+            "capabilities": self.capabilities(),
+            "traits": dict(self.traits),
+            "approximate": dict(self.approximate),
+            "exposes": self.exposes,
+        }
 
     def capabilities(self) -> list[str]:
         """The capabilities that this adapter's deployments override, in the order of :data:`CAPABILITIES`."""
@@ -258,3 +373,23 @@ class Adapter(ABC):
     @abstractmethod
     def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
         """Start the server and return at once; readiness is polled by the caller. ``render``'s files are already in place."""
+
+    def start(self, request: DeployRequest, host: ProcessHost) -> Deployment:
+        """Write the rendered configuration below ``workdir/config``, and deploy. Raises :class:`StorageError` when it cannot
+        be written, and what ``deploy`` raises."""
+        for name, text in self.render(request).items():
+            path = request.workdir / "config" / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise StorageError.of(path, error) from error
+        return self.deploy(request, host)
+
+    def health_check(self, protocol: WireProtocol) -> HealthCheck | None:
+        """How a load balancer asks a node whether it may get requests, while that protocol is served; ``None``: none can."""
+        return None
+
+    def fault_refusals(self, tuning: Tuning) -> dict[str, str]:
+        """Which faults cannot be done to this framework although it has the capabilities for them: kind → why."""
+        return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
@@ -20,6 +21,7 @@ from harness.errors import InputError, TailraceError
 
 EXIT_INVALID = 3
 EXIT_INTERRUPTED = 130
+MAX_LOADGEN_RATE = 200_000
 
 app = typer.Typer(
     name="tailrace",
@@ -38,6 +40,28 @@ class SummaryFormat(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+
+
+class TableOrJson(StrEnum):
+    """Forms of what is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class LoadgenProtocol(StrEnum):
+    """Protocols of `tailrace loadgen`."""
+
+    HTTP = "http"
+    GRPC = "grpc"
+
+
+class ColdstartMode(StrEnum):
+    """Modes of `tailrace coldstart`."""
+
+    PROCESS = "process"
+    PAGE_CACHE = "page-cache"
+    MODEL = "model"
 
 
 def _stdout() -> Console:
@@ -65,22 +89,31 @@ def _root(
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="A built-in experiment (default, smoke, compare) or a YAML file.")],
+    experiment: Annotated[
+        str | None, typer.Argument(help="A built-in experiment (default, smoke, compare, faults) or a YAML file.")
+    ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Race this adapter; may be given again.")] = None,
     workload: Annotated[str | None, typer.Option(help="A workload's name, or the path of its folder.")] = None,
     trace: Annotated[str | None, typer.Option(help="A trace's name.")] = None,
     trials: Annotated[int | None, typer.Option(help="Repetitions of every cell.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Load workers on this machine (client.workers).")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the experiment, in YAML.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder itself; default results/NAME-TIME.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with this run, which was cut off; takes no experiment.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for UNKNOWN trials too.")] = False,
 ) -> None:
-    """Run an experiment: bring the servers up, race them, analyse, and write the report."""
+    """Run an experiment: bring the servers up, race them, analyse, and write the report.
+
+    A run that was killed, interrupted or cut off goes on with --resume RUN, and keeps what it has measured.
+    """
     from harness.console import ConsoleObserver, print_summary
-    from harness.run import default_folder, run_experiment
+    from harness.run import resume_run, run_experiment
     from harness.spec import load_experiment
-    from harness.store import RunFolder
+    from harness.store import RunFolder, default_folder
     from reports.report import write
 
     overrides: dict[str, Any] = {}
@@ -90,16 +123,36 @@ def run(
         overrides["workload"] = workload
     if trials is not None:
         overrides["trials"] = trials
-    chosen = load_experiment(experiment, overrides=overrides, trace=trace, assignments=assignments or ())
-    folder = out or default_folder(chosen)
+    given = list(assignments or ())
+    if workers is not None:
+        given.append(f"client.workers={workers}")
+    if resume is not None:
+        if experiment is not None or overrides or trace is not None or given or out is not None:
+            raise InputError(
+                "--resume goes on with the experiment of that run: it takes no experiment, and no --adapter, --workload, "
+                "--trace, --trials, --workers, --set or --out",
+                remedy=f"tailrace run --resume {resume}; or start a new run, without --resume",
+            )
+        folder, carry_out = resume, functools.partial(resume_run, resume)
+    elif experiment is None:
+        raise InputError(
+            "Missing argument EXPERIMENT",
+            remedy="name an experiment (tailrace run smoke), or go on with a run that was cut off (--resume RUN)",
+        )
+    else:
+        chosen = load_experiment(experiment, overrides=overrides, trace=trace, assignments=given)
+        folder = out or default_folder(chosen.name)
+        carry_out = functools.partial(run_experiment, chosen, folder)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     console = _stderr()
     try:
         with ConsoleObserver(console) as observer:
-            summary = run_experiment(chosen, folder, observer)
+            summary = carry_out(observer)
     except KeyboardInterrupt:
-        console.print(f"interrupted; what was measured is in {folder}", soft_wrap=True)
+        console.print(
+            f"interrupted; what was measured is in {folder}; go on with: tailrace run --resume {folder}", soft_wrap=True
+        )
         _report_quietly(folder, console)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except InputError:
@@ -182,28 +235,174 @@ def summary(
 
 
 @app.command()
-def adapters() -> None:
-    """List the adapters: what each can do, where each knob lands, and what it refuses."""
-    from harness.registry import all_adapters
+def adapters(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.")] = None,
+    faults: Annotated[bool, typer.Option("--faults", help="Which faults can be done to each on this machine.")] = False,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """List the adapters: what each can do, where each knob lands, what it refuses, and what was seen of it here.
 
-    console = _stdout()
-    for adapter in all_adapters().values():
-        table = Table(
-            title=Text(f"{adapter.name}: {adapter.title} ({adapter.homepage})"), title_justify="left", width=110
+    What was seen comes from the contract suite (`nox -s contract`), run on this machine.
+    """
+    from harness.console import print_adapter, print_faults
+    from harness.faults import fault_matrix
+    from harness.observations import observations_of
+    from harness.registry import all_adapters, get_adapter
+
+    chosen = [get_adapter(name) for name in names] if names else list(all_adapters().values())
+    if faults:
+        matrix = fault_matrix(chosen)
+        if form is TableOrJson.JSON:
+            typer.echo(json.dumps(matrix, indent=1))
+        else:
+            print_faults(matrix, _stdout())
+        return
+    if form is TableOrJson.JSON:
+        told = {adapter.name: {**adapter.described(), "observed": observations_of(adapter)} for adapter in chosen}
+        typer.echo(json.dumps(told, indent=1))
+        return
+    for adapter in chosen:
+        print_adapter(adapter, observations_of(adapter), _stdout())
+
+
+@app.command()
+def loadgen(
+    rates: Annotated[
+        str, typer.Option(metavar="RATE,RATE,…", help="Arrivals/s, one replay each.")
+    ] = "500,2000,5000,9000",
+    duration: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds at each rate.")] = 5.0,
+    body_bytes: Annotated[int, typer.Option(min=1, max=50_000_000, help="Size of a request's body.")] = 100,
+    protocol: Annotated[LoadgenProtocol, typer.Option(help="http or grpc.")] = LoadgenProtocol.HTTP,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Load workers on this machine.")] = 1,
+    max_connections: Annotated[int, typer.Option(min=1, help="An arrival past it is dropped.")] = 8192,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Measure the load generator itself: Poisson arrivals against the null server on this machine, on loopback.
+
+    achieved: answers/s; cpu us: CPU time of the generator for one request; send lag: from the intended instant to the
+    first byte sent; dropped: what it could not send.
+    """
+    from harness.replay.driver import Workers
+    from harness.ruler import measure_rates
+
+    console = _stderr()
+    rows = []
+    for row in measure_rates(
+        _rates(rates),
+        duration_s=duration,
+        body_bytes=body_bytes,
+        protocol=protocol.value,
+        workers=Workers(local=workers),
+        max_connections=max_connections,
+        on_progress=lambda text: console.print(Text(text, style="dim"), soft_wrap=True),
+    ):
+        rows.append(row)
+        console.print(Text(f"{row['rate']:g}/s done", style="dim"))
+    if form is TableOrJson.JSON:
+        settings = {
+            "duration_s": duration,
+            "body_bytes": body_bytes,
+            "protocol": protocol.value,
+            "workers": workers,
+        }
+        typer.echo(json.dumps({**settings, "rows": rows}, indent=1))
+        return
+    table = Table()
+    columns = {
+        "rate": ("rate/s", "g"),
+        "achieved": ("achieved/s", ".1f"),
+        "cpu_us_per_request": ("cpu us/request", ".1f"),
+        "send_lag_p50_ms": ("send lag p50 ms", ".3f"),
+        "send_lag_p99_ms": ("send lag p99 ms", ".3f"),
+        "response_p50_ms": ("response p50 ms", ".3f"),
+        "response_p99_ms": ("response p99 ms", ".3f"),
+        "dropped": ("dropped", "d"),
+        "failed": ("failed", "d"),
+    }
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*("–" if row[key] is None else f"{row[key]:{shape}}" for key, (_, shape) in columns.items()))
+    _stdout().print(table)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate <= MAX_LOADGEN_RATE for rate in rates):
+        raise InputError(
+            f"--rates {text!r}: give arrivals/s above 0 and up to {MAX_LOADGEN_RATE:,}, separated by commas: "
+            "--rates 500,2000"
         )
-        table.add_column("", no_wrap=True)
-        table.add_column("")
-        table.add_row("protocols", ", ".join(adapter.protocols))
-        table.add_row("capabilities", ", ".join(adapter.capabilities()) or "none beyond deploy and stop")
-        if adapter.exposes:
-            table.add_row("exposes", Text(adapter.exposes, style="yellow"))
-        for knob, native in adapter.knobs.items():
-            table.add_row(knob, Text(native))
-        for knob, reason in adapter.refused.items():
-            table.add_row(knob, Text(f"refused: {reason}", style="yellow"))
-        for name, field in adapter.Options.model_fields.items():
-            table.add_row(f"option {name}", Text(f"{field.description or ''} (default {field.default!r})"))
-        console.print(table)
+    return rates
+
+
+@app.command()
+def coldstart(
+    names: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="The adapters, interleaved.")],
+    workload: Annotated[str, typer.Option(help="A workload's name, or the path of its folder.")] = "emulated",
+    trials: Annotated[int, typer.Option(min=1, max=1000, help="Starts of each adapter.")] = 10,
+    mode: Annotated[
+        ColdstartMode,
+        typer.Option(
+            help="process: a fresh one, its files in the page cache; page-cache: dropped before each start; model: unloaded "
+            "and loaded again."
+        ),
+    ] = ColdstartMode.PROCESS,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Replicas of the model.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of starts, and of the workload.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="The folder itself; default results/coldstart-TIME.")] = None,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Measure cold starts by phase, and what the first request costs beyond a warm one.
+
+    Writes coldstart.json, coldstart.html and every server's logs. Each trial is a fresh server, gone before the next.
+    """
+    from harness.coldstart import ColdStarts, check
+    from harness.console import print_coldstart
+    from harness.store import default_folder
+    from reports.coldstart import write
+
+    plan = check(names, workload, trials=trials, mode=mode.value, replicas=replicas, seed=seed)
+    folder, console = out or default_folder("coldstart"), _stderr()
+    starts = ColdStarts(plan, folder, lambda text: console.print(Text(text, style="dim"), soft_wrap=True))
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        starts.run()
+    except KeyboardInterrupt:
+        path = write(starts.record, folder)
+        console.print(f"interrupted; what was measured is in {folder}: {path.name}", soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    path = write(starts.record, folder)
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps(starts.record, indent=1, allow_nan=False))
+    else:
+        print_coldstart(starts.record, _stdout())
+        typer.echo(path.resolve())
+    done = [trial for trial in starts.record["trials"] if trial["state"] == "done"]
+    if len(done) < (planned := trials * len(names)):
+        raise TailraceError(f"{planned - len(done)} of {planned} starts failed", remedy=f"read why above, or in {path}")
+
+
+@app.command(name="load-worker")
+def load_worker(
+    master: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the run listens (client.listen).")],
+) -> None:
+    """Send load from this machine for runs on another one, until Ctrl-C.
+
+    The run counts it with client.remote_workers. Whoever can reach that address can take part: use a private network.
+    """
+    from harness.replay.load_worker import serve
+
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--master {master!r}: write it as HOST:PORT, for example --master 10.0.0.5:5557")
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    serve(master, lambda text: _stderr().print(text, soft_wrap=True))
 
 
 @app.command()

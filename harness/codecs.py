@@ -43,13 +43,31 @@ def http_request(host: str, port: int, path: str, body: bytes, headers: Mapping[
     return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
+def raw_bytes(specs: tuple[TensorSpec, ...], tensors: Tensors) -> bytes:
+    """The tensors of one item as little-endian bytes, one after the other in the declared order."""
+    return b"".join(np.ascontiguousarray(tensors[spec.name], dtype=spec.dtype).tobytes() for spec in specs)
+
+
+def _from_raw_bytes(specs: tuple[TensorSpec, ...], body: bytes) -> Tensors:
+    expected = sum(_item_bytes(spec) for spec in specs)
+    if len(body) != expected:
+        raise ServerError(f"the answer has {len(body)} bytes, the declared outputs have {expected}: {body[:120]!r}")
+    tensors: Tensors = {}
+    offset = 0
+    for spec in specs:
+        flat = np.frombuffer(body, dtype=spec.dtype, count=math.prod(spec.shape), offset=offset)
+        tensors[spec.name] = flat.reshape(spec.shape)
+        offset += _item_bytes(spec)
+    return tensors
+
+
 def _item_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class RawHTTP:
-    """Raw tensors over HTTP: the body is the inputs' little-endian bytes, one after the other in the declared order.
+    """Raw tensors over HTTP: the body is the inputs' :func:`raw_bytes`.
 
     For frameworks that leave the wire format to the user (Ray Serve, TorchServe): no parsing on either side, so that
     the framework is measured and not a JSON library. ``path`` may hold ``{model}``.
@@ -62,21 +80,27 @@ class RawHTTP:
     outputs: tuple[TensorSpec, ...]
 
     def encode(self, model: str, inputs: Tensors) -> PreparedRequest:
-        body = b"".join(np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype).tobytes() for spec in self.inputs)
+        body = raw_bytes(self.inputs, inputs)
         headers = {"Content-Type": "application/octet-stream"}
         return PreparedRequest(http_request(self.host, self.port, self.path.format(model=model), body, headers))
 
     def decode(self, headers: Mapping[str, str], body: bytes) -> Tensors:
-        expected = sum(_item_bytes(spec) for spec in self.outputs)
-        if len(body) != expected:
-            raise ServerError(f"the answer has {len(body)} bytes, the declared outputs have {expected}: {body[:120]!r}")
-        tensors: Tensors = {}
-        offset = 0
-        for spec in self.outputs:
-            flat = np.frombuffer(body, dtype=spec.dtype, count=math.prod(spec.shape), offset=offset)
-            tensors[spec.name] = flat.reshape(spec.shape)
-            offset += _item_bytes(spec)
-        return tensors
+        return _from_raw_bytes(self.outputs, body)
+
+
+@dataclass(frozen=True)
+class RawGRPC:
+    """Raw tensors over gRPC: the message is what :class:`RawHTTP` has as its body. ``method`` may hold ``{model}``."""
+
+    method: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def encode(self, model: str, inputs: Tensors) -> PreparedRequest:
+        return PreparedRequest(raw_bytes(self.inputs, inputs), self.method.format(model=model))
+
+    def decode(self, headers: Mapping[str, str], body: bytes) -> Tensors:
+        return _from_raw_bytes(self.outputs, body)
 
 
 def _without_batch_axis(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import psutil
 import pyarrow as pa
 
 from harness.adapter import Deployment, Replica
+from harness.cluster import Cluster
 from harness.emulated_device import read_counters
 from harness.errors import StorageError, TailraceError
 from harness.processes import ProcessRef, descendants
@@ -45,7 +46,7 @@ class Collector(Protocol):
 
 
 class ServerProcesses:
-    """CPU time and memory of the server's process tree.
+    """CPU time and memory of all nodes' process trees.
 
     CPU time is a counter that never falls: what processes used before they ended stays counted. Memory is the
     proportional set size (shared pages divided among those who share them), read less often, for it is dear.
@@ -55,8 +56,9 @@ class ServerProcesses:
     interval_s = 0.5
     _MEMORY_EVERY = 6
 
-    def __init__(self, root: ProcessRef) -> None:
-        self._root = root
+    def __init__(self, roots: Callable[[], Iterable[ProcessRef]]) -> None:
+        """``roots`` are the process trees that serve now."""
+        self._roots = roots
         self._cpu_s: dict[ProcessRef, float] = {}
         self._reads = 0
 
@@ -65,7 +67,7 @@ class ServerProcesses:
         memory_bytes = 0
         with_memory = self._reads % self._MEMORY_EVERY == 0
         self._reads += 1
-        for ref, process in descendants(self._root):
+        for ref, process in (found for root in self._roots() for found in descendants(root)):
             try:
                 times = process.cpu_times()
                 self._cpu_s[ref] = times.user + times.system
@@ -93,33 +95,46 @@ def _proportional_set_bytes(pid: int) -> int:
     return 0
 
 
-class OwnProcess:
-    """CPU time of a process of the harness itself, so that its load is not taken for someone else's."""
+class OwnProcesses:
+    """CPU time of processes of the harness itself, so that their load is not taken for someone else's.
+
+    With ``descend`` the children count too (several load workers below their master).
+    """
 
     interval_s = 0.5
 
-    def __init__(self, source: str, pid: int) -> None:
+    def __init__(self, source: str, pid: int, *, descend: bool = True) -> None:
         self.source = source
         self._process = psutil.Process(pid)
+        self._descend = descend
+        self._cpu_s: dict[int, float] = {}
 
     def read(self) -> list[Reading]:
         try:
-            times = self._process.cpu_times()
+            family = [self._process, *(self._process.children() if self._descend else ())]
+            for process in family:
+                times = process.cpu_times()
+                self._cpu_s[process.pid] = times.user + times.system
         except psutil.NoSuchProcess:
             return []
-        return [Reading("process", "cpu_s_total", times.user + times.system, "s")]
+        return [Reading("process", "cpu_s_total", sum(self._cpu_s.values()), "s")]
 
 
 class Host:
-    """Load of the whole machine, and what the hypervisor took away; shares in 0..1 since the last reading."""
+    """Load of the whole machine, and what the hypervisor took away, as shares in 0..1 since the last reading; how fast
+    its CPUs run, and how often they were throttled for heat, where the kernel tells."""
 
     source = "host"
     interval_s = 0.5
 
     def __init__(self) -> None:
         self._last = psutil.cpu_times()
+        self._clock = CpuClock(Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo"))
 
     def read(self) -> list[Reading]:
+        return [*self._load(), *self._clock.read()]
+
+    def _load(self) -> list[Reading]:
         now = psutil.cpu_times()
         spent = {name: getattr(now, name) - getattr(self._last, name) for name in now._fields}
         self._last = now
@@ -136,23 +151,76 @@ class Host:
         ]
 
 
+class CpuClock:
+    """Mean frequency of the CPUs, and the throttlings of their cores since boot.
+
+    From ``cpufreq`` where there is a driver, else from ``cpuinfo``, where virtual machines often report one nominal
+    frequency for ever; nothing where neither tells. Of large machines, CPUs evenly spread over all: a reading must cost
+    less than a millisecond.
+    """
+
+    _MOST = 16
+
+    def __init__(self, cpus: Path, cpuinfo: Path) -> None:
+        """``cpus`` is the kernel's folder of CPUs, ``cpuinfo`` its file about them."""
+        self._frequencies = _spread(cpus.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"), self._MOST)
+        self._throttlings = _spread(cpus.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"), self._MOST)
+        self._cpuinfo = cpuinfo
+
+    def read(self) -> list[Reading]:
+        """The readings of now."""
+        readings = []
+        if mhz := [khz / 1000 for khz in map(_number, self._frequencies) if khz] or self._from_cpuinfo():
+            readings.append(Reading("host", "frequency_mhz", sum(mhz) / len(mhz), "MHz"))
+        counts = [count for count in map(_number, self._throttlings) if count is not None]
+        if counts:
+            readings.append(Reading("host", "throttled_total", sum(counts), "1"))
+        return readings
+
+    def _from_cpuinfo(self) -> list[float]:
+        try:
+            lines = self._cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+            return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+        except (OSError, ValueError):
+            return []
+
+
+def _spread(paths: Iterable[Path], most: int) -> list[Path]:
+    """At most so many of the paths, evenly spread over all of them in their order."""
+    ordered = sorted(paths)
+    return ordered[:: -(-len(ordered) // most)] if ordered else []
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
 class EmulatedDevices:
-    """Busy time of the emulated accelerators, summed over all replicas that ever held one."""
+    """Busy time of the emulated accelerators, summed over all copies of the model that ever held one, and how many of
+    these copies have answered."""
 
     source = "device"
     interval_s = 0.2
 
-    def __init__(self, folder: Path, devices: int) -> None:
-        self._folder = folder
+    def __init__(self, folders: Sequence[Path], devices: int) -> None:
+        """One folder for each node, of ``devices`` devices each."""
+        self._folders = folders
         self._devices = devices
 
     def read(self) -> list[Reading]:
-        busy = dict.fromkeys(range(self._devices), 0.0)
+        busy = dict.fromkeys(range(len(self._folders) * self._devices), 0.0)
         batches, items = dict(busy), dict(busy)
-        for counters in read_counters(self._folder):
-            busy[counters.device] = busy.get(counters.device, 0.0) + counters.busy_ns / 1e9
-            batches[counters.device] = batches.get(counters.device, 0.0) + counters.batches
-            items[counters.device] = items.get(counters.device, 0.0) + counters.items
+        copies_used = 0
+        for node, folder in enumerate(self._folders):
+            for counters in read_counters(folder):
+                device = node * self._devices + counters.device
+                busy[device] = busy.get(device, 0.0) + counters.busy_ns / 1e9
+                batches[device] = batches.get(device, 0.0) + counters.batches
+                items[device] = items.get(device, 0.0) + counters.items
+                copies_used += counters.batches > 0
         readings = []
         for device in busy:
             scope = f"device-{device}"
@@ -161,7 +229,7 @@ class EmulatedDevices:
                 Reading(scope, "batches_total", batches[device], "1"),
                 Reading(scope, "items_total", items[device], "1"),
             ]
-        return readings
+        return [*readings, Reading("copies", "copies_used", copies_used, "1")]
 
 
 class NvidiaGpus:
@@ -204,6 +272,26 @@ class ServerMetrics:
 
     def read(self) -> list[Reading]:
         return [Reading(s.scope, s.metric, s.value, s.unit) for s in self._deployment.scrape()]
+
+
+class Nodes:
+    """How many nodes live, and what the load balancer says of each: whether it gives it requests (1 or 0), and how many it
+    has there."""
+
+    source = "nodes"
+    interval_s = 0.5
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def read(self) -> list[Reading]:
+        readings = [Reading("cluster", "nodes_alive", len(self._cluster.living()), "1")]
+        for name, state in self._cluster.balancer_states().items():
+            readings += [
+                Reading(name, "in_rotation", float(state.up), "1"),
+                Reading(name, "in_flight", state.in_flight, "1"),
+            ]
+        return readings
 
 
 class Replicas:
@@ -276,7 +364,9 @@ class Sampler:
 
     def _collect(self, collector: Collector) -> None:
         next_ns = time.monotonic_ns()
-        while not self._stopped.is_set():
+        last = False  # the counters of the very end belong to the trial: one reading comes after it
+        while not last:
+            last = self._stopped.is_set()
             now = time.monotonic_ns()
             try:
                 readings = collector.read()

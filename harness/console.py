@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from harness.adapter import Adapter
+from harness.fault_kinds import FAULT_KINDS
+from harness.observations import TOPICS
 from harness.observer import Observer
 from harness.replay.driver import Progress as ReplayProgress
 from harness.spec import TrialPlan
@@ -113,6 +116,8 @@ class ConsoleObserver(Observer):
 
 
 _TABLE_WIDTH = 150
+_OPTIMISTIC = "†"
+"""Beside an interval that takes the arrivals of a trial as independent."""
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -134,6 +139,10 @@ def print_summary(summary: Summary, console: Console) -> None:
             for heading, value in figures.items():
                 block.add_row(heading, _styled(value))
             console.print(block)
+    if any(cell["p99_ci_ms"] and cell["p99_ci_ms_source"] == "within-trial" for cell in summary["cells"]):
+        console.print(Text(f"{_OPTIMISTIC} within trials, as if arrivals were independent: optimistic", style="dim"))
+    for line in comparison_lines(summary["comparisons"]):
+        console.print(Text(line), soft_wrap=True)
     for trial in summary["trials"]:
         for reason in trial["reasons"]:
             console.print(
@@ -155,7 +164,10 @@ def _figures(cell: Summary) -> dict[str, str]:
         "goodput/s/device": f"{cell['goodput_rps_per_device']:.1f}",
         "p50 ms": milliseconds(cell["p50_ms"]),
         "p99 ms": milliseconds(cell["p99_ms"]),
-        "p99 95% interval": "–" if interval is None else " – ".join(milliseconds(end) for end in interval),
+        "p99 95% interval": "–"
+        if interval is None
+        else " – ".join(milliseconds(end) for end in interval)
+        + (f" {_OPTIMISTIC}" if cell["p99_ci_ms_source"] == "within-trial" else ""),
         "within SLO": _share(cell["slo_attainment"]),
         "shed": str(cell["shed"]),
         "failed": str(cell["errors"] + cell["timeouts"] + cell["connection_errors"] + cell["dropped"]),
@@ -163,6 +175,27 @@ def _figures(cell: Summary) -> dict[str, str]:
         "cold start s": "–" if cell["cold_start_s"] is None else f"{cell['cold_start_s']:.1f}",
         "verdict": cell["verdict"],
     }
+
+
+_FIGURE_WORDS = {"p99_ms": "p99", "p50_ms": "p50", "goodput_rps_per_device": "goodput"}
+
+
+def comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the adapters are to each other: a line for every two under the same scenario, or a single one where there are
+    too few blocks for any interval."""
+    if comparisons and not any(told["interval"] for told in comparisons):
+        reasons = list(dict.fromkeys(told["reason"] for told in comparisons))
+        return [f"no adapter was shown to differ from another: {'; '.join(reasons)}"]
+    lines: dict[str, list[str]] = {}
+    for told in comparisons:
+        pair = f"{told['scenario']}: {told['first']} ÷ {told['second']} ({told['blocks']} blocks)"
+        words = f"{_FIGURE_WORDS[told['figure']]} "
+        if told["interval"]:
+            low, high = told["interval"]
+            words += f"{told['ratio']:.3f} [{low:.3f}, {high:.3f}] "
+        reason = f" ({told['reason']})" if told["reason"] else ""
+        lines.setdefault(pair, []).append(f"{words}{told['verdict']}{reason}")
+    return [f"{pair}: {'; '.join(words)}" for pair, words in lines.items()]
 
 
 def _styled(value: str) -> Text:
@@ -187,6 +220,96 @@ def fault_sentence(fault: Mapping[str, Any]) -> str:
         f"{fault['kind']} at {fault['injected_s']:.2f} s: {told}; from then on {recovery['lost']} of the requests failed; "
         f"p99 until recovery {milliseconds(recovery['outage_p99_ms'])} ms"
     )
+
+
+def print_adapter(adapter: Adapter, observed: Mapping[str, Any] | None, console: Console) -> None:
+    """One adapter as a table: what it claims, beside each axis what this machine showed, and where each knob lands."""
+    table = Table(title=Text(f"{adapter.name}: {adapter.title} ({adapter.homepage})"), title_justify="left", width=118)
+    table.add_column("", no_wrap=True)
+    table.add_column("")
+    table.add_row("protocols", ", ".join(adapter.protocols))
+    table.add_row("capabilities", ", ".join(adapter.capabilities()) or "none beyond deploy and stop")
+    seen: dict[str, list[str]] = {}
+    for observation in (observed or {}).get("observations", ()):
+        seen.setdefault(observation["axis"], []).append(observation["text"])
+    for axis, title in TOPICS.items():
+        for claim in filter(None, [adapter.traits.get(axis)]):
+            table.add_row(title, Text(claim))
+        for number, text in enumerate(seen.get(axis, ())):
+            heading = "" if number or axis in adapter.traits else title
+            table.add_row(heading, Text(f"seen here: {text}", style="cyan"))
+    if observed is None:
+        table.add_row("seen here", Text(f"nothing yet: run `nox -s contract -- --adapter {adapter.name}`", style="dim"))
+    else:
+        table.add_row("seen", f"{observed['seen_at']}, on Python {observed['python']}")
+    if adapter.exposes:
+        table.add_row("exposes", Text(adapter.exposes, style="yellow"))
+    for knob, native in adapter.knobs.items():
+        table.add_row(knob, Text(native))
+    for knob, reason in adapter.refused.items():
+        table.add_row(knob, Text(f"refused: {reason}", style="yellow"))
+    for metric, reason in adapter.approximate.items():
+        table.add_row(metric, Text(f"approximate: {reason}", style="yellow"))
+    for name, field in adapter.Options.model_fields.items():
+        table.add_row(f"option {name}", Text(f"{field.description or ''} (default {field.default!r})"))
+    console.print(table)
+
+
+def print_coldstart(record: Mapping[str, Any], console: Console) -> None:
+    """The phases of cold starts and the penalty of the first request, a line for each adapter."""
+    from harness.coldstart import MODES, PHASES
+
+    if record["emulated"]:
+        console.print(Text("emulated accelerator: not a real device", style="yellow"))
+    console.print(Text(MODES[record["mode"]], style="dim"))
+    phases = PHASES[record["mode"]]
+    table = Table()
+    table.add_column("adapter")
+    headings = ("starts", *(f"{words} s" for words in phases.values()), "in all s", "first request ms", "warm ms")
+    for heading in (*headings, "ratio", "warm after", "lied s"):
+        table.add_column(heading, justify="right")
+    for name, summary in record["summary"].items():
+        figures: list[str] = []
+        if summary["done"]:
+            phases_s = [*(summary["phases"][key] for key in phases), summary["since_start"]["first_answer_s"]]
+            requests = [summary[key] for key in ("first_request_ms", "warm_request_ms", "first_request_ratio")]
+            figures = [_spread(told, ".3f") for told in phases_s] + [_spread(told, ".2f") for told in requests]
+            figures += [_spread(summary["warm_after_requests"], "g"), _spread(summary["lied_s"], ".3f")]
+        table.add_row(name, f"{summary['done']} of {summary['trials']}", *figures)
+    console.print(table)
+    console.print(Text("median; least to greatest; [95% interval of the median] from six starts on", style="dim"))
+    notes = {f"{trial['adapter']}: {note}": None for trial in record["trials"] for note in trial.get("notes", ())}
+    for told in notes:
+        console.print(Text(told), soft_wrap=True)
+
+
+def _spread(told: Mapping[str, Any], shape: str) -> str:
+    lines = [f"{told['median']:{shape}}", f"{told['min']:{shape}} to {told['max']:{shape}}"]
+    if told["interval"]:
+        lines.append(f"[{told['interval'][0]:{shape}}, {told['interval'][1]:{shape}}]")
+    return "\n".join(lines)
+
+
+def print_faults(matrix: Mapping[str, Mapping[str, str | None]], console: Console) -> None:
+    """Kinds of faults against adapters; reasons below the table."""
+    table = Table()
+    table.add_column("fault", no_wrap=True)
+    table.add_column("what it does, and its parameters")
+    for name in matrix:
+        table.add_column(name, justify="center", no_wrap=True)
+    reasons: list[str] = []
+    for kind, fault in FAULT_KINDS.items():
+        marks = []
+        for name, refusals in matrix.items():
+            reason = refusals[kind]
+            if reason is not None:
+                reasons.append(f"{kind} on {name}: {reason}")
+            marks.append(Text("yes", "green") if reason is None else Text(f"no ({len(reasons)})", "yellow"))
+        parameters = ", ".join(f"{name} ({value:g})" for name, value in fault.defaults.items())
+        table.add_row(kind, Text(fault.does + (f": {parameters}" if parameters else "")), *marks)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(Text(f"({number}) {reason}"), soft_wrap=True)
 
 
 def trials_csv(trials: Sequence[Summary]) -> str:

@@ -43,6 +43,8 @@ def _exchange_http(endpoint: Endpoint, request: PreparedRequest, timeout_s: floa
             response = http.client.HTTPResponse(connection, method="POST")
             response.begin()
             body = response.read(_BODY_LIMIT_BYTES)
+            if response.length:  # reading up to a limit says nothing of a body that ends too early
+                raise ValueError(f"the answer lacks {response.length} bytes")
             headers = {name.lower(): value for name, value in response.getheaders()}
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Answer(False, text=f"{type(error).__name__}: {error}")

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from harness.cgroups import CpuGroup, is_group
 from harness.errors import DeployError, StorageError, TailraceError
 from harness.folders import state_folder
 from harness.processes import ProcessRef
@@ -88,7 +89,9 @@ def remove_paths(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         for path in glob.glob(pattern):  # noqa: PTH207 - Path.glob takes no absolute pattern
             with contextlib.suppress(OSError):
-                if Path(path).is_dir() and not Path(path).is_symlink():
+                if is_group(Path(path)):
+                    Path(path).rmdir()  # a control group: its files are the kernel's and cannot be unlinked
+                elif Path(path).is_dir() and not Path(path).is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     Path(path).unlink()
@@ -139,7 +142,9 @@ class _GuardianServer:
         self._control = control
         self._ledger = ledger
         self._keepers: dict[tuple[int, int], int] = {}
+        self._stopped: set[tuple[int, int]] = set()
         self._removals: list[str] = []
+        self._groups: dict[tuple[int, int], CpuGroup] = {}
 
     def serve(self) -> None:
         """Answer requests until the harness says goodbye or its end of the socket closes; then clean up."""
@@ -213,13 +218,16 @@ class _GuardianServer:
 
     def _stop_tree(self, request: dict[str, Any]) -> dict[str, Any]:
         key = (request["pid"], request["started_ticks"])
+        if key in self._stopped:
+            return {"killed": []}
         keeper = self._keepers.get(key)
         if keeper is None:
             return {"error": f"process {key[0]} was not started by this run"}
-        with contextlib.suppress(ProcessLookupError):
-            if ProcessRef(*key).alive():
-                os.kill(key[0], signal.SIGTERM)
-                os.kill(key[0], signal.SIGCONT)  # a paused process cannot act on SIGTERM
+        # Without its main process nobody hands the signal on to what is left of a server.
+        for pid in [key[0]] if ProcessRef(*key).alive() else [child.pid for child in _children(keeper)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)  # a paused process cannot act on SIGTERM
         deadline = time.monotonic() + request["grace_s"]
         while time.monotonic() < deadline and _alive(keeper):
             time.sleep(0.01)
@@ -232,13 +240,63 @@ class _GuardianServer:
         if _alive(keeper):
             return {"error": f"processes that SIGKILL does not end: {killed}"}
         del self._keepers[key]
+        self._stopped.add(key)
         self._write_ledger()
         return {"killed": killed}
+
+    def _kill_tree(self, request: dict[str, Any]) -> dict[str, Any]:
+        key = (request["pid"], request["started_ticks"])
+        keeper = self._keepers.get(key)
+        if keeper is None or not _alive(keeper):
+            return {"killed": False}
+        os.kill(keeper, signal.SIGUSR1)
+        deadline = time.monotonic() + _KILL_PATIENCE_S + 5
+        while _alive(keeper):
+            if time.monotonic() > deadline:
+                return {"error": "processes that SIGKILL does not end"}
+            time.sleep(0.002)
+        del self._keepers[key]
+        self._stopped.add(key)
+        self._write_ledger()
+        return {"killed": True}
+
+    def _signal_tree(self, request: dict[str, Any]) -> dict[str, Any]:
+        keeper = self._keepers.get((request["pid"], request["started_ticks"]))
+        if keeper is None:
+            return {"sent": 0}
+        reached: set[ProcessRef] = set()
+        # What a process starts before the signal reaches it must get it too: again, until nobody new is found.
+        while fresh := [ref for ref in map(_reference, _children(keeper)) if ref is not None and ref not in reached]:
+            for ref in fresh:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(ref.pid, request["signal"])
+                reached.add(ref)
+        return {"sent": len(reached)}
+
+    def _limit_cpus(self, request: dict[str, Any]) -> dict[str, Any]:
+        key = (request["pid"], request["started_ticks"])
+        keeper = self._keepers.get(key)
+        if keeper is None:
+            return {"error": f"process {key[0]} was not started by this run"}
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = CpuGroup.create(f"tailrace-{os.getpid()}-{key[0]}")
+            self._removals.append(str(group.folder))
+            self._write_ledger()
+        group.limit(request["cpus"], lambda: [child.pid for child in _children(keeper)])
+        return {}
 
     def _remove_later(self, request: dict[str, Any]) -> dict[str, Any]:
         self._removals.append(request["path"])
         self._write_ledger()
         return {}
+
+
+def _reference(process: psutil.Process) -> ProcessRef | None:
+    try:
+        return ProcessRef.of(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def _named(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -333,14 +391,30 @@ class Guardian:
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         """See :class:`harness.adapter.ProcessHost`; never touches a process that this run did not start."""
-        answer = self._ask(do="signal", pid=process.pid, started_ticks=process.started_ticks, signal=int(signal_number))
+        answer = self._ask(do="signal", signal=int(signal_number), **vars(process))
         return bool(answer["sent"])
 
     def stop_tree(self, process: ProcessRef, grace_s: float) -> None:
         """See :class:`harness.adapter.ProcessHost`."""
-        answer = self._ask(do="stop_tree", pid=process.pid, started_ticks=process.started_ticks, grace_s=grace_s)
+        self._checked("be stopped", do="stop_tree", grace_s=grace_s, **vars(process))
+
+    def _checked(self, purpose: str, **request: Any) -> dict[str, Any]:
+        answer = self._ask(**request)
         if "error" in answer:
-            raise TailraceError(f"a server could not be stopped: {answer['error']}")
+            raise TailraceError(f"a server could not {purpose}: {answer['error']}")
+        return answer
+
+    def kill_tree(self, process: ProcessRef) -> bool:
+        """See :class:`harness.adapter.ProcessHost`."""
+        return bool(self._checked("be killed", do="kill_tree", **vars(process))["killed"])
+
+    def signal_tree(self, process: ProcessRef, signal_number: int) -> int:
+        """See :class:`harness.adapter.ProcessHost`."""
+        return int(self._ask(do="signal_tree", signal=int(signal_number), **vars(process))["sent"])
+
+    def limit_cpus(self, process: ProcessRef, cpus: float | None) -> None:
+        """See :class:`harness.adapter.ProcessHost`."""
+        self._checked("be limited in its CPUs", do="limit_cpus", cpus=cpus, **vars(process))
 
     def remove_later(self, path: Path | str) -> None:
         """See :class:`harness.adapter.ProcessHost`."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from harness.errors import InputError
+
 ENVIRONMENT_VARIABLES = (
     "CI",
     "CUDA_VISIBLE_DEVICES",
@@ -22,6 +24,8 @@ ENVIRONMENT_VARIABLES = (
     "PYTHONUNBUFFERED",
 )
 """Environment variables that are kept with a run: an allow-list, so that no credential reaches a manifest."""
+
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 HARNESS_PACKAGES = ("gevent", "geventhttpclient", "grpcio", "locust", "numpy", "pyarrow", "tritonclient")
 
@@ -128,3 +132,22 @@ def raise_file_limit() -> int:
 def command_line() -> list[str]:
     """The command as it was typed, without the path of the interpreter."""
     return ["tailrace", *sys.argv[1:]]
+
+
+def page_cache_refusal() -> str | None:
+    """Why the page cache cannot be dropped on this machine; ``None`` when it can."""
+    return (
+        None if os.access(DROP_CACHES, os.W_OK) else f"the page cache cannot be dropped: {DROP_CACHES} is not writable"
+    )
+
+
+def drop_page_cache() -> None:
+    """Have the kernel forget the contents of files, once they are on the disk. Raises :class:`InputError` when refused."""
+    os.sync()
+    try:
+        DROP_CACHES.write_text("1\n", encoding="ascii")
+    except OSError as error:
+        raise InputError(
+            f"the page cache cannot be dropped: {DROP_CACHES}: {error.strerror}",
+            remedy="run as root, outside of containers that may not write there; or leave the page cache alone (--mode process)",
+        ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.special import bdtr
 
@@ -60,22 +61,40 @@ class Measured:
         return int(np.count_nonzero(self.outcome == outcome))
 
 
+MEASURED_COLUMNS = ("intended_ns", "sent_ns", "first_byte_ns", "done_ns", "outcome", "phase")
+"""The columns of a run record that :func:`measured` needs."""
+
+
 def measured(requests: pa.Table, phase: Phase = Phase.MEASURE) -> Measured:
-    """The arrivals of one phase of a run record."""
-    table = requests.filter(pc.equal(requests["phase"], PHASE_NAMES[phase]))
-    table = table.sort_by("intended_ns")
-    codes = pc.index_in(table["outcome"], value_set=pa.array(OUTCOME_NAMES))
+    """The arrivals of one phase of a run record, of which texts may be dictionary-encoded."""
+    chosen = np.flatnonzero(_codes(requests["phase"], PHASE_NAMES) == phase)
+    intended = requests["intended_ns"].to_numpy()[chosen]
+    if (
+        intended[1:] < intended[:-1]
+    ).any():  # records are stored in the order of the schedule; a killed trial's are not
+        order = np.argsort(intended, kind="stable")
+        chosen, intended = chosen[order], intended[order]
 
     def column(name: str) -> Ints:
-        return np.asarray(pc.fill_null(table[name], -1).to_numpy(), dtype=np.int64)
+        return np.asarray(requests[name].fill_null(-1).to_numpy()[chosen], dtype=np.int64)
 
     return Measured(
-        intended_ns=column("intended_ns"),
+        intended_ns=intended,
         sent_ns=column("sent_ns"),
         first_byte_ns=column("first_byte_ns"),
         done_ns=column("done_ns"),
-        outcome=np.asarray(codes.to_numpy(), dtype=np.uint8),
+        outcome=_codes(requests["outcome"], OUTCOME_NAMES)[chosen],
     )
+
+
+def _codes(texts: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.uint8]:
+    """The position of each text in ``names``."""
+    parts = [np.empty(0, dtype=np.uint8)]
+    for chunk in texts.chunks:
+        encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        positions = np.array([names.index(name) for name in encoded.dictionary.to_pylist()], dtype=np.uint8)
+        parts.append(positions[encoded.indices.to_numpy()])
+    return np.concatenate(parts)
 
 
 def percentile(values: Floats, q: float) -> float:
@@ -99,17 +118,25 @@ def order_statistic_bounds(n: int, q: float, confidence: float = 0.95) -> tuple[
     between ranks l and u covers with probability P(l ≤ B < u). Each side gives away at most half of the error. A bound
     that would lie outside the sample does not exist: ``None``. (Conover, Practical Nonparametric Statistics, 3.2.)
     """
-    if n == 0:
-        return None, None
+
+    def below(k: int) -> float:
+        """P(B ≤ k), which rises with k: both ends are found by bisection."""
+        return float(bdtr(k, n, q))
+
     half = (1 - confidence) / 2
-    below = bdtr(np.arange(n), n, q)  # P(B ≤ k) for k = 0 … n − 1; rising, so both ends are found by bisection
-    lower = int(np.searchsorted(below, half, side="right"))  # the largest l with P(B < l) ≤ half
-    upper = int(np.searchsorted(below, 1 - half, side="left")) + 1  # the smallest u with P(B < u) ≥ 1 − half
+    lower = bisect_right(range(n), half, key=below)  # the largest l with P(B < l) ≤ half
+    upper = bisect_left(range(n), 1 - half, key=below) + 1  # the smallest u with P(B < u) ≥ 1 − half
     return (lower if lower >= 1 else None), (upper if upper <= n else None)
 
 
 def samples_needed(q: float, confidence: float = 0.95) -> int:
-    """The fewest arrivals from which the upper bound of the ``q``-quantile exists: qⁿ ≤ (1 − confidence)/2."""
+    """The fewest arrivals from which the upper bound of the ``q``-quantile exists: qⁿ ≤ (1 − confidence)/2.
+
+    This is the bound of the two-sided interval, 368 arrivals for p99 at 95 %, because an interval with both ends is what
+    is printed beside every percentile; a claim that rests on it must not be allowed before its upper end exists. The
+    one-sided bound, qⁿ ≤ 1 − confidence, would exist from 299 arrivals on, and says less: only that the quantile is not
+    higher.
+    """
     return math.ceil(math.log((1 - confidence) / 2) / math.log(q))
 
 
@@ -129,19 +156,14 @@ class Percentile:
 
 
 def claim_percentile(values: Floats, q: float, confidence: float = 0.95) -> Percentile:
-    """A percentile, claimed only when its upper confidence bound exists."""
+    """A percentile, claimed only when the upper end of its two-sided interval exists (see :func:`samples_needed`)."""
     n = len(values)
     low, high = order_statistic_bounds(n, q, confidence)
     if high is None:
         return Percentile(q, None, None, None, max(1, samples_needed(q, confidence) - n))
-    ordered = np.sort(values)
-    return Percentile(
-        q,
-        float(ordered[nearest_rank(n, q) - 1]),
-        float(ordered[low - 1]) if low is not None else float(ordered[0]),
-        float(ordered[high - 1]),
-        0,
-    )
+    ranks = [nearest_rank(n, q), low if low is not None else 1, high]
+    at, lower, upper = np.partition(values, [rank - 1 for rank in ranks])[[rank - 1 for rank in ranks]]
+    return Percentile(q, float(at), float(lower), float(upper), 0)
 
 
 @dataclass(frozen=True)
@@ -167,22 +189,15 @@ def series(records: Measured, span_s: float, slo_ms: float) -> Series:
     """The per-second view of a trial. The last second may be a partial one."""
     seconds = max(1, math.ceil(span_s - 1e-9))
     response = records.response_ms()
-    second = np.clip(records.intended_ns // int(NS_PER_S), 0, seconds - 1)
-    edges = np.searchsorted(second, np.arange(seconds + 1))
-    p50 = np.full(seconds, np.nan)
-    p99 = np.full(seconds, np.nan)
-    for i in range(seconds):
-        values = response[edges[i] : edges[i + 1]]
-        if len(values):
-            p50[i] = percentile(values, 0.50)
-            p99[i] = percentile(values, 0.99)
+    inner = np.searchsorted(records.intended_ns, np.arange(1, seconds) * int(NS_PER_S))
+    by_second = np.split(response, inner)  # views; the first and the last take what lies outside
     return Series(
         t_s=np.arange(seconds, dtype=np.float64),
-        offered=np.diff(edges).astype(np.int64),
-        ok=np.bincount(second[records.ok], minlength=seconds).astype(np.int64),
-        good=np.bincount(second[response <= slo_ms], minlength=seconds).astype(np.int64),
-        p50_ms=p50,
-        p99_ms=p99,
+        offered=np.array([len(values) for values in by_second], dtype=np.int64),
+        ok=np.array([np.count_nonzero(part) for part in np.split(records.ok, inner)], dtype=np.int64),
+        good=np.array([np.count_nonzero(values <= slo_ms) for values in by_second], dtype=np.int64),
+        p50_ms=np.array([percentile(values, 0.50) for values in by_second]),
+        p99_ms=np.array([percentile(values, 0.99) for values in by_second]),
     )
 
 
@@ -199,6 +214,13 @@ class Recovery:
     """Seconds after the recovery in which attainment was below the threshold again."""
     lost: int
     """Arrivals under way at the fault, or after it to the end of the trace, that were not answered with success."""
+    lost_by_outcome: dict[str, int]
+    """The same by outcome, those that occurred; a ``timeout`` is indeterminate, its effect on the server unknown."""
+    first_failure_s: float | None
+    """From the fault until the first of them was known to its client; ``None`` when none was lost."""
+    baseline_goodput_rps: float | None
+    dip_goodput_rps: float
+    """Of the 1-second bin with the fewest good answers between fault and recovery (or the end)."""
     outage_p99_ms: float
     """Nearest-rank p99 of the arrivals between fault and recovery (or the end); +∞ where it falls among failures."""
 
@@ -222,13 +244,12 @@ def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Re
     before, after = t_s < at_s, t_s >= at_s
     baseline = float(np.mean(good[before])) if before.any() else None
     bins = math.floor(max(0.0, span_s - at_s) + 1e-9)
+    index = np.floor(t_s[after] - at_s).astype(np.int64)
+    binned = index < bins  # what comes in a last second that is not whole has no bin
+    offered = np.bincount(index[binned], minlength=bins)
+    seen = offered > 0
     attainment = np.full(bins, np.nan)
-    index = np.floor(t_s - at_s).astype(np.int64)
-    for i in range(bins):
-        members = index == i
-        if members.any():
-            attainment[i] = np.mean(good[members])
-    seen = ~np.isnan(attainment)
+    np.divide(np.bincount(index[binned & good[after]], minlength=bins), offered, out=attainment, where=seen)
     low = seen & (attainment < (baseline if baseline is not None else 1.0) - RECOVERY_MARGIN)
     recovered: int | None = 0
     if low.any():
@@ -242,12 +263,24 @@ def recovery(records: Measured, span_s: float, slo_ms: float, at_s: float) -> Re
         )
     # An outage that no bin shows lasted less than one: it is over by the end of the first.
     until = span_s if recovered is None else at_s + max(recovered, 1)
+    good_per_bin = np.bincount(index[binned & good[after]], minlength=bins)[
+        : bins if recovered is None else max(recovered, 1)
+    ]
+    failed = after & ~records.ok
     return Recovery(
         at_s=at_s,
         baseline_attainment=baseline,
         dip_attainment=float(np.nanmin(attainment)) if seen.any() else math.nan,
         recovery_s=None if recovered is None else float(recovered),
         relapse_s=0 if recovered is None else int(np.count_nonzero(low[recovered:])),
-        lost=int(np.count_nonzero(after & ~records.ok)),
+        lost=int(np.count_nonzero(failed)),
+        lost_by_outcome={
+            OUTCOME_NAMES[code]: int(count)
+            for code, count in enumerate(np.bincount(records.outcome[failed], minlength=len(OUTCOME_NAMES)))
+            if count
+        },
+        first_failure_s=max(0.0, float(records.done_ns[failed].min()) / NS_PER_S - at_s) if failed.any() else None,
+        baseline_goodput_rps=np.count_nonzero(good[before]) / at_s if before.any() and at_s > 0 else None,
+        dip_goodput_rps=float(good_per_bin.min()) if len(good_per_bin) else math.nan,
         outage_p99_ms=percentile(response[after & (t_s < until)], 0.99),
     )

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from harness.adapter import Adapter, WireProtocol
+from harness.adapter import Adapter, ServerEnvironment, Tuning, WireProtocol
+from harness.cluster import Layout
 from harness.environments import build
 from harness.errors import InputError
-from harness.faults import CAPABILITY_NEEDED, PlannedFault, plan_faults
-from harness.machine import gpus, raise_file_limit
+from harness.fault_kinds import FAULT_KINDS
+from harness.faults import PlannedFault, link_faults, plan_faults, refusal
+from harness.machine import gpus, page_cache_refusal, raise_file_limit
 from harness.registry import get_adapter
+from harness.ruler import NULL_SERVER
 from harness.schedule import most_at_once
-from harness.spec import Experiment, Scenario, TrialPlan, explain, interleave
+from harness.spec import (
+    Cell,
+    Experiment,
+    FaultSchedule,
+    ScalerChoice,
+    Scenario,
+    TrialPlan,
+    cells,
+    interleave,
+    validated_options,
+)
 from harness.trial import TrialSetup
 from harness.workload import Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
@@ -39,6 +52,15 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Expressed:
+    """The tuning of one cell as its framework can express it."""
+
+    tuning: Tuning
+    left_out: Mapping[str, str]
+    """Knobs that were asked for and have no place there, each with the reason."""
+
+
+@dataclass(frozen=True)
 class Checked:
     """An experiment that passed every check which needs no server and no environment."""
 
@@ -46,6 +68,7 @@ class Checked:
     workload: WorkloadSpec
     device: Device
     contestants: Mapping[str, Contestant]
+    tunings: Mapping[Cell, Expressed]
     plans: tuple[TrialPlan, ...]
     traces: Mapping[int, Trace]
     """One trace per seed: each block of trials draws its own arrivals."""
@@ -65,14 +88,19 @@ def check(experiment: Experiment) -> Checked:
     device = experiment.device or spec.devices[0]
     _check_workload(experiment, spec, device)
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
-    for contestant in contestants.values():
-        _check_faults(experiment, contestant.adapter)
-    _check_replicas(experiment, device)
+    _check_nodes(experiment, device, contestants)
+    _check_replicas(experiment)
+    tunings = {cell: _expressed(experiment, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)}
+    for cell, expressed in tunings.items():
+        _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
+        _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
     plans = tuple(interleave(experiment))
     traces = {seed: make_trace(experiment, spec, seed) for seed in sorted({plan.seed for plan in plans})}
     for trace in traces.values():
         _check_traffic(experiment, trace)
-    return Checked(experiment, spec, device, contestants, plans, traces)
+    for plan in plans:
+        faults_of(plan.cell.scenario, traces[plan.seed], plan.seed)
+    return Checked(experiment, spec, device, contestants, tunings, plans, traces)
 
 
 def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) -> None:
@@ -97,12 +125,7 @@ def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) 
 
 def _contestant(experiment: Experiment, name: str) -> Contestant:
     adapter = get_adapter(name)
-    try:
-        options = adapter.Options.model_validate(experiment.options.get(name, {}))
-    except ValidationError as error:
-        raise InputError("\n".join(explain(error, adapter.Options, f"options.{name}"))) from error
-    if refusals := adapter.refusals(experiment.tuning, options):
-        raise InputError("\n".join(refusals), remedy=f"remove the knob from `tuning`, or {name} from `adapters`")
+    options = validated_options(adapter, experiment.options.get(name, {}))
     protocol = experiment.client.protocol or adapter.protocols[0]
     if protocol not in adapter.protocols:
         raise InputError(
@@ -112,27 +135,99 @@ def _contestant(experiment: Experiment, name: str) -> Contestant:
     return Contestant(adapter, options, protocol)
 
 
-def _check_faults(experiment: Experiment, adapter: Adapter) -> None:
-    for scenario in experiment.scenarios:
-        for fault in scenario.faults:
-            needed = CAPABILITY_NEEDED[fault.kind]
-            if needed not in adapter.capabilities():
-                raise InputError(
-                    f"`scenarios.{scenario.name}`: {fault.kind} cannot be done to {adapter.name}, whose adapter does not "
-                    f"have the capability `{needed}`",
-                    remedy=f"remove the fault, or {adapter.name} from `adapters`",
-                )
-            replicas = experiment.tuning.replicas
-            if isinstance(fault.target, int) and (fault.target < 0 or (replicas and fault.target >= replicas)):
-                raise InputError(
-                    f"`scenarios.{scenario.name}`: target {fault.target} does not exist, replicas count from 0",
-                    remedy=f"use 0 to {replicas - 1}, or random" if replicas else "use 0 or more, or random",
-                )
+def _expressed(experiment: Experiment, contestant: Contestant, scenario: Scenario) -> Expressed:
+    adapter = contestant.adapter
+    asked = experiment.tuning_of(scenario)
+    tuning, left_out = adapter.expressible(asked, contestant.options, contestant.protocol)
+    if left_out and experiment.when_refused == "stop":
+        raise InputError(
+            "\n".join(left_out.values()),
+            remedy=f"remove the knob from `tuning`, or {adapter.name} from `adapters`, "
+            "or set `when_refused: leave_out` to run it without",
+        )
+    return Expressed(tuning, left_out)
 
 
-def _check_replicas(experiment: Experiment, device: Device) -> None:
-    autoscale = experiment.tuning.autoscale
-    most = max(experiment.tuning.replicas or 1, autoscale.max if autoscale else 1)
+def _check_nodes(experiment: Experiment, device: Device, contestants: Mapping[str, Contestant]) -> None:
+    if experiment.nodes == 1:
+        return
+    if device != "cpu" and experiment.devices % experiment.nodes:
+        raise InputError(
+            f"`nodes`: {experiment.devices} devices cannot be dealt out evenly to {experiment.nodes} nodes",
+            remedy=f"use `devices: {experiment.nodes * max(1, experiment.devices // experiment.nodes)}`",
+        )
+    for name, contestant in contestants.items():
+        adapter = contestant.adapter
+        if not adapter.own_cluster and adapter.health_check(contestant.protocol) is None:
+            raise InputError(
+                f"`nodes`: {name} over {contestant.protocol} has no health check that a load balancer could ask",
+                remedy=f"use `nodes: 1`, or remove {name} from `adapters`",
+            )
+
+
+def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
+    for kind in scenario.fault_kinds:
+        if reason := refusal(kind, adapter, tuning, experiment.nodes):
+            raise InputError(
+                f"`scenarios.{scenario.name}`: {kind} cannot be done to {adapter.name}: {reason}",
+                remedy=f"remove the fault, or {adapter.name} from `adapters`",
+            )
+    if isinstance(scenario.faults, FaultSchedule):
+        return
+    for fault in scenario.faults:
+        if fault.target == "random":
+            continue
+        replica = FAULT_KINDS[fault.kind].scope == "replica"
+        known = (tuning.replicas or 0) * experiment.nodes if replica else experiment.nodes
+        if known and fault.target >= known:
+            raise InputError(
+                f"`scenarios.{scenario.name}`: {fault.kind}: target {fault.target} does not exist, there are {known} "
+                f"{'replicas' if replica else 'nodes'}, which count from 0",
+                remedy="use " + (f"0 to {known - 1}" if known > 1 else "0") + ", or random",
+            )
+
+
+def _check_scaler(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
+    scaler = scenario.scaler
+    if scaler is None:
+        return
+    if scaler.of == "replicas":
+        reason = _unscalable_replicas(experiment.tuning_of(scenario), adapter)
+    else:
+        reason = _unscalable_nodes(scaler, experiment.nodes, adapter, tuning)
+    if reason:
+        raise InputError(
+            f"`scenarios.{scenario.name}.scaler`: the {scaler.of} of {adapter.name} cannot be scaled: {reason}",
+            remedy=f"change the scaler, or remove {adapter.name} from `adapters`",
+        )
+
+
+def _unscalable_replicas(asked: Tuning, adapter: Adapter) -> str | None:
+    missing = [name for name in ("scale", "scrape") if name not in adapter.capabilities()]
+    if missing:
+        return f"its adapter does not have the capability `{'`, `'.join(missing)}`: scale its nodes instead"
+    if asked.autoscale is not None:
+        return "two scalers would work against each other: leave `tuning.autoscale` out"
+    return None
+
+
+def _unscalable_nodes(scaler: ScalerChoice, nodes: int, adapter: Adapter, tuning: Tuning) -> str | None:
+    if adapter.own_cluster:
+        return "its nodes are a cluster of its own, with a scaler of its own: use `tuning.autoscale`"
+    if nodes != scaler.max:
+        return f"`nodes` is {nodes}, and must be the scaler's `max`, {scaler.max}"
+    if scaler.cold_start == "model":
+        return refusal("model_reload", adapter, tuning, nodes)
+    return page_cache_refusal() if scaler.cold_start == "page-cache" else None
+
+
+def _check_replicas(experiment: Experiment) -> None:
+    tunings = [experiment.tuning_of(scenario) for scenario in experiment.scenarios]
+    scaled = [s.scaler.max for s in experiment.scenarios if s.scaler is not None and s.scaler.of == "replicas"]
+    per_node = max(
+        *(max(tuning.replicas or 1, tuning.autoscale.max if tuning.autoscale else 1) for tuning in tunings), *scaled, 1
+    )
+    most = experiment.nodes * per_node
     needed, available = most * _REPLICA_MIN_BYTES, psutil.virtual_memory().available
     if needed > available:
         raise InputError(
@@ -140,6 +235,23 @@ def _check_replicas(experiment: Experiment, device: Device) -> None:
             f"({_REPLICA_MIN_BYTES >> 20} MiB each), this machine has {available / 2**30:.1f} GiB free",
             remedy=f"use {available // _REPLICA_MIN_BYTES} or fewer",
         )
+
+
+def _scaled(layout: Layout, scenario: Scenario) -> Layout:
+    """The layout at the start of a trial under a scenario."""
+    if scenario.scaler is None or scenario.scaler.of != "nodes":
+        return layout
+    scaler = scenario.scaler
+    return replace(layout, active=scaler.min, warm=scaler.warm_pool, cold_start=scaler.cold_start)
+
+
+def _balancer_environment(checked: Checked, on_progress: Callable[[str], None]) -> ServerEnvironment | None:
+    """Where HAProxy is, if some framework's nodes stand behind it: the null server brings it along."""
+    experiment = checked.experiment
+    if experiment.nodes == 1 or all(contestant.adapter.own_cluster for contestant in checked.contestants.values()):
+        return None
+    null = get_adapter(NULL_SERVER)
+    return build(experiment.environment, [null.requirements], name=null.name, on_progress=on_progress)
 
 
 def make_trace(experiment: Experiment, spec: WorkloadSpec, seed: int) -> Trace:
@@ -158,9 +270,9 @@ def make_trace(experiment: Experiment, spec: WorkloadSpec, seed: int) -> Trace:
     return trace
 
 
-def faults_of(scenario: Scenario, trace: Trace) -> list[PlannedFault]:
-    """The faults of a scenario on this trace's clock. Raises :class:`InputError` for one after its end."""
-    faults = plan_faults(scenario.faults, span_s=trace.span_s, suggested_at_s=trace.fault_at_s)
+def faults_of(scenario: Scenario, trace: Trace, seed: int) -> list[PlannedFault]:
+    """The faults of a scenario on this trace's clock, by the trial's seed. Raises :class:`InputError` for one after its end."""
+    faults = plan_faults(scenario.faults, span_s=trace.span_s, suggested_at_s=trace.fault_at_s, seed=seed)
     for fault in faults:
         if fault.at_s >= trace.span_s:
             raise InputError(
@@ -172,8 +284,6 @@ def faults_of(scenario: Scenario, trace: Trace) -> list[PlannedFault]:
 
 
 def _check_traffic(experiment: Experiment, trace: Trace) -> None:
-    for scenario in experiment.scenarios:
-        faults_of(scenario, trace)
     if len(trace) == 0:
         raise InputError(
             f"trace {trace.name!r} has no arrivals in its {trace.span_s:g} s: there is nothing to measure",
@@ -215,6 +325,14 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         started_ns = time.monotonic_ns()
         environment = build(experiment.environment, requirements, name=name, on_progress=on_progress)
         environments[name] = (environment, (time.monotonic_ns() - started_ns) / 1e9)
+    layout = Layout(
+        nodes=experiment.nodes,
+        # In all scenarios or in none, so that they differ in the fault alone.
+        links=link_faults(kind for scenario in experiment.scenarios for kind in scenario.fault_kinds),
+        restart=experiment.supervision == "restart",
+        backoff_s=experiment.restart_backoff_s,
+        balancer_environment=_balancer_environment(checked, on_progress),
+    )
     setups = []
     for plan in checked.plans:
         trace = checked.traces[plan.seed]
@@ -235,7 +353,10 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 span_s=trace.span_s,
                 transient=trace.transient,
                 trace_name=trace.name,
-                faults=tuple(faults_of(plan.cell.scenario, trace)),
+                layout=_scaled(layout, plan.cell.scenario),
+                faults=tuple(faults_of(plan.cell.scenario, trace, plan.seed)),
+                tuning=checked.tunings[plan.cell].tuning,
+                left_out=checked.tunings[plan.cell].left_out,
             )
         )
     return setups

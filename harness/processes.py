@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+_OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT = 10_000
+"""Below lie the ports of well-known services."""
+_ROOM_NEEDED = 2_000
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,38 @@ def descendants(root: ProcessRef) -> Iterator[tuple[ProcessRef, psutil.Process]]
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """``count`` distinct TCP ports that are free now. All are held open while choosing, so that they differ."""
+    """``count`` distinct TCP ports that are free now. All are held open while choosing, so that they differ.
+
+    Not among those that the kernel gives to outgoing connections, where there is room for others: the load itself makes so
+    many of these that one would now and then have the port of a server that is only about to listen, or to come back.
+    """
     held: list[socket.socket] = []
     try:
-        for _ in range(count):
+        for port in _candidates(count):
             listener = socket.socket()
-            listener.bind((host, 0))
             held.append(listener)
+            try:
+                listener.bind((host, port))
+            except OSError:
+                held.pop().close()
+            if len(held) == count:
+                break
         return [listener.getsockname()[1] for listener in held]
     finally:
         for listener in held:
             listener.close()
+
+
+def _candidates(count: int) -> Iterator[int]:
+    """Ports to try, at random; in the end whatever the kernel gives."""
+    try:
+        lowest_outgoing = int(_OUTGOING_PORTS.read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        lowest_outgoing = 0
+    below = range(_LOWEST_PORT, lowest_outgoing)
+    if len(below) > _ROOM_NEEDED:
+        yield from random.SystemRandom().sample(below, _ROOM_NEEDED)
+    yield from itertools.repeat(0, count)
 
 
 def port_open(host: str, port: int, timeout_s: float = 0.2) -> bool:

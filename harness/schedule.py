@@ -79,3 +79,9 @@ def most_at_once(arrivals_ns: NDArray[np.int64], window_s: float) -> int:
         return 0
     ends = np.searchsorted(arrivals_ns, arrivals_ns + int(window_s * 1e9), side="right")
     return int((ends - np.arange(len(arrivals_ns))).max())
+
+
+def offered_rates(arrivals_ns: NDArray[np.int64], span_s: float) -> tuple[float, float]:
+    """Mean arrivals/s over the trace, and the most within any one second (at least the mean)."""
+    mean = len(arrivals_ns) / span_s
+    return mean, max(mean, float(most_at_once(arrivals_ns, 1.0)))

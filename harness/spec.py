@@ -14,10 +14,22 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from harness.adapter import Tuning, WireProtocol
+from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
+from harness.fault_kinds import FAULT_KINDS
 from harness.workload import Device, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -52,25 +64,159 @@ class TraceChoice(_Strict):
     )
 
 
-class FaultChoice(_Strict):
+def _known_kind(kind: str) -> str:
+    if kind not in FAULT_KINDS:
+        near = nearest(kind, FAULT_KINDS)
+        raise ValueError(f"there is no such fault; {f'did you mean {near!r}?' if near else ', '.join(FAULT_KINDS)}")
+    return kind
+
+
+FaultName = Annotated[str, AfterValidator(_known_kind)]
+
+
+class FaultParameters(_Strict):
+    """What a fault may be told beside its kind; each kind has its own (`tailrace adapters --faults`)."""
+
+    duration_s: float | None = Field(default=None, ge=0, description="How long it lasts before it is healed.")
+    cpus: float | None = Field(default=None, gt=0, description="`slow_node`: CPUs that are left to the node.")
+    round_trip_ms: float | None = Field(default=None, gt=0, description="`latency`: added to every round trip.")
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="`packet_loss`: share of what is sent that stalls."
+    )
+    stall_ms: float | None = Field(default=None, gt=0, description="`packet_loss`: how long it stalls.")
+
+    def parameters(self, kind: str) -> dict[str, float]:
+        """All parameters of a kind: those that were given, and the defaults of the others."""
+        given = {name: getattr(self, name) for name in FAULT_KINDS[kind].defaults}
+        return {**FAULT_KINDS[kind].defaults, **{name: value for name, value in given.items() if value is not None}}
+
+    def foreign(self, kinds: Iterable[str]) -> list[str]:
+        """The parameters that were given and belong to none of these kinds."""
+        own = {name for kind in kinds for name in FAULT_KINDS[kind].defaults}
+        return [name for name in FaultParameters.model_fields if getattr(self, name) is not None and name not in own]
+
+
+class FaultChoice(FaultParameters):
     """One fault on the trace clock."""
 
-    kind: Literal["kill_replica"] = Field(description="`kill_replica`: SIGKILL one worker process of the model.")
+    kind: FaultName = Field(description="What happens: one of the kinds below.")
     at_s: float | None = Field(
         default=None,
         ge=0,
         description="When, in seconds of the trace. Left out: where the trace suggests it, else two thirds through.",
     )
-    target: Literal["random"] | int = Field(
-        default="random", description="Which replica: `random` (by the trial's seed) or its index, oldest first."
+    target: Literal["random"] | Annotated[int, Field(ge=0)] = Field(
+        default="random",
+        description="Which replica (oldest first) or node: `random` (by the trial's seed) or its index from 0.",
     )
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> FaultChoice:
+        if foreign := self.foreign([self.kind]):
+            own = ", ".join(FAULT_KINDS[self.kind].defaults) or "none"
+            raise ValueError(f"{self.kind} has no {' and no '.join(foreign)}; its parameters: {own}")
+        if FAULT_KINDS[self.kind].scope == "cluster" and self.target != "random":
+            raise ValueError(f"{self.kind} comes to every node in turn: leave `target` out")
+        return self
+
+
+class FaultSchedule(FaultParameters):
+    """Faults at random instants of the trace, a Poisson process by the trial's seed."""
+
+    rate: str = Field(pattern=r"^\d+(\.\d+)?/(s|min|h)$", description="How many in the mean: `2/min`, `0.1/s`, `6/h`.")
+    kinds: tuple[FaultName, ...] = Field(min_length=1, description="Each fault is one of these, drawn evenly.")
+
+    @model_validator(mode="after")
+    def _fits_its_kinds(self) -> FaultSchedule:
+        if foreign := self.foreign(self.kinds):
+            raise ValueError(f"none of {', '.join(self.kinds)} has {' or '.join(foreign)}")
+        return self
+
+    @property
+    def per_s(self) -> float:
+        """The rate in faults per second."""
+        count, _, unit = self.rate.partition("/")
+        return float(count) / {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def _tuning_in_words(value: Any) -> Any:
+    return {} if value == "defaults" else value
+
+
+TuningChoice = Annotated[Tuning, BeforeValidator(_tuning_in_words)]
+"""Neutral knobs, or the word ``defaults`` for none."""
+
+
+_FORMS: Mapping[str, type[BaseModel]] = {"listed": FaultChoice, "scheduled": FaultSchedule}
+"""How faults are given. Pydantic tells errors below these words, which no user has written."""
+
+Faults = Annotated[
+    Annotated[tuple[FaultChoice, ...], Tag("listed")] | Annotated[FaultSchedule, Tag("scheduled")],
+    Discriminator(lambda value: "scheduled" if isinstance(value, dict | FaultSchedule) else "listed"),
+]
+
+
+ColdStart = Literal["process", "page-cache", "model"]
+
+
+class ScalerChoice(_Strict):
+    """A queue-depth scaler of the harness's own, for frameworks that have none."""
+
+    of: Literal["replicas", "nodes"] = Field(
+        description="What it changes: `replicas` of every node, by the framework's own management interface, or `nodes` "
+        "behind the load balancer."
+    )
+    min: int = Field(ge=1, description="The fewest, and how many there are at first.")
+    max: int = Field(ge=1, le=64, description="The most; of nodes, the experiment's `nodes`.")
+    up_above: float = Field(
+        gt=0,
+        description="More when so many requests for each are exceeded: waiting ones for replicas, all that are under way "
+        "for nodes.",
+    )
+    down_below: float = Field(ge=0, description="One fewer when there are less.")
+    period_s: float = Field(default=1.0, ge=0.1, description="How often it looks.")
+    warm_pool: int = Field(default=0, ge=0, description="`nodes`: how many are kept started beyond those in use.")
+    cold_start: ColdStart = Field(
+        default="process",
+        description="`nodes`: what one that is called upon beyond the warm pool has to do: start a fresh `process`, do so "
+        "with an empty `page-cache`, or load its `model` in a process that is there.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalerChoice:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        if self.down_below >= self.up_above:
+            raise ValueError(f"down_below ({self.down_below:g}) is not below up_above ({self.up_above:g})")
+        if self.warm_pool and self.of == "replicas":
+            raise ValueError("warm_pool: replicas cannot be kept warm outside, only nodes")
+        if self.cold_start != "process" and self.of == "replicas":
+            raise ValueError(
+                "cold_start: how a replica starts is the framework's own affair; only nodes are started here"
+            )
+        return self
 
 
 class Scenario(_Strict):
-    """A named list of faults; every adapter runs under every scenario."""
+    """Named conditions; every adapter runs under every scenario."""
 
     name: str = Field(description="Short name, used in folder names and in the report.")
-    faults: tuple[FaultChoice, ...] = Field(default=(), description="What goes wrong; empty: nothing.")
+    faults: Faults = Field(
+        default=(),
+        description="What goes wrong: a list (keys below), or a mapping for a random schedule; empty: nothing.",
+    )
+    tuning: TuningChoice | None = Field(
+        default=None, description="Knobs in place of the experiment's, or `defaults`; left out: the experiment's."
+    )
+    scaler: ScalerChoice | None = Field(
+        default=None, description="A queue-depth scaler of the harness's own (keys below); left out: none."
+    )
+
+    @property
+    def fault_kinds(self) -> tuple[str, ...]:
+        """The kinds that may come, each once."""
+        kinds = self.faults.kinds if isinstance(self.faults, FaultSchedule) else [fault.kind for fault in self.faults]
+        return tuple(dict.fromkeys(kinds))
 
     @field_validator("name")
     @classmethod
@@ -88,6 +234,23 @@ class Client(_Strict):
     max_connections: int = Field(
         default=8192, ge=1, description="Connections (HTTP) or calls in flight (gRPC); an arrival past it is `dropped`."
     )
+    workers: int = Field(default=1, ge=0, le=64, description="Load workers on this machine; arrivals are dealt out.")
+    remote_workers: int = Field(
+        default=0, ge=0, le=64, description="Load workers on other machines (`tailrace load-worker`), waited for."
+    )
+    listen: str = Field(
+        default="127.0.0.1:0",
+        pattern=r"^[^:/\s]+:\d{1,5}$",
+        description="HOST:PORT where load workers connect to this run; port 0: a free one. Whoever reaches it can take part.",
+    )
+
+    @model_validator(mode="after")
+    def _somebody_sends(self) -> Client:
+        if self.workers + self.remote_workers == 0:
+            raise ValueError("workers and remote_workers are both 0: nobody would send")
+        if self.remote_workers and self.listen.endswith(":0"):
+            raise ValueError("remote_workers need a port to connect to: set listen, for example 10.0.0.5:5557")
+        return self
 
 
 class Warmup(_Strict):
@@ -95,6 +258,12 @@ class Warmup(_Strict):
 
     duration_s: float = Field(default=3.0, ge=0, description="How long; 0 leaves the server as cold as it came up.")
     rate: float | None = Field(default=None, gt=0, description="Arrivals/s; left out: the trace's mean rate.")
+
+
+class Calibration(_Strict):
+    """Before the trials the generator is measured against a null server, at the experiment's own rates and beyond."""
+
+    step_s: float = Field(default=0.5, ge=0.1, le=60, description="How long it sends at each rate.")
 
 
 class Experiment(_Strict):
@@ -110,7 +279,25 @@ class Experiment(_Strict):
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."
     )
-    devices: int = Field(default=1, ge=1, description="How many devices the server may use; goodput is divided by it.")
+    devices: int = Field(
+        default=1, ge=1, description="How many devices all nodes together may use; goodput is divided by it."
+    )
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="How many nodes serve, each with its share of the devices and the `replicas` of the tuning: servers "
+        "behind HAProxy, or a cluster of the framework's own.",
+    )
+    supervision: Literal["none", "restart"] = Field(
+        default="none",
+        description="Who starts a node again that has died: nobody, or the harness, as systemd or Kubernetes would.",
+    )
+    restart_backoff_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="How long `supervision: restart` waits first; doubled with every death that follows within 10 s.",
+    )
     environment: Literal["venv", "current"] = Field(
         default="venv",
         description="Where servers run: `venv` (built from the adapter's lock file, cached) or `current` (this interpreter).",
@@ -120,7 +307,12 @@ class Experiment(_Strict):
         default={},
         description="Mean arrivals/s (as `trace.mean_rate`) for workloads that need another rate than the trace's own.",
     )
-    tuning: Tuning = Field(default=Tuning(), description="Neutral knobs, or `defaults` for the framework's own.")
+    tuning: TuningChoice = Field(default=Tuning(), description="Neutral knobs, or `defaults` for the framework's own.")
+    when_refused: Literal["stop", "leave_out"] = Field(
+        default="stop",
+        description="What becomes of a knob that an adapter has no place for: `stop` refuses the experiment, `leave_out` "
+        "runs that adapter without it, and says so.",
+    )
     options: dict[str, dict[str, Any]] = Field(default={}, description="Options of single adapters, by adapter name.")
     scenarios: tuple[Scenario, ...] = Field(
         default=(Scenario(name="no-fault"),), min_length=1, description="What goes wrong (keys below)."
@@ -130,16 +322,18 @@ class Experiment(_Strict):
     slo: Slo | None = Field(default=None, description="`latency_ms`: the objective; left out: the workload's own.")
     client: Client = Field(default=Client(), description="How requests are sent (keys below).")
     warmup: Warmup = Field(default=Warmup(), description="Traffic before the trace (keys below).")
+    calibration: Calibration = Field(
+        default=Calibration(), description="How the generator is measured before the trials (keys below)."
+    )
+    server_host: str = Field(
+        default="127.0.0.1",
+        description="The address that servers listen on and load is sent to: loopback, unless load comes from elsewhere.",
+    )
 
     @field_validator("trace", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("tuning", mode="before")
-    @classmethod
-    def _defaults(cls, value: Any) -> Any:
-        return {} if value == "defaults" else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -153,6 +347,12 @@ class Experiment(_Strict):
             if name not in self.adapters:
                 raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")
         return self
+
+    def tuning_of(self, scenario: Scenario) -> Tuning:
+        """The knobs that are asked for under a scenario."""
+        tuning = self.tuning if scenario.tuning is None else scenario.tuning
+        scaled = scenario.scaler is not None and scenario.scaler.of == "replicas"
+        return tuning.model_copy(update={"replicas": scenario.scaler.min}) if scaled and scenario.scaler else tuning
 
     @property
     def sha256(self) -> str:
@@ -320,7 +520,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[
     """A validation error as sentences that name file, key, what is wrong and the nearest known key."""
     sentences = []
     for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"]) or "(the whole)"
+        location = ".".join(str(part) for part in problem["loc"] if part not in _FORMS) or "(the whole)"
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
             known = _keys_at(model, problem["loc"][:-1])
@@ -334,10 +534,21 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[
     return sentences
 
 
+def validated_options(adapter: Adapter, given: Mapping[str, Any]) -> BaseModel:
+    """An adapter's own options. Raises :class:`InputError` that names the key and the nearest known one."""
+    try:
+        return adapter.Options.model_validate(given)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, adapter.Options, f"options.{adapter.name}"))) from error
+
+
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """The keys that are allowed at a place inside ``model``."""
     current: Any = model
     for part in location:
+        if part in _FORMS:
+            current = _FORMS[str(part)]
+            continue
         if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
             continue
         field = current.model_fields.get(part)

@@ -7,19 +7,22 @@ again from the sources.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from harness.errors import InputError, StorageError
+from harness.errors import InputError, StorageError, TailraceError
 from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA
 from harness.tables import read_table
 
@@ -85,6 +88,11 @@ class TrialFolder:
         return self.folder / "trial.json"
 
     @property
+    def done(self) -> bool:
+        """Whether the trial has run to its end; one that failed or was cut off has not."""
+        return self.facts_path.is_file() and self.facts["state"] == "done"
+
+    @property
     def server(self) -> Path:
         """The rendered configuration and the logs of the server."""
         return self.folder / "server"
@@ -120,10 +128,53 @@ class TrialFolder:
         """The run record (see :data:`harness.records.REQUEST_SCHEMA`); ``None`` when no request was ever made."""
         return read_table(self.folder / "requests", REQUEST_SCHEMA)
 
+    def request_columns(self, *columns: str) -> pa.Table | None:
+        """Some columns of the run record, texts as dictionaries; read anew each time and not kept, for it may be large."""
+        return read_table(self.folder / "requests", REQUEST_SCHEMA, columns)
+
     @cached_property
     def samples(self) -> pa.Table | None:
         """What the collectors read (see :data:`harness.records.SAMPLE_SCHEMA`); ``None`` when there is nothing."""
         return read_table(self.folder / "samples", SAMPLE_SCHEMA)
+
+
+def default_folder(name: str) -> Path:
+    """``results/NAME-TIME`` below the working directory."""
+    return Path("results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def now() -> str:
+    """The time of day for records, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def make_new_folder(folder: Path) -> None:
+    """Make a folder for results. Raises :class:`InputError` for one that holds anything, and :class:`StorageError`."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} already exists and is not an empty folder",
+            remedy="runs are never overwritten: give --out another folder, or delete this one",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError.of(folder, error) from error
+
+
+@contextlib.contextmanager
+def ending(tell: Callable[[str], None]) -> Iterator[None]:
+    """However the block ends, ``tell`` is given the state: ``done``, ``interrupted`` or ``failed``. What ended it is raised,
+    and a disk that is full now does not hide it."""
+    state = "failed"
+    try:
+        yield
+        state = "done"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        with contextlib.suppress(TailraceError) if state != "done" else contextlib.nullcontext():
+            tell(state)
 
 
 class RunFolder:
@@ -135,14 +186,10 @@ class RunFolder:
     @classmethod
     def create(cls, folder: Path, manifest: Mapping[str, Any]) -> RunFolder:
         """Make a new run folder, the manifest first. Refuses a folder that holds anything: runs are immutable."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"{folder} already exists and is not an empty folder",
-                remedy="runs are never overwritten: give --out another folder, or delete this one",
-            )
+        make_new_folder(folder)
         run = cls(folder)
         try:
-            (folder / "trials").mkdir(parents=True)
+            (folder / "trials").mkdir()
         except OSError as error:
             raise StorageError.of(folder, error) from error
         write_json(folder / "manifest.json", {"schema_version": SCHEMA_VERSION, **manifest})
@@ -177,6 +224,49 @@ class RunFolder:
         write_json(self.folder / "manifest.json", content)
         self.__dict__.pop("manifest", None)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run, so that nobody else writes to it meanwhile.
+
+        The kernel lets go of it when this process ends, however that comes, and tells processes of other containers and
+        of machines that share the folder as well. Raises :class:`InputError` when another process holds the run.
+        """
+        path = self.folder / "lock"
+        try:
+            lock = path.open("a+", encoding="ascii")
+        except OSError as error:
+            raise StorageError.of(path, error) from error
+        with lock:
+            # Some network file systems know no locks; a run on one of them cannot be guarded.
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    lock.seek(0)
+                    raise InputError(
+                        f"{self.folder} is still going on: process {lock.read().strip()} works on it",
+                        remedy="let it end, or interrupt it first (Ctrl-C or SIGTERM)",
+                    ) from error
+            try:
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n")
+                lock.flush()
+            except OSError as error:
+                raise StorageError.of(path, error) from error
+            yield
+
+    def set_aside(self, folder: Path, name: str) -> str:
+        """Move a folder to ``set-aside/NAME-K``, with the first ``K`` that is free; returns that path within the run."""
+        try:
+            (self.folder / "set-aside").mkdir(exist_ok=True)
+            number = 1
+            while (target := self.folder / "set-aside" / f"{name}-{number}").exists():
+                number += 1
+            folder.rename(target)
+        except OSError as error:
+            raise StorageError.of(folder, error) from error
+        return str(target.relative_to(self.folder))
+
     def trial(self, trial_id: str) -> TrialFolder:
         """The trial of that name, whether it has run or not."""
         return TrialFolder(self.folder / "trials" / trial_id)
@@ -186,6 +276,13 @@ class RunFolder:
         """The trials that have begun, in the order in which they were planned."""
         planned = [self.trial(trial["id"]) for trial in self.manifest["trials"]]
         return [trial for trial in planned if trial.facts_path.is_file()]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended with every planned trial done."""
+        return self.manifest["state"] == "done" and all(
+            self.trial(trial["id"]).done for trial in self.manifest["trials"]
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

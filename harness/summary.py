@@ -9,21 +9,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.special import stdtrit
 
+from harness.aftermath import accounting, aftermath, pair
+from harness.comparison import comparisons, over_trials
 from harness.metrics import (
+    MEASURED_COLUMNS,
     NS_PER_S,
     Floats,
     Percentile,
     claim_percentile,
     measured,
     percentile,
-    recovery,
 )
 from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
 from harness.schedule import Phase
+from harness.steadiness import steadiness
 from harness.store import RunFolder, TrialFolder, write_json
-from harness.verdicts import judge
+from harness.verdicts import expects_steady, judge
 
 SUMMARY_FILE = "summary.json"
 
@@ -32,7 +34,10 @@ Summary = dict[str, Any]
 
 def summarise(run: RunFolder) -> Summary:
     """The summary of a run, with ``inf`` as floats; see ``results/README.md`` for every key."""
-    trials = [summarise_trial(trial) for trial in run.trials]
+    ruler = run.manifest.get("ruler") or {}
+    trials = [summarise_trial(trial, ruler) for trial in run.trials]
+    pair(trials)
+    cells = _cells(trials)
     planned = [trial["id"] for trial in run.manifest["trials"]]
     return {
         "schema_version": run.manifest["schema_version"],
@@ -40,7 +45,9 @@ def summarise(run: RunFolder) -> Summary:
         "question": run.manifest["experiment"]["question"],
         "verdict": _worst(trial["verdict"] for trial in trials) if trials else "INVALID",
         "planned_trials": len(planned),
-        "cells": _cells(trials),
+        "cells": cells,
+        "ruler": ruler,
+        "comparisons": [vars(comparison) for comparison in comparisons(cells, trials)],
         "trials": trials,
     }
 
@@ -69,12 +76,16 @@ def _worst(verdicts: Iterable[str]) -> str:
     return max(verdicts, key=["VALID", "UNKNOWN", "INVALID"].index)
 
 
-def summarise_trial(trial: TrialFolder) -> Summary:
-    """All figures of one trial."""
+def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
+    """All figures of one trial. ``ruler`` is the run's calibration by protocol, as the manifest keeps it."""
     facts = trial.facts
-    requests = trial.requests if trial.requests is not None else REQUEST_SCHEMA.empty_table()
+    requests = trial.request_columns(*MEASURED_COLUMNS)
+    if requests is None:
+        requests = REQUEST_SCHEMA.empty_table()
     samples = Samples(trial.samples if trial.samples is not None else SAMPLE_SCHEMA.empty_table())
     trace, warmup = measured(requests), measured(requests, Phase.WARMUP)
+    del requests  # as large again as what was taken from it
+    steady = steadiness(trace, warmup)  # before the arrays below: ranking ten million takes room of its own
     span_s, slo_ms, devices = float(facts["span_s"]), float(facts["slo_ms"]), int(facts["devices"])
     if facts["state"] != "done" and len(trace):
         # A trial cut short is judged on the part that was measured.
@@ -84,7 +95,8 @@ def summarise_trial(trial: TrialFolder) -> Summary:
     arrivals = len(trace)
     p50, p90, p99 = (claim_percentile(response, q) for q in (0.50, 0.90, 0.99))
     usage = resource_use(facts, samples, span_s)
-    verdict, reasons = judge(facts, trace, warmup, usage)
+    verdict, reasons = judge(facts, trace, warmup, usage, steady, ruler.get(facts["protocol"]))
+    calm = expects_steady(facts)
     return {
         "trial": trial.id,
         "cell": facts["cell"],
@@ -98,6 +110,8 @@ def summarise_trial(trial: TrialFolder) -> Summary:
         "emulated": facts["device"] == "emulated",
         "devices": devices,
         "protocol": facts["protocol"],
+        "tuning": {knob: value for knob, value in (facts.get("tuning") or {}).items() if value is not None},
+        "left_out": facts.get("left_out") or {},
         "span_s": span_s,
         "slo_ms": slo_ms,
         "arrivals": arrivals,
@@ -124,6 +138,10 @@ def summarise_trial(trial: TrialFolder) -> Summary:
         "timeouts": trace.count(Outcome.TIMEOUT),
         "connection_errors": trace.count(Outcome.CONNECTION),
         "dropped": trace.count(Outcome.DROPPED),
+        "effective_arrivals": steady.effective_arrivals,
+        "warmup_detected_s": steady.warmup_detected_s if calm else None,
+        "drift": steady.drift if calm else None,
+        "failure_drift": steady.failure_drift if calm else None,
         "send_lag_p50_ms": percentile(lag, 0.50),
         "send_lag_p99_ms": percentile(lag, 0.99),
         "send_lag_max_ms": float(lag.max()) if len(lag) else math.nan,
@@ -133,18 +151,29 @@ def summarise_trial(trial: TrialFolder) -> Summary:
         "cold_start_phases_s": facts.get("cold_start"),
         "outputs": facts.get("outputs"),
         "generator_cpu_us_per_request": (facts.get("load_generator") or {}).get("cpu_us_per_request"),
-        "faults": [
-            {
-                **fault,
-                "recovery": vars(recovery(trace, span_s, slo_ms, fault["injected_s"]))
-                if fault.get("injected_s") is not None
-                else None,
-            }
-            for fault in facts.get("faults") or []
-        ],
+        "nodes": facts.get("nodes", 1),
+        "supervision": facts.get("supervision", "none"),
+        "cold_copies_hit": cold_copies(samples, span_s),
+        "faults": [aftermath(fault, trace, trial.events, span_s, slo_ms) for fault in facts.get("faults") or []],
+        "accounting": accounting(
+            trace,
+            warmup,
+            executed=samples.grown("device", "items_total"),
+            server_ok=samples.grown("server", "requests_ok_total"),
+            probes=sum(event["event"] == "node-first-answer" for event in trial.events),
+        ),
         "verdict": verdict,
         "reasons": [vars(reason) for reason in reasons],
     }
+
+
+def cold_copies(samples: Samples, span_s: float) -> int | None:
+    """How many copies of the model gave their first answer within the trace; ``None`` where that is not told."""
+    t_s, used = samples.series("device", "copies_used")
+    before, within = used[t_s < 0], used[(t_s >= 0) & (t_s <= span_s)]
+    if not len(within):
+        return None
+    return int(within[-1] - (before[-1] if len(before) else 0.0))
 
 
 def _interval(claimed: Percentile) -> list[float] | None:
@@ -178,11 +207,23 @@ class Samples:
         values = values[(t_s >= 0) & (t_s <= span_s)]
         return float(values.mean()) if len(values) else None
 
+    def halves(self, source: str, metric: str, span_s: float) -> float | None:
+        """Relative change of a gauge's mean from the first half of the trace to the second; ``None`` where one of them
+        has fewer than three readings."""
+        t_s, values = self.series(source, metric)
+        first, second = values[(t_s >= 0) & (t_s < span_s / 2)], values[(t_s >= span_s / 2) & (t_s <= span_s)]
+        return float(second.mean() / first.mean() - 1) if min(len(first), len(second)) >= 3 else None
+
     def peak(self, source: str, metric: str, span_s: float) -> float | None:
         """The largest reading over the trace; ``None`` without readings."""
         t_s, values = self.series(source, metric)
         values = values[(t_s >= 0) & (t_s <= span_s)]
         return float(values.max()) if len(values) else None
+
+    def grown(self, source: str, metric: str) -> float | None:
+        """By how much a counter grew from its first reading to its last, over all scopes; ``None`` without readings."""
+        series = [self.series(source, metric, scope)[1] for scope in self.scopes(source, metric)]
+        return float(sum(values[-1] - values[0] for values in series)) if series else None
 
     def rate(self, source: str, metric: str, span_s: float, scope: str | None = None) -> float | None:
         """The mean increase per second of a counter over the trace, by linear interpolation at its ends."""
@@ -196,11 +237,15 @@ class Samples:
         return float(at_end - at_start) / (end - start)
 
 
+_OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy")
+"""Beside the server: what of the machine's load is the run's own doing."""
+
+
 def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> dict[str, float | None]:
     """Utilisation of devices and host over the trace; shares in 0..1, ``None`` for what was not read."""
     devices, cores = int(facts["devices"]), int(facts["cpu_count"])
     server_cores = samples.rate("server-process", "cpu_s_total", span_s)
-    own = [server_cores, *(samples.rate(s, "cpu_s_total", span_s) for s in ("load-generator", "harness"))]
+    own = [server_cores, *(samples.rate(source, "cpu_s_total", span_s) for source in _OWN_SOURCES)]
     busy = samples.mean("host", "cpu_busy", span_s)
     outside = None if busy is None else max(0.0, busy - sum(rate or 0.0 for rate in own) / cores)
     if facts["device"] == "emulated":
@@ -224,6 +269,9 @@ def resource_use(facts: Mapping[str, Any], samples: Samples, span_s: float) -> d
         "host_cpu": busy,
         "steal": samples.mean("host", "steal", span_s),
         "outside_load": outside,
+        "frequency_mhz": samples.mean("host", "frequency_mhz", span_s),
+        "frequency_change": samples.halves("host", "frequency_mhz", span_s),
+        "throttled_per_s": samples.rate("host", "throttled_total", span_s),
     }
 
 
@@ -236,7 +284,22 @@ def _batch_size(samples: Samples, span_s: float) -> float | None:
     return rates[0] / rates[1] if rates[1] > 0 else samples.mean("server", "batch_size", span_s)
 
 
-_SHARED = ("cell", "adapter", "scenario", "workload", "trace", "device", "emulated", "devices", "protocol", "slo_ms")
+_SHARED = (
+    "cell",
+    "adapter",
+    "scenario",
+    "workload",
+    "trace",
+    "device",
+    "emulated",
+    "devices",
+    "nodes",
+    "supervision",
+    "protocol",
+    "tuning",
+    "left_out",
+    "slo_ms",
+)
 _AVERAGED = (
     "offered_rps",
     "throughput_rps",
@@ -287,29 +350,14 @@ def _largest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-MIN_TRIALS_FOR_T = 3
-
-
-def t_interval(values: Floats, *, log: bool) -> tuple[float, float, float] | None:
-    """Mean and Student-t 95 % interval over trials, as (centre, low, high); on logarithms, and so of the geometric
-    mean, when ``log``. ``None`` from fewer than three trials, or where a value is not finite (or not positive)."""
-    if len(values) < MIN_TRIALS_FOR_T or not np.isfinite(values).all() or (log and not (values > 0).all()):
-        return None
-    scale = np.log(values) if log else values
-    centre = float(scale.mean())
-    half = float(stdtrit(len(scale) - 1, 0.975) * scale.std(ddof=1) / math.sqrt(len(scale)))
-    ends = (centre, centre - half, centre + half)
-    return (math.exp(ends[0]), math.exp(ends[1]), math.exp(ends[2])) if log else ends
-
-
 def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> Summary:
-    interval = t_interval(np.array([trial[key] for trial in members], dtype=np.float64), log=log)
-    return {ci_key: None} if interval is None else {key: interval[0], ci_key: list(interval[1:])}
+    interval = over_trials(np.array([trial[key] for trial in members], dtype=np.float64), log=log)
+    return {ci_key: None} if interval is None else {key: interval.centre, ci_key: list(interval.ends)}
 
 
 def _percentile_across(members: Sequence[Summary], key: str, ci_key: str) -> Summary:
-    """A percentile of a cell: from three finite trials on the geometric mean with a t interval on logarithms;
-    from fewer, the median trial (of two, the worse one) with the envelope of the within-trial intervals; nothing when a
+    """A percentile of a cell: from three finite trials on the geometric mean with its interval over trials; from
+    fewer, the median trial (of two, the worse one) with the envelope of the within-trial intervals; nothing when a
     trial claims nothing."""
     source = f"{ci_key}_source"
     values = [trial[key] for trial in members]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -77,29 +78,41 @@ def finish_table(stem: Path, *, sort_by: str) -> None:
         raise StorageError.of(parquet, error) from error
 
 
-def read_table(stem: Path, schema: pa.Schema) -> pa.Table | None:
+def read_table(stem: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table | None:
     """The table ``STEM``: from Parquet, else from the stream as far as it was written; ``None`` when neither exists.
 
-    Raises :class:`StorageError` when a Parquet file is damaged, or when the columns are not those of ``schema``.
+    With ``columns``, only those, and texts among them as dictionaries: ten million repetitions of a word are then ten
+    million small numbers. Raises :class:`StorageError` when a Parquet file is damaged, or when the columns are not those
+    of ``schema``.
     """
     parquet, stream = (stem.with_name(stem.name + ending) for ending in (".parquet", ".arrow"))
+    texts = [name for name in columns or () if pa.types.is_string(schema.field(name).type)]
     if parquet.exists():
         try:
             with parquet.open("rb") as handle:
-                table = pq.ParquetFile(handle).read()
+                _check_columns(stem, pq.ParquetFile(handle).schema_arrow, schema)
+                return pq.ParquetFile(handle, read_dictionary=texts).read(columns)
         except (OSError, pa.ArrowException) as error:
             raise StorageError(
                 f"{parquet} is damaged: {error}",
                 remedy="the trial cannot be analysed; delete its folder and run it again",
             ) from error
-    else:
-        table = _read_stream(stream) if stream.exists() else None
-    if table is not None and not table.schema.equals(schema):
+    table = _read_stream(stream) if stream.exists() else None
+    if table is None:
+        return None
+    _check_columns(stem, table.schema, schema)
+    table = table if columns is None else table.select(list(columns))
+    for name in texts:
+        table = table.set_column(table.column_names.index(name), name, table[name].dictionary_encode())
+    return table
+
+
+def _check_columns(stem: Path, found: pa.Schema, schema: pa.Schema) -> None:
+    if not found.equals(schema):
         raise StorageError(
-            f"{stem}: the columns are not those that this version of tailrace knows: {', '.join(table.column_names)}",
+            f"{stem}: the columns are not those that this version of tailrace knows: {', '.join(found.names)}",
             remedy="read it with the version that wrote it (tailrace_version in the run's manifest.json)",
         )
-    return table
 
 
 def _read_stream(path: Path) -> pa.Table | None:

@@ -10,8 +10,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from harness.adapter import Adapter, CapabilityMissingError, Deployment, DeployRequest, ServerEnvironment, WireProtocol
+from harness.adapter import (
+    Adapter,
+    CapabilityMissingError,
+    Deployment,
+    DeployRequest,
+    Endpoint,
+    ServerEnvironment,
+    Tuning,
+    WireProtocol,
+)
+from harness.cluster import Cluster, Layout
 from harness.collectors import (
     Collector,
     EmulatedDevices,
     Host,
+    Nodes,
     NvidiaGpus,
-    OwnProcess,
+    OwnProcesses,
     Replicas,
     Sampler,
     ServerMetrics,
@@ -38,18 +49,20 @@ from harness.faults import Nemesis, PlannedFault
 from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
-from harness.processes import log_tail, port_open
-from harness.replay.driver import LoadGenerator, Progress, ReplayResult
+from harness.processes import log_tail
+from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
+from harness.scaler import Scaler, label
 from harness.schedule import WARMUP_GAP_S, Phase, Schedule, build_schedule
-from harness.spec import Experiment, TrialPlan
+from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
+from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
 from harness.workload import PreparedWorkload
 
 _VERIFIED_PAYLOADS = 16
 """Payloads whose answers are compared with the reference before the clock starts, per model."""
 _ANSWER_TIMEOUT_S = 30.0
-_PROBE_TIMEOUT_S = 5.0
+_RESTARTED_ANSWER_TIMEOUT_S = 2.0
 _POLL_S = 0.01
 _LEAD_S = 0.5
 """Between «go» and the first arrival: time for the load process to be asleep when it comes."""
@@ -74,11 +87,20 @@ class TrialSetup:
     transient: bool
     trace_name: str
     faults: tuple[PlannedFault, ...]
+    layout: Layout
+    tuning: Tuning
+    left_out: Mapping[str, str]
+    """Knobs that were asked for and that this framework has no place for, each with the reason."""
 
     @property
     def devices(self) -> int:
         """How many devices goodput is divided by: all of a machine's CPUs are one."""
         return 1 if self.workload.device == "cpu" else self.experiment.devices
+
+    @property
+    def devices_per_node(self) -> int:
+        """Each node's share of them; the CPUs are everybody's."""
+        return 1 if self.workload.device == "cpu" else self.devices // self.layout.nodes
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -104,6 +126,16 @@ class TrialSetup:
         return self.experiment.warmup.duration_s + WARMUP_GAP_S + self.span_s
 
 
+def device_folder(scratch: Path, node: int) -> Path:
+    """Where the emulated devices of a node keep their locks and counters."""
+    return scratch / "devices" / str(node)
+
+
+def load_workers(client: Client) -> Workers:
+    """Who sends, by an experiment's ``client``."""
+    return Workers(local=client.workers, remote=client.remote_workers, listen=client.listen)
+
+
 class Trial:
     """Runs one trial. :meth:`run` never loses what was measured: whatever is raised, files are closed first."""
 
@@ -113,6 +145,7 @@ class Trial:
         self._observer = observer
         self._collector_errors: list[BaseException] = []
         self._measuring = False
+        self._wedged: Probe | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -133,8 +166,11 @@ class Trial:
             "arrivals": len(setup.arrivals_ns),
             "models": list(setup.models),
             "cpu_count": cpu_count(),
-            "tuning": setup.experiment.tuning.model_dump(mode="json"),
+            "tuning": setup.tuning.model_dump(mode="json"),
+            "left_out": dict(setup.left_out),
             "options": setup.options.model_dump(mode="json"),
+            "nodes": setup.layout.nodes,
+            "supervision": setup.experiment.supervision,
             "planned_faults": len(setup.faults),
             "faults": [],
             "warnings": [],
@@ -206,9 +242,11 @@ class Trial:
                 self._verify(deployment)
                 self._check_applied(deployment)
                 self._save()
+                deployment.watch(events, self._answers_rightly)
                 self._measure(deployment, guardian, events, scratch)
                 self._probe(deployment, events)
             finally:
+                deployment.stop_watching()  # nothing is started again from here on
                 self._stage("stop", events)
                 # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
                 interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
@@ -234,37 +272,39 @@ class Trial:
 
     # -- deploy and verify ---------------------------------------------------------------------------------------
 
-    def _deploy(self, guardian: Guardian, events: EventLog, scratch: Path) -> Deployment:
+    def _deploy(self, guardian: Guardian, events: EventLog, scratch: Path) -> Cluster:
         setup = self._setup
-        devices = scratch / "devices"
-        devices.mkdir()
-        server_env = dict(device_environment(devices, setup.devices))
-        if setup.workload.device == "cuda":
-            server_env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(setup.devices))
+        node_envs = [self._device_environment(scratch, index) for index in range(setup.layout.nodes)]
         request = DeployRequest(
             workload=setup.workload,
             models=setup.models,
-            tuning=setup.experiment.tuning,
+            tuning=setup.tuning,
             options=setup.options,
             protocol=setup.protocol,
             environment=setup.environment,
             workdir=self._folder.server,
             scratch=scratch,
-            server_env=server_env,
+            server_env=node_envs[0],
+            host=setup.experiment.server_host,
+            node_envs=tuple(node_envs),
         )
-        for name, text in setup.adapter.render(request).items():
-            path = self._folder.server / "config" / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise StorageError.of(path, error) from error
-        deployment = setup.adapter.deploy(request, guardian)
-        self._spawned_ns = guardian.spawned_ns(deployment.process)
-        events.write("spawned", mono_ns=self._spawned_ns, pid=deployment.process.pid)
-        return deployment
+        cluster = Cluster(setup.adapter, request, guardian, setup.layout)
+        self.facts["warnings"] += cluster.notes
+        self._spawned_ns = guardian.spawned_ns(cluster.process)
+        events.write("spawned", mono_ns=self._spawned_ns, pid=cluster.process.pid)
+        return cluster
 
-    def _bring_up(self, deployment: Deployment, events: EventLog) -> None:
+    def _device_environment(self, scratch: Path, node: int) -> dict[str, str]:
+        """What a node's processes must know of the devices that are its own."""
+        each = self._setup.devices_per_node
+        folder = device_folder(scratch, node)
+        folder.mkdir(parents=True)
+        variables = dict(device_environment(folder, each))
+        if self._setup.workload.device == "cuda":
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(node * each, (node + 1) * each)))
+        return variables
+
+    def _bring_up(self, deployment: Cluster, events: EventLog) -> None:
         """Cold start by phase: process spawned → port open → ready (so it says) → first correct answer."""
         endpoint, setup = deployment.endpoint, self._setup
         model = setup.models[0]
@@ -281,19 +321,28 @@ class Trial:
             last_answer = answer.text
             return False
 
-        phases: list[tuple[str, str, Callable[[], bool]]] = [
-            ("port_open_s", "open its port", lambda: port_open(endpoint.host, endpoint.port)),
-            ("ready_s", "say that it is ready", deployment.claims_ready),
-            ("first_answer_s", "answer a request", answers),
+        phases: list[tuple[str, str, Callable[[], bool], Callable[[], str]]] = [
+            ("port_open_s", "open its port", deployment.open, lambda: ""),
+            (
+                "ready_s",
+                "say that it is ready",
+                deployment.claims_ready,
+                lambda: ", though it answers requests: it is wedged" if answers() else "",
+            ),
+            (
+                "first_answer_s",
+                "answer a request",
+                answers,
+                lambda: f", though it says that it is ready: it is wedged; its last answer: {last_answer}",
+            ),
         ]
         deadline = self._spawned_ns + setup.adapter.start_timeout_s * 1e9
-        for key, purpose, reached in phases:
+        for key, purpose, reached, excuse in phases:
             while not reached():
                 deployment.check_alive()
                 if time.monotonic_ns() > deadline:
                     raise DeployError(
-                        f"{setup.adapter.name} did not {purpose} within {setup.adapter.start_timeout_s:.0f} s"
-                        + (f"; its last answer: {last_answer}" if key == "first_answer_s" else ""),
+                        f"{setup.adapter.name} did not {purpose} within {setup.adapter.start_timeout_s:.0f} s{excuse()}",
                         remedy=f"read the log: {deployment.log}",
                         detail=log_tail(deployment.log),
                     )
@@ -332,7 +381,7 @@ class Trial:
         except (OSError, ServerError) as error:
             self.facts["warnings"].append(f"the server did not report its configuration: {error}")
             return
-        asked = self._setup.experiment.tuning.model_dump(mode="json", exclude_none=True)
+        asked = self._setup.tuning.model_dump(mode="json", exclude_none=True)
         self.facts["applied"] = applied
         self.facts["not_applied"] = [
             f"{knob}: asked for {value}, the server has {applied[knob]}"
@@ -342,7 +391,13 @@ class Trial:
 
     # -- measure -------------------------------------------------------------------------------------------------
 
-    def _measure(self, deployment: Deployment, guardian: Guardian, events: EventLog, scratch: Path) -> None:
+    def _answers_rightly(self, endpoint: Endpoint) -> bool:
+        """Whether a server that was started again answers as the reference does."""
+        model, workload = self._setup.models[0], self._setup.workload
+        answer = exchange(endpoint, endpoint.codec.encode(model, workload.payloads[0]), _RESTARTED_ANSWER_TIMEOUT_S)
+        return answer.ok and check_answer(endpoint, workload, model, 0, answer.headers, answer.body) is None
+
+    def _measure(self, deployment: Cluster, guardian: Guardian, events: EventLog, scratch: Path) -> None:
         setup = self._setup
         schedule = setup.schedule()
         endpoint, client = deployment.endpoint, setup.experiment.client
@@ -362,6 +417,7 @@ class Trial:
             max_connections=client.max_connections,
             records=self._folder.folder / "requests",
             log=self._folder.folder / "load-generator.log",
+            workers=load_workers(client),
         )
         with generator:
             generator.start()
@@ -372,23 +428,29 @@ class Trial:
             if before_s:
                 self._stage("warm up", events)
             generator.go(epoch_ns)
-            nemesis = Nemesis(setup.faults, deployment, guardian, events, epoch_ns=epoch_ns, seed=setup.plan.seed)
+            nemesis = Nemesis(setup.faults, deployment, events, epoch_ns=epoch_ns, seed=setup.plan.seed)
             with self._sampling(deployment, scratch, generator.pid, epoch_ns, events):
                 nemesis.start()
+                scaler = self._scaler(deployment, events)
                 try:
-                    result = self._replay(generator, events)
+                    result = self._replay(generator, deployment, nemesis, events)
                     # Arrivals may end before the trace does; a late fault, and the quiet after it, belong to the trace.
-                    _sleep_until(epoch_ns + int(setup.span_s * 1e9))
+                    if self._wedged is None:
+                        _sleep_until(epoch_ns + int(setup.span_s * 1e9))
                 finally:
                     nemesis.stop()
+                    if scaler is not None:
+                        scaler.stop()
                     self.facts["faults"] = nemesis.done
+                    self.facts["node_deaths"] = deployment.deaths
         self._stage("drained", events)
         measured = int(np.count_nonzero(schedule.phase == Phase.MEASURE))
         self.facts["load_generator"] = {
             "cpu_us_per_request": result.cpu_s / len(schedule) * 1e6 if len(schedule) else None,
             "connections_opened": result.connections_opened,
             "peak_connections": result.peak_connections,
-            "nice": result.nice,
+            "priority": result.priority,
+            "workers": [asdict(worker) for worker in result.workers],
             "start_lag_p50_ms": result.start_lag_p50_ms,
             "start_lag_p99_ms": result.start_lag_p99_ms,
             "measured_arrivals": measured,
@@ -397,41 +459,69 @@ class Trial:
             self.facts["warnings"].append(f"the load generator ended early: {result.failure}")
         self.facts["outputs"] = self._check_outputs(deployment, result)
 
-    def _follow(self, progress: Progress, events: EventLog) -> None:
+    def _scaler(self, deployment: Cluster, events: EventLog) -> Scaler | None:
+        policy = self._setup.plan.cell.scenario.scaler
+        if policy is None:
+            return None
+        self.facts["warnings"].append(label(policy))
+        scaler = Scaler(policy, deployment, events)
+        scaler.start()
+        return scaler
+
+    def _follow(self, progress: Progress, watch: WedgeWatch, events: EventLog) -> None:
         if progress.t_s >= 0 and not self._measuring:
             self._measuring = True
             self._stage("measure", events)
+        watch.follow(progress)
         self._observer.progress(self._setup.plan, progress)
 
-    def _replay(self, generator: LoadGenerator, events: EventLog) -> ReplayResult:
-        """Wait for the replay; interrupted, keep what was recorded until then."""
+    def _replay(
+        self, generator: LoadGenerator, deployment: Cluster, nemesis: Nemesis, events: EventLog
+    ) -> ReplayResult:
+        """Wait for the replay; interrupted, or with a server that is wedged, keep what was recorded until then."""
+        watch = WedgeWatch(
+            lambda: self._ask_state(deployment)[0],
+            excused=lambda: any(fault["injected_s"] is not None for fault in nemesis.done),
+            on_wedged=generator.abort,
+        )
+        watch.start()
         try:
-            return generator.wait(lambda progress: self._follow(progress, events))
+            return generator.wait(lambda progress: self._follow(progress, watch, events))
         except BaseException:
             generator.abort()
             with contextlib.suppress(TailraceError):
                 generator.wait()
             raise
+        finally:
+            watch.stop()
+            self._wedged = watch.found
 
     @contextlib.contextmanager
     def _sampling(
-        self, deployment: Deployment, scratch: Path, generator_pid: int | None, epoch_ns: int, events: EventLog
+        self, deployment: Cluster, scratch: Path, generator_pid: int | None, epoch_ns: int, events: EventLog
     ) -> Iterator[None]:
         setup = self._setup
         capabilities = setup.adapter.capabilities()
         collectors: list[Collector] = [
             Host(),
-            ServerProcesses(deployment.process),
-            OwnProcess("harness", os.getpid()),
+            ServerProcesses(deployment.trees),
+            OwnProcesses("harness", os.getpid(), descend=False),
+            *(OwnProcesses(name, process.pid) for name, process in deployment.companions().items()),
         ]
         if generator_pid is not None:
-            collectors.append(OwnProcess("load-generator", generator_pid))
+            collectors.append(OwnProcesses("load-generator", generator_pid))
         if "scrape" in capabilities:
             collectors.append(ServerMetrics(deployment))
+        if deployment.node_count > 1:
+            collectors.append(Nodes(deployment))
         if "replicas" in capabilities:
             collectors.append(Replicas(deployment, events))
         if setup.workload.device == "emulated":
-            collectors.append(EmulatedDevices(scratch / "devices", setup.devices))
+            collectors.append(
+                EmulatedDevices(
+                    [device_folder(scratch, node) for node in range(setup.layout.nodes)], setup.devices_per_node
+                )
+            )
         if setup.workload.device == "cuda":
             collectors.append(NvidiaGpus(setup.devices))
         sampler = Sampler(
@@ -460,18 +550,46 @@ class Trial:
                 example = example or difference
         return {"checked": checked, "mismatched": mismatched, "unchecked": result.unchecked, "example": example}
 
-    def _probe(self, deployment: Deployment, events: EventLog) -> None:
-        """After the drain: does the server still live, say that it is ready, and answer? Told apart, for health can lie."""
-        endpoint = deployment.endpoint
-        request = endpoint.codec.encode(self._setup.models[0], self._setup.workload.payloads[0])
-        answer = exchange(endpoint, request, _PROBE_TIMEOUT_S)
-        probe = {
-            "process_alive": deployment.process.alive(),
-            "claims_ready": deployment.claims_ready(),
-            "answers": answer.ok,
-        }
-        self.facts["final_probe"] = probe
-        events.write("final-probe", **probe, answer=None if answer.ok else answer.text)
+    def _probe(self, deployment: Cluster, events: EventLog) -> None:
+        """After the drain: does the server still live, say that it is ready, and answer? Told apart, for health can lie.
+
+        Raises :class:`ServerError` when the trial was ended early because the server was wedged.
+        """
+        probe, answer = (self._wedged, None) if self._wedged is not None else self._ask_state(deployment)
+        self.facts["final_probe"] = dict(probe)
+        events.write("final-probe", **probe, answer=answer)
+        if self._wedged is not None:
+            raise ServerError(
+                f"{self._setup.adapter.name} is wedged: {contradiction(probe)}, for {SILENCE_S:.0f} s and a probe; the "
+                "trial was ended",
+                remedy=f"read the log: {deployment.log}; report it upstream",
+                detail=log_tail(deployment.log),
+            )
+
+    def _ask_state(self, deployment: Cluster) -> tuple[Probe, str | None]:
+        """How the server stands, and what it said in place of an answer.
+
+        An overloaded server is given the time to come to this request, and after it to health checks that wait behind
+        others that nobody wants any more.
+        """
+        request = deployment.endpoint.codec.encode(self._setup.models[0], self._setup.workload.payloads[0])
+        before = _work_done(deployment)
+        answer = exchange(deployment.endpoint, request, _ANSWER_TIMEOUT_S)
+        busy = not answer.ok and before is not None and (_work_done(deployment) or 0.0) > before
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+        while (ready := deployment.claims_ready()) != answer.ok and answer.ok and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        alive = deployment.alive()
+        probe = {"process_alive": alive, "claims_ready": ready, "answers": answer.ok, "busy": busy}
+        return probe, None if answer.ok else answer.text
+
+
+def _work_done(deployment: Deployment) -> float | None:
+    """How many requests the server has ended by its own counters; ``None`` where it does not say."""
+    try:
+        return sum(s.value for s in deployment.scrape() if s.metric in ("requests_ok_total", "requests_failed_total"))
+    except (OSError, CapabilityMissingError):
+        return None
 
 
 def _same_setting(reported: Any, asked: Any) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from harness.metrics import Measured, percentile
+from harness.metrics import NS_PER_S, Measured, percentile
 from harness.records import Outcome
+from harness.schedule import most_at_once
+from harness.steadiness import Steadiness
+from harness.wedge import contradiction, is_wedged
 
 Verdict = Literal["VALID", "INVALID", "UNKNOWN"]
 
@@ -17,6 +21,9 @@ STEAL_LIMIT = 0.05
 """Mean share of CPU time stolen by the hypervisor above which a host is noisy."""
 OUTSIDE_LOAD_LIMIT = 0.20
 """Mean share of the host's CPU used by processes that are not the trial's above which a host is noisy."""
+
+FREQUENCY_LIMIT = 0.20
+"""Fall of the mean CPU frequency from the first half of the trace to the second above which a host is noisy."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,28 @@ class Reason:
 
 
 def judge(
-    facts: Mapping[str, Any], trace: Measured, warmup: Measured, host: Mapping[str, float | None]
+    facts: Mapping[str, Any],
+    trace: Measured,
+    warmup: Measured,
+    host: Mapping[str, float | None],
+    steady: Steadiness | None = None,
+    ruler: Mapping[str, Any] | None = None,
 ) -> tuple[Verdict, list[Reason]]:
     """The verdict on one trial.
 
-    ``facts`` is the trial's ``trial.json``; ``host`` holds ``steal`` and ``outside_load`` as mean shares (``None``: not
-    known). What an injected fault does to a server is a result, never a reason.
+    ``facts`` is the trial's ``trial.json``; ``host`` holds ``steal`` and ``outside_load`` as mean shares and
+    ``frequency_change`` (``None``: not known); ``steady`` is what :func:`harness.steadiness.steadiness` found; ``ruler`` is
+    the run's calibration of the generator with this trial's protocol (:func:`harness.ruler.calibrate`). What an injected
+    fault does to a server is a result, never a reason.
     """
-    reasons = [*_completeness(facts), *_generator(facts, trace), *_server(facts, trace, warmup), *_host(host)]
+    reasons = [
+        *_completeness(facts),
+        *_generator(facts, trace, ruler or {}),
+        *_clocks(facts, trace),
+        *_server(facts, trace, warmup),
+        *_host(facts, host),
+        *_steadiness(facts, warmup, steady),
+    ]
     if any(reason.effect == "INVALID" for reason in reasons):
         return "INVALID", reasons
     return ("UNKNOWN" if reasons else "VALID"), reasons
@@ -59,8 +80,13 @@ def _completeness(facts: Mapping[str, Any]) -> list[Reason]:
     ]
 
 
-def _generator(facts: Mapping[str, Any], trace: Measured) -> list[Reason]:
+def _generator(facts: Mapping[str, Any], trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
     reasons = []
+    generator = facts.get("load_generator") or {}
+    if lost := [worker["lost"] for worker in generator.get("workers") or () if worker["lost"]]:
+        reasons.append(
+            _invalid("worker-lost", "; ".join(lost), "look at that machine, and at load-generator.log; run it again")
+        )
     if dropped := trace.count(Outcome.DROPPED):
         reasons.append(
             _invalid(
@@ -70,20 +96,68 @@ def _generator(facts: Mapping[str, Any], trace: Measured) -> list[Reason]:
             )
         )
     # The generator's own lateness: the send lag also holds the wait for a connection, which is the server's.
-    p99 = (facts.get("load_generator") or {}).get("start_lag_p99_ms")
-    if p99 is not None:
-        answered = trace.response_ms()[trace.ok]
-        limit = max(1.0, 0.1 * percentile(answered, 0.5) if len(answered) else 0.0)
-        if p99 > limit:
-            reasons.append(
-                _invalid(
-                    "generator-saturated",
-                    f"arrivals were taken up late: p99 {p99:.2f} ms is above {limit:.2f} ms (the larger of 1 ms and a tenth "
-                    "of the median response time)",
-                    "lower the rate, or leave the generator a core of its own",
-                )
+    p99, limit = generator.get("start_lag_p99_ms"), tolerated_ms(trace)
+    if p99 is not None and p99 > limit:
+        reasons.append(
+            _invalid(
+                "generator-saturated",
+                f"arrivals were taken up late: p99 {p99:.2f} ms is above {limit:.2f} ms (the larger of 1 ms and a tenth "
+                "of the median response time)",
+                "lower the rate, add load workers, or leave the generator a core of its own",
             )
+        )
+    reasons += _proven(trace, ruler)
     return reasons
+
+
+def tolerated_ms(trace: Measured) -> float:
+    """How wrong an instant may be: the larger of 1 ms and a tenth of the median response time of the successes."""
+    answered = trace.response_ms()[trace.ok]
+    return max(1.0, 0.1 * percentile(answered, 0.5) if len(answered) else 0.0)
+
+
+def _proven(trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
+    """Whether this run's own calibration has shown that the generator can send what it was asked to."""
+    if "ceiling_rps" not in ruler:
+        why = ruler.get("error") or "the run holds no calibration of this protocol"
+        return [
+            Reason("not-calibrated", f"what the generator can send was not measured: {why}", "run it again", "UNKNOWN")
+        ]
+    peak, ceiling = float(most_at_once(trace.intended_ns, 1.0)), ruler["ceiling_rps"] or 0.0
+    if peak <= ceiling:
+        return []
+    return [
+        _invalid(
+            "generator-saturated",
+            f"up to {peak:.0f} arrivals/s were offered, the calibration proved {ceiling:.0f}/s",
+            "lower the rate, add load workers, or leave the generator a core of its own",
+        )
+    ]
+
+
+def _clocks(facts: Mapping[str, Any], trace: Measured) -> list[Reason]:
+    """Whether the instants of workers on other machines can be set beside each other and beside the faults."""
+    # One that did not live to its end has nothing to say of its clock, and is told elsewhere.
+    workers = [w for w in (facts.get("load_generator") or {}).get("workers") or () if w["cpu_s"] is not None]
+    uncertain = [w["clock_uncertainty_ms"] for w in workers]
+    limit = tolerated_ms(trace)
+    if any(value is None for value in uncertain):
+        text = "a load worker's clock could not be read again after the replay"
+    elif max(uncertain, default=0.0) > limit:
+        text = (
+            f"a load worker's clock is known to {max(uncertain):.2f} ms only, more than {limit:.2f} ms (the larger of 1 ms "
+            "and a tenth of the median response time)"
+        )
+    else:
+        return []
+    return [
+        Reason(
+            "clock-uncertain",
+            text,
+            "use a faster network to the load workers on other machines, or fewer of them",
+            "UNKNOWN",
+        )
+    ]
 
 
 def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list[Reason]:
@@ -134,27 +208,79 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
         )
     probe = facts.get("final_probe")
     if probe and not injected:
-        if not probe["process_alive"]:
+        if not probe["process_alive"] or facts.get("node_deaths"):
             reasons.append(
                 _invalid("server-died", "the server's main process ended during the trial", "read the server's log")
             )
-        elif probe["claims_ready"] != probe["answers"]:
-            state = (
-                "health answers but inference does not"
-                if probe["claims_ready"]
-                else "inference answers but health does not"
-            )
-            reasons.append(_invalid("wedged", f"after the trial {state}", "read the server's log; report it upstream"))
+        elif is_wedged(probe):
+            text = f"in the end {contradiction(probe)}"
+            reasons.append(_invalid("wedged", text, "read the server's log; report it upstream"))
     return reasons
 
 
-def _host(host: Mapping[str, float | None]) -> list[Reason]:
+def expects_steady(facts: Mapping[str, Any]) -> bool:
+    """Whether nothing about the load or the server was meant to change: no transient trace, no injected fault."""
+    return not facts.get("transient") and not any(f["injected_s"] is not None for f in facts.get("faults") or [])
+
+
+def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Reason]:
+    """Noise of the machine, by the mean over the trace.
+
+    Frequency: only a fall counts, for governors raise it when load comes; and only under load that is meant to be the
+    same throughout, for they lower it when load goes. Virtual machines and some drivers report the nominal frequency
+    whatever the cores do: no fall can be seen there, and steal, where it is told, says more.
+    """
     texts = []
     steal, outside = host.get("steal"), host.get("outside_load")
     if steal is not None and np.isfinite(steal) and steal > STEAL_LIMIT:
         texts.append(f"the hypervisor took {steal:.1%} of the CPU time")
     if outside is not None and np.isfinite(outside) and outside > OUTSIDE_LOAD_LIMIT:
         texts.append(f"processes outside the trial used {outside:.1%} of the CPU")
+    change = host.get("frequency_change")
+    if change is not None and change < -FREQUENCY_LIMIT and expects_steady(facts):
+        texts.append(f"the CPU frequency fell by {-change:.0%} from the first half of the trace to the second")
     if not texts:
         return []
     return [Reason("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials", "UNKNOWN")]
+
+
+def _steadiness(facts: Mapping[str, Any], warmup: Measured, steady: Steadiness | None) -> list[Reason]:
+    """Whether the figures would be others had the trace begun later or lasted longer."""
+    if steady is None or not expects_steady(facts):
+        return []
+    texts, remedies = [], []
+    if steady.unlike_rest:
+        end_s, begin_s = steady.warmup_detected_s, float(warmup.intended_ns[0]) / NS_PER_S if len(warmup) else 0.0
+        slower = steady.warmup_excess > 0
+        texts.append(
+            f"{'the server was still warming up' if slower else 'the queue was still filling'} until second {end_s:.1f} of "
+            f"the trace: its median response time was {_apart(steady.warmup_excess)} until then than afterwards"
+        )
+        remedies.append(f"lengthen warmup.duration_s to at least {math.ceil(end_s - begin_s)}" if slower else _OVERLOAD)
+    if steady.drifting:
+        slower = steady.drift > 0
+        texts.append(f"the median response time {'rose' if slower else 'fell'} {_by(steady.drift)} over the trace")
+        remedies.append(_OVERLOAD if slower else _LONGER)
+    if steady.failures_drifting:
+        grew = steady.failure_drift > 0
+        texts.append(
+            f"the share of failures {'rose' if grew else 'fell'} by {abs(steady.failure_drift) * 100:.0f} points over the trace"
+        )
+        remedies.append(_OVERLOAD if grew else _LONGER)
+    if not texts:
+        return []
+    return [Reason("not-steady", "; ".join(texts), "; ".join(dict.fromkeys(remedies)), "UNKNOWN")]
+
+
+_OVERLOAD = "lower the rate if the server cannot keep up with it, else find in its log what grows or fails"
+_LONGER = "lengthen warmup.duration_s"
+
+
+def _apart(excess: float) -> str:
+    if math.isinf(excess):
+        return "∞, for most requests failed, rather"
+    return f"{abs(excess):.0%} {'higher' if excess > 0 else 'lower'}"
+
+
+def _by(drift: float) -> str:
+    return "to ∞, for most requests came to fail," if math.isinf(drift) else f"by {abs(drift):.0%}"

@@ -57,11 +57,20 @@ def _percentile(key: str) -> Callable[[Summary], Field]:
         if s[key] is None:
             more = f"{s['p99_more_needed']:,} more needed" if key == "p99_ms" and s["p99_more_needed"] else ""
             return Field("not claimed", "", more)
-        field = _number(key, key.replace("_ms", "_ci_ms"))(s)
+        ci_key = key.replace("_ms", "_ci_ms")
+        field = _number(key, ci_key)(s)
         missed = key == "p99_ms" and s[key] > s["slo_ms"]
-        return Field(field.text, field.value, field.note, field.low, field.high, "bad" if missed else "")
+        note = f"{field.note} {optimistic(s, ci_key)}".strip()
+        return Field(field.text, field.value, note, field.low, field.high, "bad" if missed else "")
 
     return field
+
+
+def optimistic(summary: Summary, ci_key: str) -> str:
+    """The word that goes with an interval from within trials, which takes arrivals as independent; of a cell, or of a
+    trial, which has no other."""
+    within = summary.get(f"{ci_key}_source", "within-trial") == "within-trial"
+    return "optimistic" if within and summary.get(ci_key) else ""
 
 
 def _share(key: str) -> Callable[[Summary], Field]:
@@ -103,7 +112,7 @@ COLUMNS = (
         "req/s",
         "Throughput",
         "Successful answers within the objective ÷ span ÷ devices. In brackets, from three trials on: the 95 % "
-        "Student-t interval of the mean over trials.",
+        "interval of the mean over trials (Student's t; from eight trials on a BCa bootstrap).",
         _number("goodput_rps_per_device", "goodput_rps_per_device_ci"),
         has_interval=True,
     ),
@@ -130,8 +139,9 @@ COLUMNS = (
         "ms",
         "Response time",
         "99th percentile over all arrivals, failures as +∞, nearest rank; claimed only where the exact binomial 95 % "
-        "upper bound exists. In brackets: from three finite trials on, the Student-t interval of the geometric mean "
-        "over trials; else the binomial one within trials, which takes arrivals as independent and is optimistic. "
+        "upper bound exists. In brackets: from three finite trials on, the interval of the geometric mean over trials "
+        "(Student's t on logarithms; from eight a BCa bootstrap); else the binomial one within trials, called "
+        "«optimistic», for it takes arrivals as independent, which a queue makes them not: see effective arrivals. "
         "Of two trials the worse one stands.",
         _percentile("p99_ms"),
         has_interval=True,
@@ -143,6 +153,15 @@ COLUMNS = (
         "Response time",
         "The same over successes alone, for orientation; it flatters a server that fails. Median over trials, of two the worse.",
         _number("p99_ok_ms"),
+    ),
+    Column(
+        "effective",
+        "Effective arrivals",
+        "",
+        "Response time",
+        "How many independent arrivals would tell as much about the level of the response time: arrivals ÷ integrated "
+        "autocorrelation time of their ranks. The smallest over trials.",
+        _number("effective_arrivals"),
     ),
     Column("ok", "OK", "", "Outcomes", "Answers with success, all trials together.", _count("ok")),
     Column("shed", "Shed", "", "Outcomes", "Refused by the server (429, 503, RESOURCE_EXHAUSTED …).", _count("shed")),

@@ -18,6 +18,8 @@ class Conditions:
     trace: str
     """With everything that was made of it; not the seed, for repetitions differ in that too."""
     device: str
+    nodes: str
+    """How many, and who starts one again that has died."""
     objective: str
     hardware: str
 
@@ -28,9 +30,15 @@ class Conditions:
             workload=str(summary["workload"]),
             trace=_traffic(manifest, summary),
             device=count(summary["devices"], f"{summary['device']} device"),
+            nodes=_nodes(summary),
             objective=milliseconds(summary["slo_ms"]),
             hardware=_hardware(manifest.get("hardware") or {}),
         )
+
+
+def _nodes(summary: Summary) -> str:
+    restarted = "restarted when it dies" if summary["supervision"] == "restart" else "not restarted"
+    return f"{count(summary['nodes'], 'node')}, {restarted}"
 
 
 def _traffic(manifest: Mapping[str, Any], summary: Summary) -> str:
@@ -63,6 +71,7 @@ _DIFFERENT = {
     "workload": "with different workloads",
     "trace": "under different traffic",
     "device": "on different devices",
+    "nodes": "on other nodes",
     "objective": "against different objectives",
     "hardware": "on different hardware",
 }

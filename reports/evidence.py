@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from harness.metrics import Floats, Series, claim_percentile, measured, nearest_rank, samples_needed, series
+from harness.metrics import (
+    MEASURED_COLUMNS,
+    Floats,
+    Series,
+    claim_percentile,
+    measured,
+    nearest_rank,
+    samples_needed,
+    series,
+)
 from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder, TrialFolder
 from harness.summary import Samples, Summary, summarise
@@ -54,7 +63,7 @@ class Band:
 
 @dataclass(frozen=True)
 class FaultWindow:
-    """When a fault hurt, over the trials of a cell: from the earliest injection on for the longest recovery."""
+    """When a fault was there or hurt, over the trials of a cell: from the earliest injection on for the longest recovery."""
 
     kind: str
     from_s: float
@@ -62,6 +71,14 @@ class FaultWindow:
     """0: attainment held in every trial; ``None``: some trial did not recover before its trace ended."""
     seen: bool
     """Whether anything arrived after it, to tell what it did."""
+    lasted_s: float
+    """Until it was healed, the longest of the trials; 0 for what is over at once."""
+
+    def until_s(self, span_s: float) -> float:
+        """When it was over: healed, and recovered from, at the latest with the trace."""
+        if self.recovery_s is None:
+            return span_s
+        return min(span_s, self.from_s + max(self.recovery_s, self.lasted_s))
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,11 @@ class CellView:
     def faulty(self) -> bool:
         """Whether its scenario injects anything, hit or missed."""
         return any(trial["faults"] for trial in self.trials)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether any knob was asked for; without, the framework ran on its own defaults."""
+        return bool(self.summary["tuning"] or self.summary["left_out"])
 
     @property
     def comparable(self) -> bool:
@@ -194,6 +216,7 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
                     "finished": sum(trial["state"] == "done" for trial in trials),
                     "p99_ok_ms": _median(t["p99_ok_ms"] for t in whole),
                     "p99_more_needed": max(t["p99_more_needed"] for t in whole),
+                    "effective_arrivals": min(_known(t["effective_arrivals"] for t in whole), default=None),
                     "start_lag_p99_ms": max(_known(t["start_lag_p99_ms"] for t in whole), default=None),
                 },
                 trials=tuple(trials),
@@ -234,6 +257,9 @@ def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
                     min(fault["injected_s"] for fault in hit),
                     None if None in took else max(took),
                     not all(math.isnan(fault["recovery"]["dip_attainment"]) for fault in hit),
+                    max(
+                        (fault["healed_s"] - fault["injected_s"] for fault in hit if fault.get("healed_s")), default=0.0
+                    ),
                 )
             )
     return tuple(windows)
@@ -242,12 +268,13 @@ def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
 def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evidence | None:
     curves: list[Band] = []
     timelines: list[Series] = []
-    gauges: dict[str, list[Floats]] = {"utilization": [], "queue_depth": []}
+    gauges: dict[str, list[Floats]] = {"utilization": [], "queue_depth": [], "replicas": []}
     alone = sum(trial["arrivals"] > 0 for trial in trials) == 1
     for folder, trial in zip(folders, trials, strict=True):
-        if trial["arrivals"] == 0 or folder.requests is None:
+        requests = folder.request_columns(*MEASURED_COLUMNS)
+        if trial["arrivals"] == 0 or requests is None:
             continue
-        records = measured(folder.requests)
+        records = measured(requests)
         response = records.response_ms()
         curves.append(_curve(response, with_interval=alone))
         timelines.append(series(records, trial["span_s"], trial["slo_ms"]))
@@ -255,6 +282,7 @@ def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evid
         span = len(timelines[-1].t_s)
         gauges["utilization"].append(utilization_series(folder.facts, samples, span))
         gauges["queue_depth"].append(gauge_series(samples, "server", "queue_depth", span))
+        gauges["replicas"].append(gauge_series(samples, "replicas", "replicas_alive", span))
     if not curves:
         return None
     unclaimed = np.isnan([curve.mid for curve in curves]).any(axis=0)
@@ -324,12 +352,12 @@ def _failures(folders: Sequence[TrialFolder]) -> tuple[tuple[str, str, str, int]
     """Of all trials, like the counts of the cell."""
     failures: Counter[tuple[str, str, str]] = Counter()
     for folder in folders:
-        if folder.requests is None:
+        requests = folder.request_columns("arrival_id", "outcome", "status", "error", "phase")
+        if requests is None:
             continue
-        requests = folder.requests
         failed = requests.filter(
             pc.and_(pc.equal(requests["phase"], "measure"), pc.not_equal(requests["outcome"], "ok"))
-        )
+        ).unify_dictionaries()
         for group in failed.group_by(["outcome", "status", "error"]).aggregate([("arrival_id", "count")]).to_pylist():
             status = "" if group["status"] is None else str(group["status"])
             failures[group["outcome"], status, group["error"] or ""] += group["arrival_id_count"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from harness.metrics import Floats
 from reports import svg
+from reports.columns import optimistic
 from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
@@ -218,18 +219,25 @@ def _stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
 
 
 def timelines(cells: Sequence[CellView]) -> list[Figure]:
-    """One figure per cell, all on the same scales: rate, p99, utilisation and queue depth on one time axis."""
+    """One figure per cell, all on the same scales: rate, p99, utilisation, queue depth, and replicas where their number
+    changes in some cell, on one time axis."""
     drawn = [(cell, cell.evidence) for cell in cells if cell.evidence is not None]
     if not drawn:
         return []
     bands = [evidence for _, evidence in drawn]
     gauges = [name for name in ("utilization", "queue_depth") if any(name in e.gauges for e in bands)]
+    peaks = {name: _peak(name, bands) for name in ("queue_depth", "replicas")}
+    if any(np.nanmin(e.gauges["replicas"].low) < peaks["replicas"] for e in bands if "replicas" in e.gauges):
+        gauges.append("replicas")
     peak_rate = max(float(np.nanmax(e.rate.high)) for e in bands)
     p99s = np.concatenate([[float(c.summary["slo_ms"]) for c, _ in drawn], *(e.p99_ms.low for e in bands)])
     p99s = np.concatenate([p99s, *(e.p99_ms.high for e in bands)])
-    queues = [float(np.nanmax(e.gauges["queue_depth"].high)) for e in bands if "queue_depth" in e.gauges]
-    shared = _Shared(peak_rate, p99s, max([*queues, 1.0]), tuple(gauges), any(c.faults for c, _ in drawn))
+    shared = _Shared(peak_rate, p99s, peaks, tuple(gauges), any(c.faults for c, _ in drawn))
     return [_timeline(cell, evidence, shared) for cell, evidence in drawn]
+
+
+def _peak(name: str, bands: Sequence[Evidence]) -> float:
+    return max([1.0, *(float(np.nanmax(e.gauges[name].high)) for e in bands if name in e.gauges)])
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,8 @@ class _Shared:
 
     peak_rate: float
     p99s_ms: Floats
-    peak_queue: float
+    peaks: Mapping[str, float]
+    """Of the gauges that have no natural limit."""
     gauges: tuple[str, ...]
     faults: bool
 
@@ -277,8 +286,8 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
                 ax.set_ylim(0, 103)
                 ax.set_yticks([0, 50, 100])
             else:
-                _heading(canvas, ax, "Queue depth, requests")
-                ax.set_ylim(0, shared.peak_queue * 1.06)
+                _heading(canvas, ax, "Queue depth, requests" if name == "queue_depth" else "Replicas alive")
+                ax.set_ylim(0, shared.peaks[name] * 1.06)
                 ax.yaxis.set_major_locator(svg.few_ticks())
             if name in evidence.gauges:
                 band = evidence.gauges[name]
@@ -320,16 +329,16 @@ def _line(
 
 
 def _fault_marks(cell: CellView, axes: Sequence[Axes], span_s: float) -> None:
-    """Shade each fault from injection to recovery, or to the end, over all panels."""
+    """Shade each fault from injection until it is healed and recovered from, or to the end, over all panels."""
     for window in cell.faults:
-        until = span_s if window.recovery_s is None else window.from_s + window.recovery_s
+        until = window.until_s(span_s)
         for ax in axes:
             if until > window.from_s:
                 ax.axvspan(window.from_s, until, color=svg.ALARM, alpha=0.1, lw=0, zorder=0)
             ax.axvline(window.from_s, color=svg.ALARM, lw=1.2, zorder=1)
         side = "left" if window.from_s < 0.3 * span_s else "center" if window.from_s < 0.55 * span_s else "right"
         axes[0].annotate(
-            f"{humanly(window.kind)}: {_recovered(window)}",
+            humanly(window.kind) + (f": {_recovered(window)}" if len(cell.faults) == 1 else ""),  # of several no room
             (window.from_s, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 25),
@@ -541,6 +550,7 @@ def _unclaimed(ax: Axes, cells: Sequence[CellView], styles: _Styles, *, alone: b
 def _point_words(cell: CellView) -> str:
     s = cell.summary
     p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
+    p99 = f"{p99} {optimistic(s, 'p99_ci_ms')}".strip()
     goodput = f"{per_second(s['goodput_rps_per_device'])} {interval(s['goodput_rps_per_device_ci'])}".strip()
     verdict = "" if s["verdict"] == "VALID" else f", {s['verdict']}"
     return f"{cell.label}: goodput {goodput} per device, p99 {p99}, {share(s['slo_attainment'])} within SLO{verdict}."

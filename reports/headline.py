@@ -8,49 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.comparison import Pairs, Ratio, blocks, paired_ratio
 from harness.metrics import RECOVERY_MARGIN
-from harness.summary import t_interval
+from reports.columns import optimistic
 from reports.evidence import CellView, RunView
 from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
-
-Pairs = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as much, with its 95 % interval over paired trials; ``None`` from fewer than three pairs."""
-
-    value: float
-    ends: tuple[float, float] | None
-    pairs: int
-
-    @property
-    def settled(self) -> bool:
-        """Whether the interval leaves one side of 1 out."""
-        return self.ends is not None and not self.ends[0] <= 1 <= self.ends[1]
-
-    def __str__(self) -> str:
-        return f"{significant(self.value)}×" + (f" {interval(self.ends)}" if self.ends else "")
-
-
-def paired_ratio(pairs: Pairs) -> Ratio | None:
-    """Geometric mean of first ÷ second with a Student-t interval on the logarithms of the ratios.
-
-    Pairs are trials of the same number, which met the same arrivals. ``None`` unless every value is positive.
-    """
-    values = np.array(pairs, dtype=np.float64).reshape(-1, 2)
-    if not len(values) or not np.isfinite(values).all() or not (values > 0).all():
-        return None
-    ratios = values[:, 0] / values[:, 1]
-    if (across := t_interval(ratios, log=True)) is None:
-        return Ratio(float(np.exp(np.log(ratios).mean())), None, len(ratios))
-    return Ratio(across[0], across[1:], len(ratios))
 
 
 def pair(first: CellView, second: CellView, key: str) -> Pairs:
     """The figure ``key`` of the trials that both cells finished, by number."""
-    other = {trial["number"]: trial for trial in second.repetitions}
-    return [(t[key], other[t["number"]][key]) for t in first.repetitions if t["number"] in other]
+    return blocks(first.repetitions, second.repetitions, key)
+
+
+def ratio_words(ratio: Ratio) -> str:
+    """``1.40× [1.31, 1.50]``."""
+    return f"{significant(ratio.value)}×" + (f" {interval(ratio.ends)}" if ratio.ends else "")
 
 
 @dataclass(frozen=True)
@@ -120,7 +92,8 @@ def _single(cell: CellView, cells: Sequence[CellView]) -> str:
         tail = "p99 is ∞, for more than 1\u202f% failed"
     else:
         side = "above" if p99 > s["slo_ms"] else "within"
-        tail = f"p99 {milliseconds(p99)} {interval(s['p99_ci_ms'])}".rstrip() + f", {side} the objective"
+        ends = " ".join(part for part in (interval(s["p99_ci_ms"]), optimistic(s, "p99_ci_ms")) if part)
+        tail = f"p99 {milliseconds(p99)} {ends}".rstrip() + f", {side} the objective"
     return (
         f"{where}, {cell.framework} answered {share(s['slo_attainment'])} of requests within "
         f"{milliseconds(s['slo_ms'])}: {per_second(s['goodput_rps_per_device'])} of goodput per {_device(cell)}, "
@@ -153,9 +126,11 @@ def _race(cells: Sequence[CellView]) -> str:
             )
         elif ratio.settled or ratio.ends is None:
             caution = "" if ratio.settled else f" ({count(ratio.pairs, 'trial')} each: no interval)"
-            told.append(f"{condition} {best.framework} reaches {ratio} the goodput of {next_best.framework}{caution}")
+            told.append(
+                f"{condition} {best.framework} reaches {ratio_words(ratio)} the goodput of {next_best.framework}{caution}"
+            )
         else:
-            told.append(f"{condition} {best.framework} and {next_best.framework} are level ({ratio})")
+            told.append(f"{condition} {best.framework} and {next_best.framework} are level ({ratio_words(ratio)})")
     if len(told) > 4:
         left = len(told) - 4
         told = [*told[:4], f"{count(left, 'more scenario')} {'is' if left == 1 else 'are'} in the table"]
@@ -178,11 +153,17 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
         return f"{cell.framework}, {cell.scenario}: nothing arrived after the fault that could tell its cost."
     kinds = listing(list(dict.fromkeys(humanly(window.kind) for window in cell.faults)))
     told = []
-    calm = [c for c in cells if c.summary["adapter"] == cell.summary["adapter"] and not c.faulty]
+    calm = [
+        c
+        for c in cells
+        if c.summary["adapter"] == cell.summary["adapter"]
+        and c.summary["tuning"] == cell.summary["tuning"]
+        and not c.faulty
+    ]
     if calm:
         ratio = paired_ratio(pair(cell, calm[0], "goodput_rps_per_device"))
         if ratio is not None:
-            told.append(f"goodput was {ratio} that without it")
+            told.append(f"goodput was {ratio_words(ratio)} that without it")
     recoveries = [f["recovery"] for trial in cell.repetitions for f in trial["faults"] if f["recovery"]]
     recoveries = [r for r in recoveries if not math.isnan(r["dip_attainment"])]
     failed = [t["arrivals"] - t["ok"] for t in cell.repetitions]

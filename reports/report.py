@@ -5,29 +5,37 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from harness.errors import InputError, StorageError
+from harness.comparison import FIGURES
+from harness.errors import InputError
 from harness.store import RunFolder
-from harness.summary import Summary
 from reports import figures
+from reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
 from reports.columns import COLUMNS, fields
 from reports.conditions import differences
+from reports.contestants import left_out, profiles
+from reports.defaults import defaults
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
 from reports.headline import Headline, headline
+from reports.page import render, write_page
 from reports.reproduce import Portable, reproduce
-from reports.svg import palette_css
-from reports.text import NOTHING, count, humanly, listing, milliseconds, printable, quantity, seconds, share, tied
+from reports.ruler import HEADINGS, ruler
+from reports.text import (
+    NOTHING,
+    count,
+    interval,
+    listing,
+    milliseconds,
+    significant,
+)
 
 FAILURES_PER_CELL = 5
 REASONS_SHOWN = 1
@@ -48,18 +56,7 @@ MARKER_SHAPES = (
 
 def write(runs: Sequence[RunFolder], path: Path) -> Path:
     """Write the report of these runs to ``path``, by rename, and return it. Raises :class:`StorageError`."""
-    page = build(runs)
-    staged = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", newline="\n") as handle:
-            handle.write(page)
-            handle.flush()
-            os.fsync(handle.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise StorageError.of(path, error) from error
-    return path
+    return write_page(build(runs), path)
 
 
 def build(runs: Sequence[RunFolder]) -> str:
@@ -73,20 +70,18 @@ def build(runs: Sequence[RunFolder]) -> str:
     cells = [cell for run in views for cell in run.cells]
     script = (files("reports") / "report.js").read_text(encoding="utf-8")
     frontiers = figures.frontiers(cells)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: (files("reports") / name).read_text(encoding="utf-8")),
-    )
-    environment.filters["tied"] = tied
-    page = environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         title=_question(views),
         kicker=_kicker(views),
         answers=[_Answer(run.label, _own_question(run, views), headline(run)) for run in views],
         verdict=_verdict(views),
-        differences=differences([(run.title, cell.conditions) for run in views for cell in run.cells]),
+        differences=differences([(run.title, cell.conditions) for run in views for cell in run.cells])
+        + left_out(views),
+        defaults=defaults(cells),
+        ruler=ruler(views),
+        ruler_headings=HEADINGS,
+        profiles=profiles(views),
         device_note=_device_note(views),
         all_emulated=bool(cells) and all(cell.summary["emulated"] for cell in cells),
         cells=cells,
@@ -94,28 +89,25 @@ def build(runs: Sequence[RunFolder]) -> str:
         columns=COLUMNS,
         column_groups=[(name, len(list(group))) for name, group in itertools.groupby(c.group for c in COLUMNS)],
         fields=fields,
+        ratios=_ratios(views),
         failures=_failures(cells),
         tails=figures.latency(cells),
         frontiers=figures.frontier(frontiers),
         timelines=figures.timelines(cells),
         timeline_keys=_timeline_keys(cells),
-        recoveries=_recoveries(cells),
+        recoveries=recoveries(cells),
+        recovery_headings=RECOVERY_HEADINGS,
+        account_headings=ACCOUNT_HEADINGS,
+        accounts=accounts(cells),
         cold=figures.cold_start(cells),
+        cold_hits=_cold_hits(cells),
         warnings=_warnings(views),
         reproductions=[reproduce(run) for run in views],
         dashes=["none" if dash == "-" else " ".join(str(2 * part) for part in dash[1]) for dash in DASHES],
         markers=MARKER_SHAPES,
-        style=Markup(_stylesheet()),  # noqa: S704 - our own file
         script=Markup(script),  # noqa: S704 - our own file
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return printable(page)
-
-
-def _stylesheet() -> str:
-    sheet = (files("reports") / "report.css").read_text(encoding="utf-8")
-    dark = f"@media screen and (prefers-color-scheme: dark){{:root{{{palette_css(dark=True)}}}}}"
-    return f":root{{{palette_css(dark=False)}}}\n{dark}\n{sheet}"
 
 
 # ---------------------------------------------------------------- top of the page
@@ -233,6 +225,28 @@ def _reasons(views: Sequence[RunView]) -> tuple[_Reason, ...]:
 # ---------------------------------------------------------------- tables
 
 
+def _ratios(views: Sequence[RunView]) -> list[tuple[str, ...]]:
+    """A row for every two frameworks under the same scenario of a run: the pair, its blocks, and each figure."""
+    rows = []
+    for run in views:
+        names = {cell.summary["adapter"]: cell.framework for cell in run.cells}
+        pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for told in run.summary["comparisons"]:
+            pairs.setdefault((told["scenario"], told["first"], told["second"]), {})[told["figure"]] = told
+        for (scenario, first, second), figures_of in pairs.items():
+            where = " · ".join(part for part in (f"{names[first]} ÷ {names[second]}", scenario, run.label) if part)
+            blocks = str(max(told["blocks"] for told in figures_of.values()))
+            rows.append((where, blocks, *(_ratio(figures_of[figure]) for figure in FIGURES)))
+    return rows
+
+
+def _ratio(told: Mapping[str, Any]) -> str:
+    value = (
+        "" if told["ratio"] is None else f"{significant(told['ratio'])}× {interval(told['interval'])}".strip() + ": "
+    )
+    return f"{value}{told['verdict']}" + (f" ({told['reason']})" if told["reason"] else "")
+
+
 def _failures(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for cell in cells:
@@ -245,37 +259,18 @@ def _failures(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _recoveries(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
-    return [
-        (cell.label, _number(trial), *_recovery(fault))
-        for cell in cells
-        for trial in cell.trials
-        for fault in trial["faults"]
-    ]
-
-
-def _number(trial: Summary) -> str:
-    return f"no. {trial['number']}" + ("" if trial["state"] == "done" else ", not finished")
-
-
-def _recovery(fault: dict[str, Any]) -> tuple[str, ...]:
-    kind = humanly(str(fault.get("kind", "fault"))) + (f" {fault['target']}" if fault.get("target") else "")
-    told = fault["recovery"]
-    if told is None:
-        return (kind, f"planned {seconds(fault.get('at_s'))}", *[NOTHING] * 3, "not injected", *[NOTHING] * 2)
-    took = told["recovery_s"]
-    empty = math.isnan(told["dip_attainment"])
-    recovered = "held" if took == 0 else seconds(took) if took is not None else "not recovered"
-    return (
-        kind,
-        quantity(fault["injected_s"], "s", digits=4),
-        share(told["baseline_attainment"]),
-        share(told["dip_attainment"]),
-        f"{told['lost']:,}",
-        "no arrivals to tell" if empty else recovered,
-        NOTHING if empty or took is None else seconds(told["relapse_s"]),
-        milliseconds(told["outage_p99_ms"]),
-    )
+def _cold_hits(cells: Sequence[CellView]) -> str:
+    """Whether the load ever met a replica that had not answered before; nothing where that is not known."""
+    known = {
+        cell.label: [t["cold_copies_hit"] for t in cell.trials if t["cold_copies_hit"] is not None] for cell in cells
+    }
+    known = {label: hits for label, hits in known.items() if hits}
+    if not known:
+        return ""
+    hit = [f"{label} ({max(hits)})" for label, hits in known.items() if max(hits)]
+    if not hit:
+        return "No cold replica was ever hit: every copy of the model that answered in a trace had answered before it began."
+    return f"Copies of the model that gave their first answer within a trace, the most in one trial: {listing(hit)}."
 
 
 def _timeline_keys(cells: Sequence[CellView]) -> list[Key]:
@@ -283,20 +278,24 @@ def _timeline_keys(cells: Sequence[CellView]) -> list[Key]:
     keys = [Key("offered"), Key("goodput and all else, in the framework's colour", slots[0] if slots else None, "area")]
     keys.append(Key("objective", kind="objective"))
     if any(cell.faults for cell in cells):
-        keys.append(Key("from a fault to its recovery", kind="window"))
+        keys.append(Key("from a fault until it is healed and recovered from", kind="window"))
     return keys
 
 
 def _warnings(views: Sequence[RunView]) -> list[tuple[str, str]]:
-    told = []
+    """Where and what; the same words of several trials once."""
+    told: dict[str, list[str]] = {}
     for run in views:
         portable = Portable(run.folder)
         for trial in run.folder.trials:
             where = f"{trial.id}{' in ' + run.label if run.label else ''}"
             for warning in trial.facts.get("warnings") or []:
                 text = warning if isinstance(warning, str) else _warning_text(warning)
-                told.append((where, portable(text)))
-    return told
+                told.setdefault(portable(text), []).append(where)
+    return [
+        (first + (f" and {count(len(rest), 'more trial')}" if rest else ""), text)
+        for text, (first, *rest) in told.items()
+    ]
 
 
 def _warning_text(warning: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from harness.adapter import NODE_NAME
 from harness.store import RunFolder, TrialFolder
 from reports.evidence import RunView
 from reports.text import NOTHING, bytes_size, sources
@@ -131,6 +132,8 @@ def _yaml(content: Any) -> str:
 def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts:
     told: Mapping[str, Any] = (run.manifest.get("adapters") or {}).get(name) or {}
     own = [trial.facts for trial in trials if trial.facts["adapter"] == name]
+    # A scenario may run on the defaults: the trial with the most knobs tells where they land.
+    own.sort(key=lambda facts: -sum(value is not None for value in (facts.get("tuning") or {}).values()))
     asked = next((facts["tuning"] for facts in own if facts.get("tuning")), None)
     if asked is None:
         asked = run.manifest["experiment"].get("tuning") or {}
@@ -162,15 +165,27 @@ def _chosen(value: Any) -> str:
 def _configs(trials: list[TrialFolder], portable: Portable) -> list[ConfigFile]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for trial in trials:
-        folder = trial.server / "config"
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []:
-            name = path.relative_to(folder).as_posix()
+        for name, path in _configured(trial.server):
             content = _read(path)
             if "\0" in content:
                 continue  # what a server compiled or cached there is no configuration
             text = _own_names(portable(content), trial)
             found.setdefault((trial.facts["adapter"], name, text), []).append(trial.id)
     return [ConfigFile(adapter, name, text, tuple(ids)) for (adapter, name, text), ids in found.items()]
+
+
+def _configured(server: Path) -> list[tuple[str, Path]]:
+    """The files of a trial's configurations: of several nodes, which are configured alike, those of the first, and the load
+    balancer's."""
+    folders = {"": server / "config", "load-balancer/": server / "balancer"}
+    if not folders[""].is_dir():
+        folders[""] = server / NODE_NAME.format(index=0) / "config"
+    return [
+        (prefix + path.relative_to(folder).as_posix(), path)
+        for prefix, folder in folders.items()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".log"
+    ]
 
 
 def _own_names(text: str, trial: TrialFolder) -> str:

@@ -23,7 +23,7 @@ INK, MUTED, GRID, PAPER = "#1f2a37", "#5d6875", "#d5dbe1", "#fefdfb"
 ALARM, CAUTION = "#b3261e", "#8a5a00"
 """Colours of everything that is not a framework, as drawn; the page maps each to a variable of its theme."""
 _THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", CAUTION: "warn"}
-_COLOUR_ORDER = (7, 0, 2, 1, 4, 9, 3, 5)
+_COLOUR_ORDER = (7, 0, 9, 1, 4, 2, 3, 5)
 """Slots → places in seaborn's palette ``colorblind``; its pink and its yellow are left out, for they fade on paper."""
 _PREFERRED_SLOTS = 6
 _LIGHT, _DARK = 0.4, 0.64

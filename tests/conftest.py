@@ -13,6 +13,11 @@ import psutil
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here, for options are only read from the outermost conftest."""
+    parser.addoption("--adapter", action="append", default=[], help="contract suite: this adapter; may be given again")
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither see nor change the user's traces and ledgers; the cache of environments is shared on purpose."""

@@ -46,8 +46,9 @@ def make_run(
 ) -> RunFolder:
     """Write a run folder and open it.
 
-    A scenario whose name is not ``no-fault`` loses one of two replicas at ``fault_at``; adapters differ in their
-    overhead, and every second one brings the replica back after 4 s. ``fail_fraction`` of the arrivals fail besides.
+    A scenario whose name is neither ``no-fault`` nor ``defaults`` loses one of two replicas at ``fault_at``; under
+    ``defaults`` there is one replica, and it does not batch. Adapters differ in their overhead, and every second one
+    brings the replica back after 4 s. ``fail_fraction`` of the arrivals fail besides.
     Variants: ``killed`` (the last trial is an unfinished Arrow stream cut in mid-batch, the one before it failed at
     deploy, when there are three), ``empty`` (no arrivals), ``one-request``, ``hostile`` (markup in every text).
     """
@@ -63,7 +64,11 @@ def make_run(
             "trace": {"name": "surge" if variant != "hostile" else f"surge {HOSTILE}", "tail_s": 20},
             "tuning": {"max_batch": _MAX_BATCH, "batch_window_ms": 10, "replicas": 2},
             "scenarios": [
-                {"name": s, "faults": [] if s == "no-fault" else [{"kind": "kill_replica", "at_s": fault_at}]}
+                {
+                    "name": s,
+                    "faults": [] if s in ("no-fault", "defaults") else [{"kind": "kill_replica", "at_s": fault_at}],
+                    "tuning": "defaults" if s == "defaults" else None,
+                }
                 for s in scenarios
             ],
             "trials": trials,
@@ -80,6 +85,8 @@ def make_run(
         (trial.server / "config" / "model.conf").write_text(text + (HOSTILE if variant == "hostile" else ""))
         has_fault = bool(plan.cell.scenario.faults)
         facts = _facts(experiment, plan.cell.adapter, span_s=span_s, slo_ms=slo_ms, device=device, variant=variant)
+        if not experiment.tuning_of(plan.cell.scenario).chosen():
+            facts["tuning"] = dict.fromkeys(facts["tuning"])
         facts.update(
             id=plan.id, cell=plan.cell.id, scenario=plan.cell.scenario.name, number=plan.number, seed=plan.seed
         )
@@ -96,12 +103,39 @@ def make_run(
             fault_at=fault_at if has_fault else math.inf,
             back_at=fault_at + 4.0 if has_fault and position % 2 else math.inf,
             fail_fraction=fail_fraction,
+            tuned=bool(experiment.tuning_of(plan.cell.scenario).chosen()),
             rng=rng,
         )
         _write_trial(trial, facts, simulated, span_s=span_s, killed=killed, variant=variant, rng=rng)
     if variant != "killed":
         run.amend_manifest(ended_at="2026-11-23T22:31:40Z")
     return RunFolder.open(folder)
+
+
+def calibration(peak_rate: float, *, ceiling_rps: float | None = 19_200.0, at_least: bool = True) -> dict[str, Any]:
+    """What a calibration leaves in the manifest for one protocol."""
+    step = {
+        "achieved": peak_rate,
+        "arrivals": round(peak_rate / 2),
+        "send_lag_p50_ms": 0.03,
+        "send_lag_p99_ms": 0.07,
+        "response_p50_ms": 0.15,
+        "response_p99_ms": 0.6,
+        "dropped": 0,
+        "failed": 0,
+    }
+    return {
+        "engine": "haproxy",
+        "steps": [{**step, "rate": rate} for rate in (peak_rate / 4, peak_rate, 2 * peak_rate)],
+        "cpu_us_per_request": 66.0,
+        "workers": 1,
+        "ceiling_rps": ceiling_rps,
+        "at_least": at_least,
+        "send_lag_p50_ms": 0.03,
+        "send_lag_p99_ms": 0.07,
+        "floor_p50_ms": 0.15,
+        "floor_p99_ms": 0.6,
+    }
 
 
 def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
@@ -114,6 +148,7 @@ def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
         "command": ["tailrace", "run", experiment.name, "--set", f"note={SCRIPT}" if hostile else "trials=1"],
         "experiment": experiment.model_dump(mode="json"),
         "experiment_sha256": experiment.sha256,
+        "ruler": {"http": calibration(1200.0)},
         "hardware": {
             "cpu_model": "Synthetic CPU @ 2.00GHz",
             "cpu_count": 2,
@@ -168,6 +203,18 @@ def _adapter(name: str, index: int, hostile: bool) -> dict[str, Any]:
         },
         "refused": {"autoscale": "an external scaler only"},
         "capabilities": ["replicas", "scrape", "applied"],
+        "traits": {"batching": HOSTILE if hostile else f"{name} batches in its own way"},
+        "left_out": {"queue_limit": f"{name} has no place for `queue_limit`: none"} if name == "kserve" else {},
+        "observed": {
+            "seen_at": "2026-11-23T20:00:00+00:00",
+            "python": "3.11.7",
+            "observations": [
+                {"axis": "batching", "text": HOSTILE if hostile else "formed 7.6 requests per batch", "figures": {}},
+                {"axis": "failure", "text": "one of 2 replicas killed: 3 of 141 requests failed", "figures": {}},
+            ],
+        }
+        if index == 0
+        else None,
     }
 
 
@@ -235,17 +282,20 @@ def _simulate(
     fault_at: float,
     back_at: float,
     fail_fraction: float,
+    tuned: bool,
     rng: np.random.Generator,
 ) -> _Simulated:
     """Two replicas that take batches from one queue; the second is dead between ``fault_at`` and ``back_at``.
 
-    A dead one that never comes back keeps taking work and fails it after a second, as Triton's does.
+    A dead one that never comes back keeps taking work and fails it after a second, as Triton's does. Not ``tuned``, there
+    is one replica, and no batch has more than one request.
     """
     n = len(arrivals)
+    largest = _MAX_BATCH if tuned else 1
     sent = arrivals + np.minimum(rng.lognormal(-9.2, 0.6, n), 0.0008)
     start, done = np.zeros(n), np.zeros(n)
     outcome = np.full(n, Outcome.OK, dtype=np.uint8)
-    free = [0.0, 0.0]
+    free = [0.0, 0.0 if tuned else math.inf]
     batches: list[tuple[float, float]] = []
     i = 0
     while i < n:
@@ -255,7 +305,7 @@ def _simulate(
         if dead and math.isfinite(back_at):
             free[1] = back_at
             continue
-        j = max(i + 1, min(i + _MAX_BATCH, int(np.searchsorted(sent, begin, side="right"))))
+        j = max(i + 1, min(i + largest, int(np.searchsorted(sent, begin, side="right"))))
         start[i:j] = begin
         if dead:
             done[i:j], outcome[i:j] = begin + 1.0, Outcome.ERROR
@@ -309,15 +359,12 @@ def _write_trial(
     events = EventLog(trial.folder / "events.jsonl")
     for offset_s, event in ((-9.0, "deploy"), (-6.5, "ready"), (-6.3, "verified"), (-4.0, "warm-up"), (0.0, "measure")):
         events.write(event, mono_ns=EPOCH_NS + int(offset_s * 1e9))
-    faults = [] if facts["scenario"] == "no-fault" else [20.0]
-    experiment_fault = facts["scenario"] != "no-fault"
-    if experiment_fault:
+    if facts["scenario"] not in ("no-fault", "defaults"):
         at_s = trial_fault_s(trial)
-        faults = [at_s]
         facts["faults"] = [
             {"kind": "kill_replica", "at_s": at_s, "injected_s": at_s + 0.002, "target": "model-1", "pid": 4242}
         ]
-        events.write("fault", mono_ns=EPOCH_NS + int(faults[0] * 1e9), kind="kill_replica", target="model-1", pid=4242)
+        events.write("fault", mono_ns=EPOCH_NS + int(at_s * 1e9), kind="kill_replica", target="model-1", pid=4242)
     if variant == "hostile":
         events.write(HOSTILE, mono_ns=EPOCH_NS + 1, note=HOSTILE)
     facts["arrivals"] = len(simulated.arrival_s)
@@ -341,6 +388,7 @@ def _write_trial(
                 "peak_connections": 88,
                 "start_lag_p50_ms": 0.04,
                 "start_lag_p99_ms": 0.31,
+                "workers": [],
             },
             final_probe={"process_alive": True, "claims_ready": True, "answers": True},
         )

@@ -4,6 +4,9 @@ Two instances on one machine keep apart by their ports, by a folder of their own
 sockets, and by Ray's access token. What they cannot move is tried again or given up by Ray itself: replicas look for
 a port from 30000 on, and of the dashboard agent's (52365) only the first instance has one; nothing here uses it.
 
+Of several nodes the head is a server process that holds no replicas, and each worker node a ``ray start`` in a process
+tree of its own, with a folder of its own for its session, in the environment of its own devices.
+
 Ray's gRPC ports and its metrics, and HAProxy's metrics and statistics, listen on all interfaces; Ray has no option for
 that. The token guards the gRPC ports. Everything that takes requests listens on the address asked for.
 """
@@ -11,16 +14,13 @@ that. The token guards the gRPC ports. Everything that takes requests listens on
 from __future__ import annotations
 
 import contextlib
-import http.client
+import itertools
 import json
-import os
 import re
 import secrets
 import shutil
 import socket
-import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,35 +31,34 @@ from pydantic import BaseModel
 from adapters.ray_serve import config
 from adapters.ray_serve.metrics import Metrics
 from harness.adapter import (
+    NODE_NAME,
     Adapter,
     Deployment,
     DeployRequest,
     Endpoint,
     MetricSample,
+    Node,
     ProcessHost,
     Replica,
     Tuning,
     WireProtocol,
 )
 from harness.codecs import RawHTTP
-from harness.errors import DeployError, InputError, ServerError
+from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_environment, socket_folder
+from harness.errors import DeployError, ServerError
 from harness.processes import ProcessRef, descendants, free_ports, log_tail
 
 _TITLE = re.compile(rf"ray::ServeReplica:(?P<model>[^:]+):{config.DEPLOYMENT}\b")
-_PREFIX = "ray-"
-_SOCKET_PATH_BYTES = 107
-_FOLDER = f"/{_PREFIX}12345678"
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 _HAPROXY_SOCKET = f"/{'0' * 56}/a.1234567.tmp"
 """In a folder named after the node; HAProxy makes it under a temporary name first."""
-_HEALTH_TIMEOUT_S = 1.0
 _METRICS_TIMEOUT_S = 5.0
 _REPORT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class _Ports:
-    """In the order in which a request names them."""
+    """One for each of the adapter's ``port_names``."""
 
     http: int
     metrics: int
@@ -69,7 +68,17 @@ class _Ports:
     """Of the Python proxy that stands by behind HAProxy."""
 
 
-_PORTS = len(fields(_Ports))
+@dataclass(frozen=True)
+class _WorkerNode:
+    """How one worker node is started, each time."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    folder: Path
+    """Its session's: sockets, logs, and what it spills."""
+    metrics_port: int
+    log: Path
 
 
 class RayServeDeployment(Deployment):
@@ -85,33 +94,43 @@ class RayServeDeployment(Deployment):
         request: DeployRequest,
         ports: _Ports,
         folder: Path,
+        worker_nodes: Sequence[_WorkerNode] = (),
     ) -> None:
         super().__init__(host, process, endpoint, log)
         self._request = request
-        self._ports = ports
+        self._serve = ControlConnection("ray_serve", endpoint.host, endpoint.port, log)
+        self._ray_metrics = ControlConnection("ray_serve", endpoint.host, ports.metrics, log)
+        self._node_metrics = [
+            ControlConnection("ray_serve", endpoint.host, node.metrics_port, node.log) for node in worker_nodes
+        ]
+        self._haproxy_metrics = ControlConnection("ray_serve", endpoint.host, ports.haproxy_metrics, log)
         self._folder = folder
         self._models = list(request.models)
         self._haproxy = config.behind_haproxy(request)
         self._metrics = Metrics()
+        self._worker_nodes = worker_nodes
+        self._node_processes = [self._spawn(node) for node in worker_nodes]
 
     def claims_ready(self) -> bool:
-        """Serve has said that every application runs, its proxy routes to each, and ``/-/healthz`` answers 200.
-
-        ``/-/healthz`` alone proves little: behind HAProxy it is 200 before any application is there, and afterwards as
-        long as one replica of one application answers its proxy's checks. A replica that is stopped or busy for long
-        changes nothing in it.
-        """
+        """Serve has said that every application runs, its proxy routes to each, and ``/-/healthz`` answers 200. Of several
+        nodes all are there at this moment, and no replica is missing."""
         if not _control_socket(self._folder).exists() or not self.process.alive():
             return False
         try:
-            return self._get("/-/healthz")[0] == 200 and set(self._models) <= self._routed()
-        except OSError:
+            return self.health() and set(self._models) <= self._routed() and self._whole()
+        except (OSError, ServerError, DeployError):
             return False
+
+    def health(self) -> bool:
+        """``/-/healthz``: behind HAProxy it is 200 before any application is there, and afterwards as long as one replica of
+        one application answers its proxy's checks. A replica that is stopped or busy for long changes nothing in it."""
+        return bool(self._serve.says_ok("/-/healthz"))
 
     def replicas(self) -> list[Replica]:
         """The replica processes, oldest first, by the title that Ray gives them."""
         found = []
-        for reference, process in descendants(self.process):
+        roots = [self.process, *self._node_processes]
+        for reference, process in itertools.chain.from_iterable(map(descendants, roots)):
             try:
                 title = _TITLE.match(" ".join(process.cmdline()))
             except psutil.Error:
@@ -120,6 +139,23 @@ class RayServeDeployment(Deployment):
                 found.append(Replica(f"{title['model']}-{reference.pid}", title["model"], reference))
         return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.name))
 
+    def nodes(self) -> list[Node]:
+        """The worker nodes that live; the only node when there is but one, which is head and worker."""
+        if not self._worker_nodes:
+            return super().nodes()
+        return [
+            Node(node.name, process)
+            for node, process in zip(self._worker_nodes, self._node_processes, strict=True)
+            if process.alive()
+        ]
+
+    def restart_node(self, index: int) -> None:
+        """Start a worker node again, as after a machine's reboot: of its last session nothing is left."""
+        node = self._worker_nodes[index]
+        self.host.kill_tree(self._node_processes[index])
+        shutil.rmtree(node.folder, ignore_errors=True)
+        self._node_processes[index] = self._spawn(node)
+
     def scrape(self) -> list[MetricSample]:
         """Ray's metrics per model, one to two seconds old, and HAProxy's, which are of this moment.
 
@@ -127,22 +163,28 @@ class RayServeDeployment(Deployment):
         adapter sets so that every size up to 64 has one of its own. Behind HAProxy requests wait inside the replicas,
         in no metric of their own: ``queue_depth`` is what HAProxy has open less what Ray says the replicas work on,
         so it is off by what has changed within Ray's delay. ``replicas`` is known behind HAProxy alone. Ray writes
-        all that it has, half a megabyte: each scrape costs the server some 50 ms of one core.
+        all that it has, half a megabyte: each scrape costs the server some 50 ms of one core, and as much for each
+        worker node.
         """
         haproxy_page = None
         if self._haproxy:
-            haproxy_page = self._page(self._ports.haproxy_metrics, "/metrics?scope=backend&scope=server")
-        return self._metrics.read(self._models, self._page(self._ports.metrics, "/metrics"), haproxy_page)
+            path = "/metrics?scope=backend&scope=server"
+            haproxy_page = self._haproxy_metrics.page(path, timeout_s=_METRICS_TIMEOUT_S)
+        ray_pages = [self._ray_metrics.page("/metrics", timeout_s=_METRICS_TIMEOUT_S)]
+        for node in self._node_metrics:
+            with contextlib.suppress(OSError):  # a node may be down
+                ray_pages.append(node.page("/metrics"))
+        return self._metrics.read(self._models, "\n".join(ray_pages), haproxy_page)
 
     def applied(self) -> dict[str, object]:
         """From Serve's controller and, for batching, one replica of each model; should models disagree, a knob's value
         lists what they say."""
-        return config.knobs_in(self._ask({"do": "report"}, _REPORT_TIMEOUT_S))
+        return config.knobs_in(self._ask({"do": "report"}, _REPORT_TIMEOUT_S), self._request.nodes)
 
     def load_model(self, model: str) -> None:
         """Deploy one more application; returns when Serve says that it runs and the proxy routes to it."""
         self._ask({"do": "load", "application": config.application(self._request, model)}, RayServe.start_timeout_s)
-        self._await_route(model, there=True)
+        self.wait_for(lambda: self._has_route(model) is True, f"add the route to {model!r}", RayServe.start_timeout_s)
         if model not in self._models:
             self._models.append(model)
 
@@ -152,31 +194,50 @@ class RayServeDeployment(Deployment):
         if model in self._models:
             self._models.remove(model)
         self._ask({"do": "unload", "model": model}, RayServe.start_timeout_s)
-        self._await_route(model, there=False)
+        gone = f"remove the route to {model!r}"
+        self.wait_for(lambda: self._has_route(model) is False, gone, RayServe.start_timeout_s)
+
+    def scale(self, replicas: int) -> None:
+        """Deploy every application with another ``num_replicas``, which leaves the replicas that stay alone; returns when
+        Serve says that all run.
+
+        ``replicas`` are those of each node. Of several nodes Serve replaces every replica, one after the other, since
+        ``max_replicas_per_node`` changes as well; behind HAProxy each of them drains for 35 s first.
+        """
+        self._ask({"do": "scale", "replicas": replicas}, RayServe.start_timeout_s)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the server, and remove its folder of sockets and sessions."""
+        """End the server, and remove its folder of sockets and sessions.
+
+        Worker nodes are killed: told to end, Ray would drain each for up to half a minute.
+        """
+        for process in self._node_processes:
+            self.host.kill_tree(process)
         super().stop(grace_s)
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _spawn(self, node: _WorkerNode) -> ProcessRef:
+        return self.host.spawn(node.name, node.argv, env=node.env, cwd=self._request.workdir, log=node.log)
+
+    def _whole(self) -> bool:
+        if not self._worker_nodes:
+            return True
+        # Ray takes 5 to 15 s to miss a node and its replicas.
+        if len(self.nodes()) < len(self._worker_nodes):
+            return False
+        running = self._ask({"do": "whole"}, TIMEOUT_S)
+        return running is not None and set(running) <= {replica.process.pid for replica in self.replicas()}
+
     def _routed(self) -> set[str]:
-        status, body = self._get("/-/routes")
+        status, body = self._serve.ask("GET", "/-/routes")
         return set(json.loads(body).values()) if status == 200 else set()
 
-    def _await_route(self, model: str, *, there: bool) -> None:
-        deadline = time.monotonic() + RayServe.start_timeout_s
-        while True:
-            with contextlib.suppress(OSError):
-                if (model in self._routed()) is there:
-                    return
-            self.check_alive()
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"ray_serve did not {'add' if there else 'remove'} the route to the model {model!r} "
-                    f"within {RayServe.start_timeout_s:.0f} s",
-                    detail=log_tail(self.log),
-                )
-            time.sleep(0.05)
+    def _has_route(self, model: str) -> bool | None:
+        """Whether the proxy routes to a model; ``None`` when it does not say."""
+        try:
+            return model in self._routed()
+        except OSError:
+            return None
 
     def _ask(self, question: Mapping[str, Any], timeout_s: float) -> Any:
         """Ask the server process. Raises :class:`ServerError` with what Ray says when it cannot do as asked."""
@@ -195,32 +256,15 @@ class RayServeDeployment(Deployment):
             raise ServerError(f"ray_serve cannot {question['do']}: {said['error']}")
         return said["answer"]
 
-    def _get(self, path: str, *, port: int | None = None, timeout_s: float = _HEALTH_TIMEOUT_S) -> tuple[int, bytes]:
-        """Status and body. Raises ``OSError`` when there is no whole answer in time."""
-        connection = http.client.HTTPConnection(self.endpoint.host, port or self.endpoint.port, timeout=timeout_s)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"no HTTP answer to GET {path}: {error!r}") from error
-        finally:
-            connection.close()
-
-    def _page(self, port: int, path: str) -> str:
-        status, body = self._get(path, port=port, timeout_s=_METRICS_TIMEOUT_S)
-        if status != 200:
-            raise OSError(f"{self.endpoint.host}:{port}{path} answers {status}")
-        return body.decode("utf-8", "replace")
-
 
 class RayServe(Adapter):
-    """The adapter. Ports, in order: HTTP, Ray's metrics, HAProxy's metrics, HAProxy's statistics, fallback proxy."""
+    """The adapter."""
 
     name: ClassVar[str] = "ray_serve"
     title: ClassVar[str] = "Ray Serve"
     homepage: ClassVar[str] = "https://docs.ray.io/en/latest/serve/"
     protocols: ClassVar[tuple[WireProtocol, ...]] = ("http",)
+    port_names: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(_Ports))
     Options: ClassVar[type[BaseModel]] = config.Options
     deployment_type: ClassVar[type[Deployment]] = RayServeDeployment
     knobs: ClassVar[Mapping[str, str]] = {
@@ -232,21 +276,33 @@ class RayServe(Adapter):
         "autoscale": "autoscaling_config",
     }
     refused: ClassVar[Mapping[str, str]] = {}
+    traits: ClassVar[Mapping[str, str]] = {
+        "batching": "in each replica: @serve.batch around a method of the user's class, up to `max_batch_size` or until "
+        "`batch_wait_timeout_s` has passed; off by default",
+        "scaling": "ongoing requests per replica (`target_ongoing_requests`), decided by Serve's own controller",
+        "models": "many: one application per model, or `@serve.multiplexed` within a replica; a device is shared by giving "
+        "each replica a fraction of it",
+        "kubernetes": "KubeRay's RayService: the cluster of Ray scales its pods, Serve the replicas in them",
+    }
+    approximate: ClassVar[Mapping[str, str]] = {
+        "queue_depth": "behind HAProxy it is what HAProxy has open less what Ray said a second or two ago",
+    }
     exposes: ClassVar[str] = (
         "Ray's gRPC ports (guarded by a token), its metrics and HAProxy's listen on all interfaces while it runs"
     )
+    own_cluster: ClassVar[bool] = True
     start_timeout_s: ClassVar[float] = 180.0
 
-    def refusals(self, tuning: Tuning, options: BaseModel) -> list[str]:
+    def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
         """Combinations: a batch window without batches, a fixed number of replicas that is to change."""
-        refusals = super().refusals(tuning, options)
+        refusals = super().refusals(tuning, options, protocol)
         if tuning.batch_window_ms is not None and tuning.max_batch is None:
-            refusals.append(
+            refusals["batch_window_ms"] = (
                 "ray_serve has no place for `batch_window_ms` without `max_batch`: "
                 "only a function under @serve.batch batches, and nothing would wait"
             )
         if tuning.autoscale is not None and tuning.replicas is not None:
-            refusals.append(
+            refusals["replicas"] = (
                 "ray_serve has no place for `replicas` beside `autoscale`: "
                 "a deployment has either num_replicas or autoscaling_config"
             )
@@ -257,11 +313,12 @@ class RayServe(Adapter):
         return config.files(request)
 
     def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
-        """Start a Ray head with Serve in it."""
-        ports = _ports(request)
-        folder = _short_folder(request, host)
+        """Start a Ray head with Serve in it and, of several nodes, those that will join it."""
+        ports = _Ports(*choose_ports(self, request))
+        folder = socket_folder(request, host, prefix="ray-", longest=max(len(_RAY_SOCKET), len(_HAPROXY_SOCKET)))
         (folder / "ray").mkdir()
         (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
+        env = _environment(request, ports, folder)
         log = request.workdir / "logs" / "ray_serve.log"
         process = host.spawn(
             "ray_serve",
@@ -270,64 +327,61 @@ class RayServe(Adapter):
                 str(self.folder / "server.py"),
                 f"--config={request.workdir / 'config'}",
                 f"--temp-dir={folder / 'ray'}",
+                f"--head={_head_address(folder)}",
                 f"--control={_control_socket(folder)}",
                 f"--port={ports.http}",
                 f"--metrics-port={ports.metrics}",
             ],
-            env=_environment(request, ports, folder),
+            env=env,
             cwd=request.workdir,
             log=log,
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         codec = RawHTTP(request.host, ports.http, config.ROUTE, inputs, outputs)
         endpoint = Endpoint("http", request.host, ports.http, codec)
-        return RayServeDeployment(host, process, endpoint, log, request=request, ports=ports, folder=folder)
+        return RayServeDeployment(
+            host,
+            process,
+            endpoint,
+            log,
+            request=request,
+            ports=ports,
+            folder=folder,
+            worker_nodes=self._worker_nodes(request, folder, env) if request.nodes > 1 else (),
+        )
 
-
-def _ports(request: DeployRequest) -> _Ports:
-    if not request.ports:
-        return _Ports(*free_ports(_PORTS, request.host))
-    if len(set(request.ports)) != _PORTS:
-        names = ", ".join(field.name for field in fields(_Ports))
-        raise InputError(f"ray_serve takes {_PORTS} ports ({names}), not {list(request.ports)}")
-    for port in request.ports:
-        # Ray would start everything else first, and then wait a minute for its proxy.
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((request.host, port))
-            except OSError as error:
-                raise DeployError(
-                    f"ray_serve cannot listen on {request.host}:{port}: {error.strerror}",
-                    remedy="end what uses that port, choose another, or leave the ports out to get free ones",
-                ) from error
-    return _Ports(*request.ports)
-
-
-def _short_folder(request: DeployRequest, host: ProcessHost) -> Path:
-    """A folder with room in its name for those of Ray's and HAProxy's sockets: in ``scratch`` if that is short."""
-    longest = len(_FOLDER) + max(len(_RAY_SOCKET), len(_HAPROXY_SOCKET))
-    if len(os.fsencode(request.scratch)) + longest <= _SOCKET_PATH_BYTES:
-        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=request.scratch))
-    folder = Path(tempfile.mkdtemp(prefix="tailrace-", dir="/tmp"))
-    host.remove_later(folder)
-    return folder
+    def _worker_nodes(self, request: DeployRequest, folder: Path, env: Mapping[str, str]) -> list[_WorkerNode]:
+        nodes = []
+        for index, metrics_port in enumerate(free_ports(request.nodes, request.host)):
+            name = NODE_NAME.format(index=index)
+            session = folder / str(index)
+            argv = (
+                str(request.environment.python),
+                str(self.folder / "node.py"),
+                f"--config={request.workdir / 'config'}",
+                f"--head={_head_address(folder)}",
+                f"--temp-dir={session}",
+                f"--metrics-port={metrics_port}",
+            )
+            own_env = request.node_envs[index] if request.node_envs else {}
+            log = request.workdir / "logs" / f"{name}.log"
+            nodes.append(_WorkerNode(name, argv, {**env, **own_env}, session, metrics_port, log))
+        return nodes
 
 
 def _control_socket(folder: Path) -> Path:
     return folder / "control"
 
 
+def _head_address(folder: Path) -> Path:
+    """The file in which worker nodes find where the head listens, which chooses its port itself."""
+    return folder / "head"
+
+
 def _environment(request: DeployRequest, ports: _Ports, folder: Path) -> dict[str, str]:
     """The whole environment of the server: nothing of the harness's own reaches it but what is named here."""
-    names = ["HOME", "CUDA_VISIBLE_DEVICES"]
-    if request.workload.device == "cuda":
-        names.append("LD_LIBRARY_PATH")  # in some containers the driver is found through it alone
     return {
-        **{name: os.environ[name] for name in names if name in os.environ},
-        "LANG": "C.UTF-8",
-        "PATH": f"{request.environment.bin}:/usr/local/bin:/usr/bin:/bin",
-        "TMPDIR": str(request.scratch),
+        **process_environment(request),
         **config.environment(request),
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -338,7 +392,6 @@ def _environment(request: DeployRequest, ports: _Ports, folder: Path) -> dict[st
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),
-        **request.server_env,
     }
 
 

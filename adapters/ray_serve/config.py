@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.adapter import DeployRequest
+from harness.adapter import DeployRequest, Tuning
+from harness.control import agreed
 
 DEPLOYMENT = "Model"
 """The one deployment of every application; the class in ``server.py``."""
 ROUTE = "/models/{model}"
+_NODE_ADDRESS = "127.0.0.2"
+"""Another loopback address: 127.0.0.1 Ray would replace by the machine's public one. All nodes of a cluster have it: replicas
+listen on loopback, where HAProxy looks for those alone that are at its own node's address."""
+_NODE_STORE_BYTES = 200 << 20
+"""Of each worker node's object store; Ray's default is nearly a third of the machine's memory for every one of them."""
 _EXACT_BATCH_SIZES = 64
 _FORMING_BATCHES = 2
 
@@ -41,33 +46,58 @@ def files(request: DeployRequest) -> dict[str, str]:
         "logging_config": {"logs_dir": str(request.workdir / "logs" / "serve")},
         "applications": [application(request, model) for model in request.models],
     }
-    most = tuning.autoscale.max if tuning.autoscale else tuning.replicas or 1
-    ray = {
-        # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
-        # loaded later and for replicas that start while others end.
+    # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
+    # loaded later and for replicas that start while others end.
+    num_cpus = 2 * _most_per_node(tuning) * len(request.models) + 2
+    num_gpus = None if request.workload.device == "cuda" else 0  # None: those that there are
+    ray: dict[str, Any] = {
         "init": {
-            "num_cpus": 2 * most * len(request.models) + 2,
-            "num_gpus": None if request.workload.device == "cuda" else 0,  # None: those that there are
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
             "include_dashboard": False,
             "log_to_driver": False,
-            # Another loopback address: 127.0.0.1 Ray would replace by the machine's public one.
-            "_node_ip_address": "127.0.0.2",
+            "_node_ip_address": _NODE_ADDRESS,
         },
         "environment": environment(request),
     }
+    if request.nodes > 1:
+        serve["proxy_location"] = "HeadOnly"  # one way in; those of other nodes would want the same port
+        # Without CPUs the head holds no replica, but Serve's controller and proxy, which take none.
+        ray["init"] |= {"num_cpus": 0, "num_gpus": 0}
+        ray |= {"nodes": request.nodes, "node": _node(num_cpus, num_gpus)}
     return {"serve.json": json.dumps(serve, indent=1) + "\n", "ray.json": json.dumps(ray, indent=1) + "\n"}
 
 
+def _node(num_cpus: int, num_gpus: int | None) -> dict[str, int | str]:
+    """The options of ``ray start`` for a worker node. A port of 0 is one that is free: nodes share this machine."""
+    return {
+        "num-cpus": num_cpus,
+        **({} if num_gpus is None else {"num-gpus": num_gpus}),
+        "object-store-memory": _NODE_STORE_BYTES,
+        "node-ip-address": _NODE_ADDRESS,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "dashboard-agent-listen-port": 0,
+        "include-log-monitor": "false",  # it would only send logs to the head, where nobody reads them
+    }
+
+
 def application(request: DeployRequest, model: str) -> dict[str, Any]:
-    """One model as an entry of ``applications``."""
+    """One model as an entry of ``applications``. The tuning says what one node is to hold.
+
+    Of a node that has died the replicas wait for its return. Without ``max_replicas_per_node`` Ray would start them on the
+    nodes that are left, as far as their CPUs go; there they would share devices that are busy already.
+    """
     tuning, workload = request.tuning, request.workload
     deployment: dict[str, Any] = {"name": DEPLOYMENT}
-    if tuning.replicas is not None:
-        deployment["num_replicas"] = tuning.replicas
+    if request.nodes > 1:
+        deployment["max_replicas_per_node"] = _most_per_node(tuning)
+    if tuning.replicas is not None or (request.nodes > 1 and tuning.autoscale is None):
+        deployment["num_replicas"] = _most_per_node(tuning) * request.nodes
     if tuning.autoscale is not None:
         deployment["autoscaling_config"] = {
-            "min_replicas": tuning.autoscale.min,
-            "max_replicas": tuning.autoscale.max,
+            "min_replicas": tuning.autoscale.min * request.nodes,
+            "max_replicas": tuning.autoscale.max * request.nodes,
             "target_ongoing_requests": tuning.autoscale.target_ongoing,
         }
     if tuning.queue_limit is not None:
@@ -92,6 +122,10 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
         },
         "deployments": [deployment],
     }
+
+
+def _most_per_node(tuning: Tuning) -> int:
+    return tuning.autoscale.max if tuning.autoscale else tuning.replicas or 1
 
 
 def environment(request: DeployRequest) -> dict[str, str]:
@@ -124,17 +158,13 @@ def batch_size_bounds(max_batch: int) -> list[int]:
     return exact + beyond + ([max_batch] if max_batch > _EXACT_BATCH_SIZES else [])
 
 
-def knobs_in(report: Mapping[str, Any]) -> dict[str, object]:
-    """The neutral knobs in what the server reports; a knob on which the applications differ lists what they have."""
-    values: dict[str, list[object]] = defaultdict(list)
-    for reported in report["applications"].values():
-        for knob, value in _knobs_of(reported, report["http_options"]).items():
-            if value is not None and value not in values[knob]:
-                values[knob].append(value)
-    return {knob: found[0] if len(found) == 1 else found for knob, found in values.items() if found}
+def knobs_in(report: Mapping[str, Any], nodes: int = 1) -> dict[str, object]:
+    """The neutral knobs, per node, in what the server reports; a knob on which the applications differ lists what they have."""
+    reports = [_knobs_of(reported, report["http_options"], nodes) for reported in report["applications"].values()]
+    return agreed({knob: value for knob, value in knobs.items() if value is not None} for knobs in reports)
 
 
-def _knobs_of(reported: Mapping[str, Any], http_options: Mapping[str, Any]) -> dict[str, object]:
+def _knobs_of(reported: Mapping[str, Any], http_options: Mapping[str, Any], nodes: int) -> dict[str, object]:
     config, batching = reported["deployment_config"], reported["batching"]
     window_s = batching.get("batch_wait_timeout_s")
     knobs: dict[str, object] = {
@@ -145,10 +175,10 @@ def _knobs_of(reported: Mapping[str, Any], http_options: Mapping[str, Any]) -> d
     }
     if scaling := config.get("autoscaling_config"):
         knobs["autoscale"] = {
-            "min": scaling["min_replicas"],
-            "max": scaling["max_replicas"],
+            "min": scaling["min_replicas"] // nodes,
+            "max": scaling["max_replicas"] // nodes,
             "target_ongoing": scaling["target_ongoing_requests"],
         }
     else:
-        knobs["replicas"] = reported["running"]
+        knobs["replicas"] = reported["running"] // nodes
     return knobs

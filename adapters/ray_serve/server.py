@@ -3,6 +3,8 @@
 It runs in the environment's interpreter and imports nothing of the harness. ``serve.json`` is a configuration in Ray
 Serve's own schema (``ray.serve.schema.ServeDeploySchema``), ``ray.json`` holds the arguments of ``ray.init``. A control
 socket opens once Serve says that all applications run; a line of JSON on it (``{"do": …}``) is answered with another.
+Where ``ray.json`` speaks of several ``nodes``, the head holds no replicas: it tells its address in a file, and waits for
+as many worker nodes (``node.py``) to join it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import signal
 import socketserver
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +32,7 @@ from starlette.responses import Response  # type: ignore[import-not-found]  # co
 
 _DEPLOYMENT = "Model"
 _REPLICA_ANSWER_S = 10.0
+_POLL_S = 0.05
 _Item = dict[str, NDArray[Any]]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -117,7 +121,8 @@ def gpu_share(replicas: int, devices: int) -> float:
 class _Server:
     """What the control socket can ask for."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], nodes: int) -> None:
+        self._nodes = nodes
         self._applications = config["applications"]
         self._logging = config["logging_config"]
         self._num_gpus = 0.0
@@ -143,9 +148,46 @@ class _Server:
         except RuntimeError:
             serve.delete(one["name"], _blocking=False)  # or Serve would go on trying
             raise
+        self._applications = [*(other for other in self._applications if other["name"] != one["name"]), one]
+
+    def scale(self, request: dict[str, Any]) -> None:
+        """Deploy all that runs with another number of replicas, and no autoscaler to change it."""
+        deployments = [one["deployments"][0] for one in self._applications]
+        if self._nodes > 1:
+            self._limit_per_node(deployments, request["replicas"])
+        for deployment in deployments:
+            deployment.pop("autoscaling_config", None)
+            deployment["num_replicas"] = request["replicas"] * self._nodes
+        self.run_all()
+
+    def _limit_per_node(self, deployments: list[dict[str, Any]], most: int) -> None:
+        """Set how many replicas a node may hold, for which Serve replaces all replicas, one after the other."""
+        raised = any(most > deployment["max_replicas_per_node"] for deployment in deployments)
+        for deployment in deployments:
+            deployment["max_replicas_per_node"] = most
+        if raised:
+            # Before there are more: those find no room beside replicas that fill a node by the old limit, and Serve
+            # replaces none of these while others are missing.
+            self.run_all()
 
     def unload(self, request: dict[str, Any]) -> None:
+        self._applications = [one for one in self._applications if one["name"] != request["model"]]
         serve.delete(request["model"], _blocking=False)  # blocking waits for the connections to drain, 30 s and more
+
+    def whole(self, request: dict[str, Any]) -> list[int] | None:
+        """The pids of all replicas, if by what Ray knows no node is missing, and by what Serve knows no replica."""
+        if _joined() != self._nodes:
+            return None
+        details = _get_global_client().get_serve_details()["applications"]
+        deployments = [details[one["name"]]["deployments"][_DEPLOYMENT] for one in self._applications]
+        if any(deployment["status"] != "HEALTHY" for deployment in deployments):
+            return None
+        return [
+            replica["pid"]
+            for deployment in deployments
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        ]
 
     def report(self, request: dict[str, Any]) -> dict[str, Any]:
         """What Serve's controller and the replicas say of themselves."""
@@ -164,6 +206,10 @@ class _Server:
         options = {key: value for key, value in one["deployments"][0].items() if key != "name"}
         if self._num_gpus:
             options["ray_actor_options"] = {"num_gpus": self._num_gpus}
+        # One version for good, as `serve deploy` has it: by serve.run() alone every deployment would be of another version,
+        # and a change of num_replicas replace all replicas, one after the other. But a change of the limit per node, which
+        # does so in any case, Serve takes no notice of if the version stays.
+        options |= {"version": str(options.get("max_replicas_per_node", 1)), "_internal": True}
         return _deployment.options(**options, logging_config=self._logging).bind(one["args"])
 
 
@@ -182,6 +228,11 @@ def _run(targets: list[serve.RunTarget]) -> None:
         raise RuntimeError("\n".join([str(error).strip(), *said])) from error
 
 
+def _joined() -> int:
+    """How many worker nodes live, by what the head knows."""
+    return len([node for node in ray.nodes() if node["Alive"]]) - 1
+
+
 def _most_replicas(one: dict[str, Any]) -> int:
     deployment = one["deployments"][0]
     most = deployment.get("autoscaling_config", {}).get("max_replicas") or deployment.get("num_replicas", 1)
@@ -189,7 +240,13 @@ def _most_replicas(one: dict[str, Any]) -> int:
 
 
 def _answer(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
-    actions = {"load": server.load, "unload": server.unload, "report": server.report}
+    actions = {
+        "load": server.load,
+        "unload": server.unload,
+        "scale": server.scale,
+        "report": server.report,
+        "whole": server.whole,
+    }
     try:
         return {"answer": actions[request["do"]](request)}
     except Exception as error:
@@ -207,23 +264,44 @@ def _control(path: str, server: _Server) -> socketserver.ThreadingUnixStreamServ
     return control
 
 
+def _tell_address(path: Path) -> None:
+    staged = path.with_suffix(".tmp")
+    staged.write_text(ray.get_runtime_context().gcs_address, encoding="ascii")
+    staged.replace(path)
+
+
 def main() -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="folder of serve.json and ray.json")
     parser.add_argument("--temp-dir", required=True, help="where Ray keeps its session")
+    parser.add_argument("--head", type=Path, required=True, help="file to write the head's address to")
     parser.add_argument("--control", required=True, help="path of the control socket")
     parser.add_argument("--port", type=int, required=True, help="HTTP port of Serve's proxy")
     parser.add_argument("--metrics-port", type=int, required=True, help="port of Ray's Prometheus metrics")
     arguments = parser.parse_args()
     config = json.loads((arguments.config / "serve.json").read_text(encoding="utf-8"))
-    init = json.loads((arguments.config / "ray.json").read_text(encoding="utf-8"))["init"]
+    ray_config = json.loads((arguments.config / "ray.json").read_text(encoding="utf-8"))
+    nodes = ray_config.get("nodes", 1)
     status = 0
     try:
-        ray.init(address="local", _temp_dir=arguments.temp_dir, _metrics_export_port=arguments.metrics_port, **init)
-        serve.start(
-            http_options={**config["http_options"], "port": arguments.port}, logging_config=config["logging_config"]
+        ray.init(
+            address="local",
+            _temp_dir=arguments.temp_dir,
+            _metrics_export_port=arguments.metrics_port,
+            **ray_config["init"],
         )
-        server = _Server(config)
+        serve.start(
+            proxy_location=config.get("proxy_location"),
+            http_options={**config["http_options"], "port": arguments.port},
+            logging_config=config["logging_config"],
+        )
+        if nodes > 1:
+            # Not before Serve's proxy is up: Serve kills and restarts one that is not within seconds, as it would not be
+            # beside nodes that start.
+            _tell_address(arguments.head)
+            while _joined() < nodes:
+                time.sleep(_POLL_S)
+        server = _Server(config, nodes)
         server.run_all()
         with _control(arguments.control, server) as control:
             threading.Thread(target=control.serve_forever, daemon=True).start()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import json
-import os
 import secrets
+import shlex
 import shutil
-import socket
-import subprocess
-import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,6 +23,7 @@ from harness.adapter import (
     Deployment,
     DeployRequest,
     Endpoint,
+    HealthCheck,
     MetricSample,
     ProcessHost,
     Replica,
@@ -33,14 +32,14 @@ from harness.adapter import (
     WireProtocol,
 )
 from harness.codecs import OpenInferenceGRPC, OpenInferenceHTTP
-from harness.errors import DeployError, InputError, ServerError
-from harness.processes import ProcessRef, descendants, free_ports, log_tail
+from harness.control import ControlConnection, agreed, ask_interpreter, choose_ports, process_environment
+from harness.errors import DeployError
+from harness.processes import ProcessRef, descendants
 
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
-_PROBE_TIMEOUT_S = 60.0
-_CONTROL_TIMEOUT_S = 1.0
-"""For health, configuration and metrics. A wedged server accepts the connection and then says nothing."""
+_TEMPORARY = Path("/tmp")  # noqa: S108 - fixed in the Python backend, which does not ask for TMPDIR
+_STUB_ENVIRONMENTS = "python_env_*"
 
 # Run in the server's interpreter: where the wheel lies, and where that interpreter's shared library may lie.
 _PROBE = """
@@ -67,24 +66,14 @@ class _Bundle:
     """``pytriton/tritonserver`` in the environment's site-packages."""
     stub: Path
     """The backend's worker program, one per Python version."""
-    library_path: tuple[Path, ...]
+    libraries: tuple[Path, ...]
     """Folders for ``LD_LIBRARY_PATH``: without the second, workers miss libcudart and the server hangs silently."""
 
     @classmethod
     def find(cls, environment: ServerEnvironment) -> _Bundle:
         """Ask the environment's interpreter. Raises :class:`DeployError` when something is missing."""
         python = environment.python
-        try:
-            answer = subprocess.run(
-                [python, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=True
-            )
-            found = json.loads(answer.stdout)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise DeployError(
-                f"{python} does not run: {error}",
-                remedy="use an environment with a working Python interpreter",
-                detail=str(getattr(error, "stderr", None) or "") or None,
-            ) from error
+        found = ask_interpreter(environment, _PROBE)
         if found["pytriton"] is None:
             raise DeployError(
                 f"{python} has no package nvidia-pytriton, which carries the server",
@@ -133,19 +122,20 @@ class TritonDeployment(Deployment):
     ) -> None:
         super().__init__(host, process, endpoint, log)
         self._request = request
-        self._http_port = http_port
-        self._metrics_port = metrics_port
+        self._control = ControlConnection("triton", endpoint.host, http_port, log)
+        self._metrics = ControlConnection("triton", endpoint.host, metrics_port, log)
         self._shared_memory_prefix = shared_memory_prefix
         self._models = list(request.models)
+        self._found_environments = frozenset(_TEMPORARY.glob(_STUB_ENVIRONMENTS))
         self._last_counts: dict[str, tuple[float, float]] = {}
 
     def claims_ready(self) -> bool:
         """``/v2/health/ready`` and the ``ready`` of every loaded model."""
-        try:
-            server_ready = self._ask("GET", "/v2/health/ready")[0] == 200
-        except OSError:
-            return False
-        return server_ready and all(self._says_ready(model) for model in self._models)
+        return self.health() and all(map(self._is_ready, self._models))
+
+    def health(self) -> bool:
+        """``/v2/health/ready``: 200 from before the first model is loaded until the server ends, whatever its workers do."""
+        return bool(self._control.says_ok("/v2/health/ready"))
 
     def replicas(self) -> list[Replica]:
         """The backend's worker processes, oldest first, named as Triton names its instances (``MODEL_0_1``)."""
@@ -165,11 +155,8 @@ class TritonDeployment(Deployment):
 
         What a full queue refuses is in none of its counters; what waited too long counts as failed.
         """
-        status, body = self._ask("GET", "/metrics", port=self._metrics_port)
-        if status != 200:
-            raise OSError(f"{self.endpoint.host}:{self._metrics_port}/metrics answers {status}")
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for family in text_string_to_metric_families(body.decode("utf-8", "replace")):
+        for family in text_string_to_metric_families(self._metrics.page("/metrics")):
             for sample in family.samples:
                 if (model := sample.labels.get("model")) is not None:  # summed over versions and failure reasons
                     # The family's name, for the parser renames the samples of counters.
@@ -185,20 +172,15 @@ class TritonDeployment(Deployment):
                 MetricSample("items_total", items, model),
             ]
             last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
-            if batches > last_batches:  # neither idle nor counting anew after a reload
+            # Neither idle, nor counting anew after a reload, nor nothing but batches that failed, whose items do not count.
+            if batches > last_batches and items > last_items:
                 samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
             self._last_counts[model] = (items, batches)
         return samples
 
     def applied(self) -> dict[str, object]:
         """From ``/v2/models/MODEL/config``; should loaded models disagree, a knob's value lists what they say."""
-        values: dict[str, list[object]] = defaultdict(list)
-        for model in self._models:
-            path = f"/v2/models/{model}/config"
-            for knob, value in knobs_in(json.loads(self._expect_ok("GET", path))).items():
-                if value not in values[knob]:
-                    values[knob].append(value)
-        return {knob: found[0] if len(found) == 1 else found for knob, found in values.items()}
+        return agreed(knobs_in(self._control.json(f"/v2/models/{model}/config")) for model in self._models)
 
     def load_model(self, model: str) -> None:
         """Write the model's folder if it has none, load it, and wait until its ``ready`` says so."""
@@ -206,8 +188,8 @@ class TritonDeployment(Deployment):
             file = self._request.workdir / "config" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        self._expect_ok("POST", f"/v2/repository/models/{model}/load", timeout_s=Triton.start_timeout_s)
-        self._await_model(model, ready=True)
+        self._control.command("POST", f"/v2/repository/models/{model}/load", timeout_s=Triton.start_timeout_s)
+        self.wait_for(partial(self._is_ready, model), f"load the model {model!r}", Triton.start_timeout_s)
         if model not in self._models:
             self._models.append(model)
 
@@ -215,67 +197,48 @@ class TritonDeployment(Deployment):
         """Unload and wait until the model's ``ready`` denies it."""
         if model in self._models:
             self._models.remove(model)
-        self._expect_ok("POST", f"/v2/repository/models/{model}/unload", timeout_s=Triton.start_timeout_s)
-        self._await_model(model, ready=False)
+        self._control.command("POST", f"/v2/repository/models/{model}/unload", timeout_s=Triton.start_timeout_s)
+        self.wait_for(lambda: self._says_ready(model) is False, f"unload the model {model!r}", Triton.start_timeout_s)
+
+    def scale(self, replicas: int) -> None:
+        """Load every model again under its running configuration with another count of instances.
+
+        Instances that stay are kept; new ones start beside them, and requests go on meanwhile.
+        """
+        for model in self._models:
+            config = self._control.json(f"/v2/models/{model}/config")
+            for group in config["instance_group"]:
+                group["count"] = replicas
+            body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
+            path = f"/v2/repository/models/{model}/load"
+            self._control.command("POST", path, body=body, timeout_s=Triton.start_timeout_s)
+            self.wait_for(partial(self._is_ready, model), f"load the model {model!r} again", Triton.start_timeout_s)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the server, and remove the shared memory that a killed worker or server has left."""
+        """End the server, and remove the shared memory and the empty folder that a killed worker or server has left."""
         super().stop(grace_s)
         for region in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
+        for folder in set(_TEMPORARY.glob(_STUB_ENVIRONMENTS)) - self._found_environments:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only an empty one: ours always are, for no environment is ever packed into a model
 
-    def _await_model(self, model: str, *, ready: bool) -> None:
-        deadline = time.monotonic() + Triton.start_timeout_s
-        while self._says_ready(model) is not ready:
-            self.check_alive()
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"triton did not {'load' if ready else 'unload'} the model {model!r} "
-                    f"within {Triton.start_timeout_s:.0f} s",
-                    detail=log_tail(self.log),
-                )
-            time.sleep(0.01)
+    def _is_ready(self, model: str) -> bool:
+        return bool(self._says_ready(model))
 
     def _says_ready(self, model: str) -> bool | None:
         """What the server says of one model; ``None`` when it says nothing."""
-        try:
-            return self._ask("GET", f"/v2/models/{model}/ready")[0] == 200
-        except OSError:
-            return None
-
-    def _expect_ok(self, method: str, path: str, timeout_s: float = _CONTROL_TIMEOUT_S) -> bytes:
-        try:
-            status, body = self._ask(method, path, timeout_s=timeout_s)
-        except OSError as error:
-            raise ServerError(
-                f"triton gives no answer to {method} {path}: {error}", detail=log_tail(self.log)
-            ) from error
-        if status != 200:
-            raise ServerError(f"triton answers {status} to {method} {path}: {body.decode('utf-8', 'replace')}")
-        return body
-
-    def _ask(
-        self, method: str, path: str, *, port: int | None = None, timeout_s: float = _CONTROL_TIMEOUT_S
-    ) -> tuple[int, bytes]:
-        """Status and body. Raises ``OSError`` when there is no whole answer in time."""
-        connection = http.client.HTTPConnection(self.endpoint.host, port or self._http_port, timeout=timeout_s)
-        try:
-            connection.request(method, path)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"no HTTP answer to {method} {path}: {error!r}") from error
-        finally:
-            connection.close()
+        return self._control.says_ok(f"/v2/models/{model}/ready")
 
 
 class Triton(Adapter):
-    """The adapter. Ports, in order: HTTP, gRPC, metrics."""
+    """The adapter."""
 
     name: ClassVar[str] = "triton"
     title: ClassVar[str] = "NVIDIA Triton"
     homepage: ClassVar[str] = "https://github.com/triton-inference-server/server"
     protocols: ClassVar[tuple[WireProtocol, ...]] = ("http", "grpc")
+    port_names: ClassVar[tuple[str, ...]] = ("HTTP", "gRPC", "metrics")
     deployment_type: ClassVar[type[Deployment]] = TritonDeployment
     knobs: ClassVar[dict[str, str]] = {
         "max_batch": "max_batch_size",
@@ -285,16 +248,28 @@ class Triton(Adapter):
         "server_timeout_s": "dynamic_batching.default_queue_policy.default_timeout_microseconds",
     }
     refused: ClassVar[dict[str, str]] = {"autoscale": "external scaler only"}
+    traits: ClassVar[dict[str, str]] = {
+        "batching": "in the server, per model: the dynamic batcher gathers requests up to `max_batch_size`, or until the "
+        "oldest has waited its delay; off by default",
+        "scaling": "nothing by itself: the number of instances is fixed until the model is loaded again; what watches the "
+        "load, and adds servers, is somebody else's",
+        "models": "many per server and device, loaded and unloaded through its API, each with its own instances",
+        "kubernetes": "none of its own: a container image and health endpoints; KServe and others deploy it",
+    }
 
-    def refusals(self, tuning: Tuning, options: BaseModel) -> list[str]:
+    def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
         """Beside autoscaling: a batch window without batches, for Triton's own default is not to batch."""
-        refusals = super().refusals(tuning, options)
+        refusals = super().refusals(tuning, options, protocol)
         if tuning.batch_window_ms is not None and tuning.max_batch is None:
-            refusals.append(
+            refusals["batch_window_ms"] = (
                 "triton has no place for `batch_window_ms` without `max_batch`: "
                 "unless told a largest batch it does not batch, and nothing would wait"
             )
         return refusals
+
+    def health_check(self, protocol: WireProtocol) -> HealthCheck | None:
+        """What its documentation gives to load balancers; it lies when workers are dead."""
+        return HealthCheck("HTTP", "/v2/health/ready")
 
     def render(self, request: DeployRequest) -> dict[str, str]:
         """A model repository under ``models/``, and the flags that every start of this configuration shares."""
@@ -306,7 +281,12 @@ class Triton(Adapter):
     def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
         """Start tritonserver in the folder of the rendered configuration."""
         bundle = _Bundle.find(request.environment)
-        http_port, grpc_port, metrics_port = _ports(request)
+        http_port, grpc_port, metrics_port = choose_ports(self, request)
+        if shlex.quote(str(request.scratch)) != str(request.scratch):
+            raise DeployError(
+                f"triton starts its workers through a shell and quotes nothing, so it cannot use {str(request.scratch)!r}",
+                remedy="set TMPDIR to a folder without blanks or other special characters in its path",
+            )
         backends = request.scratch / "backends"
         bundle.place_backend(backends)
         prefix = f"tailrace_triton_{secrets.token_hex(8)}_"
@@ -323,7 +303,8 @@ class Triton(Adapter):
                 f"--grpc-port={grpc_port}",
                 f"--metrics-port={metrics_port}",
             ],
-            env=_environment(request, bundle),
+            # The worker's embedded interpreter finds its site-packages through the first `python3` on the path.
+            env=process_environment(request, library_path=bundle.libraries),
             cwd=request.workdir / "config",
             log=log,
         )
@@ -343,44 +324,6 @@ class Triton(Adapter):
             metrics_port=metrics_port,
             shared_memory_prefix=prefix,
         )
-
-
-def _ports(request: DeployRequest) -> tuple[int, int, int]:
-    if not request.ports:
-        http_port, grpc_port, metrics_port = free_ports(3, request.host)
-        return http_port, grpc_port, metrics_port
-    if len(set(request.ports)) != 3:
-        raise InputError(f"triton takes three ports (HTTP, gRPC, metrics), not {list(request.ports)}")
-    for port in request.ports:
-        # The server would load its models first and only then find out.
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((request.host, port))
-            except OSError as error:
-                raise DeployError(
-                    f"triton cannot listen on {request.host}:{port}: {error.strerror}",
-                    remedy="end what uses that port, choose another, or leave the ports out to get free ones",
-                ) from error
-    http_port, grpc_port, metrics_port = request.ports
-    return http_port, grpc_port, metrics_port
-
-
-def _environment(request: DeployRequest, bundle: _Bundle) -> dict[str, str]:
-    """The whole environment of the server: nothing of the harness's own reaches it but what is named here."""
-    library_path = [str(folder) for folder in bundle.library_path]
-    if request.workload.device == "cuda" and (inherited := os.environ.get("LD_LIBRARY_PATH")):
-        library_path.append(inherited)  # in some containers the driver is found through it alone
-    kept = {name: os.environ[name] for name in ("HOME", "CUDA_VISIBLE_DEVICES") if name in os.environ}
-    return {
-        **kept,
-        "LANG": "C.UTF-8",
-        # The worker's embedded interpreter finds its site-packages through the first `python3` on the path.
-        "PATH": f"{request.environment.bin}:/usr/local/bin:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": ":".join(library_path),
-        "TMPDIR": str(request.scratch),
-        **request.server_env,
-    }
 
 
 ADAPTER = Triton()

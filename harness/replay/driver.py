@@ -1,4 +1,4 @@
-"""The harness's side of load generation: starts the load process, hands it the plan, streams its rows to disk."""
+"""The harness's side of load generation: starts the load workers, hands them their plans, streams their rows to disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from harness.codecs import PreparedRequest
 from harness.errors import StorageError, TailraceError
-from harness.processes import log_tail
+from harness.machine import cpu_count
+from harness.processes import free_ports, log_tail
 from harness.records import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
 from harness.replay import wire
 from harness.schedule import Schedule
@@ -71,8 +72,41 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class LoadWorker:
+    """What one load worker said of itself at its end; where it did not live to say, ``lost`` says why."""
+
+    host: str | None
+    cpu_s: float | None
+    """CPU time from the go to the last row, all its threads."""
+    start_lag_p50_ms: float | None
+    start_lag_p99_ms: float | None
+    """How long after its intended start it took an arrival up, the generator's own part of the send lag: nearest-rank
+    percentiles over its measured arrivals (over all when there are none). ``None`` when nothing was due."""
+    clock_offset_ms: float | None
+    clock_uncertainty_ms: float | None
+    """By how much its monotonic clock was ahead of the harness's, and how wrong an instant converted with that may be.
+    Both 0 on the same clock; an uncertainty of ``None`` is unknown."""
+    lost: str | None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who sends the load: worker processes on this machine, and ``remote`` others that connect to ``listen``
+    (HOST:PORT; port 0: a free one)."""
+
+    local: int = 1
+    remote: int = 0
+    listen: str = "127.0.0.1:0"
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.local + self.remote
+
+
+@dataclass(frozen=True)
 class ReplayResult:
-    """What a replay left behind."""
+    """What a replay left behind. Of several workers the CPU times and connections are summed; lags are the worst one's."""
 
     records: Path
     """The Arrow stream with the rows; :func:`harness.tables.finish_table` makes it Parquet."""
@@ -84,25 +118,24 @@ class ReplayResult:
     connections_opened: int
     peak_connections: int
     cpu_s: float
-    """CPU time of the load process from the go to the last row, all its threads."""
-    nice: int | None
-    """The priority that the load process had; ``None`` when it did not live to say."""
+    priority: str | None
+    """The precedence over other processes that the workers had: ``real-time`` or ``nice N``; ``None`` when none lived to
+    say."""
     start_lag_p50_ms: float | None
     start_lag_p99_ms: float | None
-    """How long after its intended start the load process took an arrival up, the generator's own part of the send lag:
-    nearest-rank percentiles over the measured arrivals (over all when there are none). ``None`` when the process did not
-    live to say, or nothing was due."""
+    workers: tuple[LoadWorker, ...]
     aborted: bool
     failure: str | None
-    """Why the load process ended before its time (what it had not recorded is recorded as dropped); else ``None``."""
+    """Why a load worker ended before its time (what it had not recorded is recorded as dropped); else ``None``."""
 
 
 class LoadGenerator:
-    """One replay of a schedule by a load process of its own.
+    """One replay of a schedule by a load process of its own, or by several workers.
 
     ``with LoadGenerator(…) as load: load.start(); load.go(epoch_ns); result = load.wait(…)``. ``requests`` must hold
     every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted
-    from when it starts to send; ``max_connections`` bounds the requests outstanding, an arrival past it is ``dropped``.
+    from when it starts to send; ``max_connections`` bounds the requests outstanding (each of several workers has its share,
+    rounded up), an arrival past it is ``dropped``.
     ``records`` is the stem of the table that gets the rows (:data:`harness.records.REQUEST_SCHEMA`), flushed with
     every batch.
     """
@@ -119,32 +152,43 @@ class LoadGenerator:
         max_connections: int,
         records: Path,
         log: Path,
+        workers: Workers = Workers(),
     ) -> None:
         self._schedule = schedule
+        self._workers = workers
         self._timeout_s = timeout_s
         self._log = log
         pairs = np.stack([schedule.model.astype(np.int64), schedule.payload_id.astype(np.int64)], axis=1)
         distinct, which = np.unique(pairs, axis=0, return_inverse=True)
         self._pairs = [(int(model), int(payload)) for model, payload in distinct]
         prepared = [requests[pair] for pair in self._pairs]
-        self._plan = wire.pack_plan(
-            wire.Shard(
-                arrival_id=np.arange(len(schedule), dtype=np.int64),
-                intended_ns=schedule.intended_ns,
-                request=which.reshape(-1).astype(np.int32),
-                data=tuple(request.data for request in prepared),
-                methods=tuple(request.method for request in prepared),
-            ),
-            wire.Endpoint(protocol, host, port, timeout_s, max_connections),
+        shard = wire.Shard(
+            arrival_id=np.arange(len(schedule), dtype=np.int64),
+            intended_ns=schedule.intended_ns,
+            request=which.reshape(-1).astype(np.int32),
+            data=tuple(request.data for request in prepared),
+            methods=tuple(request.method for request in prepared),
         )
-        self._records = _RecordStream(records, schedule)
+        target = wire.Endpoint(
+            protocol,
+            host,
+            port,
+            timeout_s,
+            max_connections=-(-max_connections // workers.count),
+            real_time=workers.local < cpu_count(),
+        )
+        self._plans = [wire.pack_plan(shard.part(index, workers.count), target) for index in range(workers.count)]
+        self._records = _RecordStream(records, schedule, workers.count)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._progress: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._ended = threading.Event()
-        self._end: dict[str, Any] = {}
-        self._answers: tuple[Answer, ...] = ()
+        self._latest: dict[int, dict[str, Any]] = {}
+        """The live figures of each worker."""
+        self._ends: dict[int, dict[str, Any]] = {}
+        self._lost: dict[int, str] = {}
+        self._answers: list[Answer] = []
         self._unchecked = 0
         self._failure: str | None = None
         self._storage_error: StorageError | None = None
@@ -161,14 +205,14 @@ class LoadGenerator:
 
     @property
     def pid(self) -> int | None:
-        """The load process, once it is started."""
+        """The load process, or the master of several, once it is started."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the load process, hand it the plan, and wait until its connections are open.
+        """Start the workers, hand them their plans, and wait until their connections are open.
 
-        Raises :class:`StorageError` when the records or the log cannot be written, :class:`TailraceError` when the
-        process does not get ready.
+        Raises :class:`StorageError` when the records or the log cannot be written, :class:`TailraceError` when they do not
+        get ready.
         """
         self._records.open()
         try:
@@ -178,7 +222,7 @@ class LoadGenerator:
         with log:
             self._process = subprocess.Popen(
                 # -P: a file called locust.py in the user's folder is not Locust.
-                [sys.executable, "-P", "-m", "harness.replay.worker"],
+                [sys.executable, "-P", "-m", *self._module()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -187,13 +231,13 @@ class LoadGenerator:
             )
         self._reader = threading.Thread(target=self._read, args=(self._process,), name="records", daemon=True)
         self._reader.start()
-        # The plan does not fit into a pipe: a process that does not read it is as late as one that is never ready.
+        # A plan does not fit into a pipe: a process that does not read it is as late as one that is never ready.
         patience = threading.Timer(START_TIMEOUT_S, self._give_up_start)
         patience.daemon = True
         patience.start()
         try:
-            self._say(wire.PLAN, self._plan)
-            self._plan = b""
+            while self._plans:
+                self._say(wire.PLAN, self._plans.pop(0))
             self._ready.wait()
         finally:
             patience.cancel()
@@ -201,6 +245,14 @@ class LoadGenerator:
             self.close()
             why = self._failure or "it was closed"
             raise TailraceError(f"the load process did not start: {why}", detail=log_tail(self._log))
+
+    def _module(self) -> list[str]:
+        workers = self._workers
+        if workers.count == 1 and not workers.remote:
+            return ["harness.replay.worker"]
+        host, _, port = workers.listen.rpartition(":")
+        address = f"{host}:{int(port) or free_ports(1, host)[0]}"
+        return ["harness.replay.master", address, str(workers.local), str(workers.remote)]
 
     def go(self, epoch_ns: int) -> None:
         """Start the clock: ``epoch_ns`` is the trace's first instant on ``time.monotonic_ns``; warm-up precedes it."""
@@ -236,19 +288,36 @@ class LoadGenerator:
                 on_progress(progress)
         if self._storage_error is not None:
             raise self._storage_error
+        ends = list(self._ends.values())
         return ReplayResult(
             records=self._records.path,
             recorded=self._records.written,
-            answers=self._answers,
+            answers=tuple(self._answers),
             unchecked=self._unchecked,
-            connections_opened=self._end.get("connections_opened", 0),
-            peak_connections=self._end.get("peak_connections", 0),
-            cpu_s=self._end.get("cpu_s", 0.0),
-            nice=self._end.get("nice"),
-            start_lag_p50_ms=self._end.get("start_lag_p50_ms"),
-            start_lag_p99_ms=self._end.get("start_lag_p99_ms"),
+            connections_opened=sum(end["connections_opened"] for end in ends),
+            peak_connections=sum(end["peak_connections"] for end in ends),
+            cpu_s=sum(end["cpu_s"] for end in ends),
+            priority=", ".join(sorted({end["priority"] for end in ends})) or None,
+            start_lag_p50_ms=_largest(end["start_lag_p50_ms"] for end in ends),
+            start_lag_p99_ms=_largest(end["start_lag_p99_ms"] for end in ends),
+            workers=tuple(self._about(index) for index in range(self._workers.count)),
             aborted=self._aborted_s is not None,
-            failure=self._failure,
+            failure=self._failure or "; ".join(self._lost.values()) or None,
+        )
+
+    def _about(self, worker: int) -> LoadWorker:
+        end = self._ends.get(worker, {})
+        same_clock = 0 if end else None  # the only worker has the harness's; of others their master says more
+        offset_ns = end.get("clock_offset_ns", same_clock)
+        uncertainty_ns = end.get("clock_uncertainty_ns", same_clock)
+        return LoadWorker(
+            host=end.get("host"),
+            cpu_s=end.get("cpu_s"),
+            start_lag_p50_ms=end.get("start_lag_p50_ms"),
+            start_lag_p99_ms=end.get("start_lag_p99_ms"),
+            clock_offset_ms=None if offset_ns is None else offset_ns / 1e6,
+            clock_uncertainty_ms=None if uncertainty_ns is None else uncertainty_ns / 1e6,
+            lost=self._lost.get(worker),
         )
 
     def abort(self) -> None:
@@ -306,7 +375,7 @@ class LoadGenerator:
             raise RuntimeError("the load generator has not been started")
         # A load process that has gone is noticed where its messages end.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(wire.frame(kind, payload))
+            self._process.stdin.write(wire.Frame(kind, payload).pack())
             self._process.stdin.flush()
 
     # ── the reader thread ──
@@ -316,7 +385,7 @@ class LoadGenerator:
             if process.stdout is not None:
                 with process.stdout as stream:
                     while message := wire.read_frame(stream):
-                        self._take(*message)
+                        self._take(message)
             self._finish(process)
         except StorageError as error:
             self._storage_error = error
@@ -329,44 +398,71 @@ class LoadGenerator:
             self._ready.set()
             self._progress.put(None)
 
-    def _take(self, kind: bytes, payload: bytes) -> None:
+    def _take(self, message: wire.Frame) -> None:
+        kind, payload, worker = message
         if kind == wire.ROWS:
-            self._records.append(np.frombuffer(payload, wire.ROW_DTYPE))
+            self._records.append(np.frombuffer(payload, wire.ROW_DTYPE), worker)
         elif kind == wire.ERRORS:
-            self._records.errors += json.loads(payload)
+            self._records.errors[worker] += json.loads(payload)
         elif kind == wire.PROGRESS:
-            figures = json.loads(payload)
-            self._progress.put(Progress(failed=figures["done"] - figures["ok"], **figures))
+            self._latest[worker] = json.loads(payload)
+            self._progress.put(_combined(list(self._latest.values())))
         elif kind == wire.READY:
+            if payload:
+                self._records.offsets_ns = json.loads(payload)
             self._ready.set()
         elif kind == wire.ANSWERS:
             meta, bodies = wire.unpack(payload)
-            self._unchecked = meta["unchecked"]
-            self._answers = tuple(
+            self._unchecked += meta["unchecked"]
+            self._answers += (
                 Answer(self._schedule.models[model], payload_id, entry["headers"], body, entry["count"])
                 for entry, body in zip(meta["answers"], bodies, strict=True)
                 for model, payload_id in [self._pairs[entry["request"]]]
             )
         elif kind == wire.END:
-            self._end = json.loads(payload)
+            self._ends[worker] = json.loads(payload)
+        elif kind == wire.LOST:
+            self._lost[worker] = payload.decode()
+            if self._went_ns is not None:
+                self._records.drop_rest("load worker lost", worker)
         elif kind == wire.FAILED:
             self._failure = payload.decode()
 
     def _finish(self, process: subprocess.Popen[bytes]) -> None:
-        if not self._end and self._aborted_s is None:
+        left = [index for index in range(self._workers.count) if index not in self._ends and index not in self._lost]
+        if left and self._aborted_s is None:
             self._failure = self._failure or f"the load process ended (exit code {process.wait()})"
-            if self._went_ns is not None:
-                self._records.drop_rest("load generator ended")
+        if self._went_ns is not None and self._aborted_s is None:
+            for index in [*left, *self._lost]:  # one that was lost before the go has no rows yet
+                self._records.drop_rest("load generator ended", index)
         self._records.close()
+
+
+def _combined(figures: list[dict[str, Any]]) -> Progress:
+    """The live figures of all workers as one."""
+    counts = {key: sum(each[key] for each in figures) for key in ("intended", "sent", "done", "ok", "rate_rps")}
+    return Progress(
+        **counts,
+        t_s=max(each["t_s"] for each in figures),
+        failed=counts["done"] - counts["ok"],
+        p99_ms=_largest(each["p99_ms"] for each in figures),
+    )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 class _RecordStream:
     """Joins rows with their schedule and appends them to the table, one batch at a time."""
 
-    def __init__(self, stem: Path, schedule: Schedule) -> None:
+    def __init__(self, stem: Path, schedule: Schedule, workers: int) -> None:
         self.path = stem.with_name(stem.name + ".arrow")
         self.epoch_ns = 0
-        self.errors: list[str] = []
+        self.offsets_ns = [0] * workers
+        """By how much each worker's clock is ahead of the harness's."""
+        self.errors: list[list[str]] = [[] for _ in range(workers)]
+        """The error texts of each worker, which its rows number."""
         self.written = 0
         self._stem = stem
         self._schedule = schedule
@@ -377,58 +473,61 @@ class _RecordStream:
         """Create the file."""
         self._writer = TableWriter(self._stem, REQUEST_SCHEMA)
         # Arrow imports pandas, for a second, when it first sees an array: before the clock starts, please.
-        self._batch(np.zeros(0, wire.ROW_DTYPE))
+        self._batch(np.zeros(0, wire.ROW_DTYPE), 0)
 
-    def append(self, rows: NDArray[np.void]) -> None:
-        """Write a batch (dtype :data:`wire.ROW_DTYPE`) and flush it."""
+    def append(self, rows: NDArray[np.void], worker: int) -> None:
+        """Write a batch of a worker's rows (dtype :data:`wire.ROW_DTYPE`, times on its clock) and flush it."""
         if not len(rows) or self._writer is None:
             return
-        self._writer.append(self._batch(rows))
+        self._writer.append(self._batch(rows, worker))
         self._seen[rows["arrival_id"]] = True
         self.written += len(rows)
 
-    def drop_rest(self, why: str) -> None:
-        """Record every arrival that has no row as dropped, at its intended start or now, whichever is later."""
-        self.errors.append(why)
-        missing = np.flatnonzero(~self._seen)
-        now_ns = time.monotonic_ns()
+    def drop_rest(self, why: str, worker: int) -> None:
+        """Record every arrival of a worker that has no row as dropped, at its intended start or now, whichever is later."""
+        self.errors[worker].append(why)
+        epoch_ns = self.epoch_ns + self.offsets_ns[worker]
+        now_ns = time.monotonic_ns() + self.offsets_ns[worker]
+        mine = np.arange(worker, len(self._schedule), len(self.errors))  # as wire.Shard.part deals them out
+        missing = mine[~self._seen[mine]]
         for start in range(0, len(missing), FILL_ROWS):
             ids = missing[start : start + FILL_ROWS]
             rows = np.zeros(len(ids), wire.ROW_DTYPE)
             rows["arrival_id"] = ids
             rows["sent_ns"] = rows["first_byte_ns"] = wire.NONE
-            rows["done_ns"] = np.maximum(self._schedule.intended_ns[ids] + self.epoch_ns, now_ns)
+            rows["done_ns"] = np.maximum(self._schedule.intended_ns[ids] + epoch_ns, now_ns)
             rows["outcome"] = Outcome.DROPPED
-            rows["error"] = len(self.errors) - 1
+            rows["error"] = len(self.errors[worker]) - 1
             rows["status"] = -1
-            self.append(rows)
+            self.append(rows, worker)
 
     def close(self) -> None:
         """End the stream. Safe to call again."""
         if self._writer is not None:
             self._writer.close()
 
-    def _batch(self, rows: NDArray[np.void]) -> pa.RecordBatch:
+    def _batch(self, rows: NDArray[np.void], worker: int) -> pa.RecordBatch:
         ids = rows["arrival_id"]
+        epoch_ns = self.epoch_ns + self.offsets_ns[worker]
         intended = self._schedule.intended_ns[ids]
 
         def time_ns(name: str) -> pa.Array:
-            return pa.array(rows[name] - self.epoch_ns, mask=rows[name] == wire.NONE)
+            return pa.array(rows[name] - epoch_ns, mask=rows[name] == wire.NONE)
 
         columns = {
             "arrival_id": ids,
             "intended_ns": intended,
             "sent_ns": time_ns("sent_ns"),
             "first_byte_ns": time_ns("first_byte_ns"),
-            "done_ns": rows["done_ns"] - self.epoch_ns,
+            "done_ns": rows["done_ns"] - epoch_ns,
             "outcome": _names(rows["outcome"], OUTCOME_NAMES),
             "status": pa.array(rows["status"], mask=rows["status"] == -1),
-            "error": _names(rows["error"], self.errors),
+            "error": _names(rows["error"], self.errors[worker]),
             "model": _names(self._schedule.model[ids], self._schedule.models),
             "payload_id": self._schedule.payload_id[ids],
             "bytes_sent": rows["bytes_sent"],
             "bytes_received": rows["bytes_received"],
-            "worker": np.zeros(len(rows), np.int16),
+            "worker": np.full(len(rows), worker, np.int16),
             "phase": _names(self._schedule.phase[ids], PHASE_NAMES),
         }
         return pa.RecordBatch.from_arrays(

@@ -1,8 +1,11 @@
-"""The load process: ``python -m harness.replay.worker``, hosted by Locust, spoken to over its stdin and stdout.
+"""A load worker: ``python -m harness.replay.worker [HOST:PORT]``, hosted by Locust.
+
+Without an address it is the only one and speaks with the harness over stdin and stdout. With one it is one of several,
+and speaks with their master there (:mod:`harness.replay.master`), over Locust's own protocol.
 
 Locust runs one user whose only task is the replay, and its statistics are fed from the rows, so that what a
 trial shows live is Locust's. Nothing is monkey-patched (the parent sets ``LOCUST_SKIP_MONKEY_PATCH``): the senders use
-event loops themselves. The process ends when its stdin does, for that means that the harness has gone.
+event loops themselves. The process ends when its stdin does, for that means that whoever started it has gone.
 """
 
 from __future__ import annotations
@@ -12,23 +15,28 @@ import fcntl
 import gc
 import json
 import os
+import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import gevent
 import numpy as np
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
+from locust.runners import WorkerRunner
 from locust.stats import RequestStats, StatsEntry
 from numpy.typing import NDArray
 
+from harness import __version__
 from harness.records import Outcome
 from harness.replay import wire
+from harness.replay.clocks import clock_identity
 from harness.replay.grpc import GrpcReplay
 from harness.replay.http import HttpReplay
 from harness.replay.recorder import Answers, Recorder
@@ -37,13 +45,38 @@ FLUSH_S = 0.5
 """How often rows and live figures are sent to the harness."""
 PIPE_BYTES = 1024 * 1024
 
+REAL_TIME_PRIORITY = 1
+NICENESS = -10
+"""What a load worker asks for; refused without privileges."""
 
-PRIORITY = -10
-"""The niceness that the load process asks for; refused without privileges, and kept with the run either way."""
+
+def take_precedence(real_time: bool) -> str:
+    """Go before the servers that share this machine's cores, as far as that is permitted; returns what was had.
+
+    The generator stands for clients on other machines. A thread that has to wait for its turn wakes some milliseconds
+    late (a scheduler's slice); a real-time one wakes at once. The kernel leaves others a share of every second either way.
+    """
+    if real_time:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(REAL_TIME_PRIORITY))
+            return "real-time"
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    return f"nice {os.getpriority(os.PRIO_PROCESS, 0)}"
 
 
-class Outbox:
-    """Messages on their way to the harness. Writing never blocks the sender: what the pipe does not take now, waits."""
+class Outbox(Protocol):
+    """Messages on their way to the harness; neither of these ever blocks the sender."""
+
+    def put(self, kind: bytes, payload: bytes = b"") -> None:
+        """Queue one message."""
+
+    def flush(self) -> None:
+        """Send what can be sent now."""
+
+
+class PipeOutbox:
+    """Straight to the harness: what the pipe does not take now, waits."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -52,9 +85,9 @@ class Outbox:
         with contextlib.suppress(OSError):  # a user's share of pipe memory may be used up; a small pipe will do
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-    def put(self, kind: bytes, payload: bytes = b"") -> None:
+    def put(self, kind: bytes, payload: bytes = b"", worker: int = 0) -> None:
         """Queue one message."""
-        self._waiting += wire.frame(kind, payload)
+        self._waiting += wire.Frame(kind, payload, worker).pack()
 
     def flush(self) -> None:
         """Write what the pipe takes. A broken pipe ends the process: there is nobody left to measure for."""
@@ -72,8 +105,35 @@ class Outbox:
         self.flush()
 
 
+class MasterOutbox:
+    """To the master, as messages of Locust's. They may be put from any thread; the event loop sends them."""
+
+    def __init__(self, runner: WorkerRunner) -> None:
+        self._runner = runner
+        self._waiting: deque[bytes] = deque()
+        self._some = Event()
+        self._wake = gevent.get_hub().loop.async_()
+        self._wake.start(self._some.set)
+        gevent.spawn(self._send)
+
+    def put(self, kind: bytes, payload: bytes = b"") -> None:
+        """Queue one message."""
+        self._waiting.append(wire.Frame(kind, payload).pack())
+
+    def flush(self) -> None:
+        """Have the event loop send what waits."""
+        self._wake.send()
+
+    def _send(self) -> None:
+        while True:
+            self._some.wait()
+            self._some.clear()
+            while self._waiting:
+                self._runner.send_message(wire.MESSAGE, {"frame": self._waiting.popleft()})
+
+
 class LiveStatistics:
-    """Feeds Locust's statistics from rows, many at a time, and reads the live figures back from them.
+    """Feeds Locust's statistics from rows, many at a time, and reads the live percentile back from them.
 
     Response times count from the intended start; a failure has none, so that it cannot make a percentile look good.
     """
@@ -113,13 +173,14 @@ class LiveStatistics:
         self._stats.total.extend(entry)
         self._stats.entries[self._name].extend(entry)
 
-    def rate_rps(self) -> float:
-        """Arrivals that ended in the last whole second, failures included."""
-        return float(self._stats.total.num_reqs_per_sec.get(int(time.time()) - 1, 0))
-
     def p99_ms(self) -> float | None:
-        """The 99th percentile of the successes' response times over about ten seconds; ``None`` without any."""
-        return self._stats.total.get_current_response_time_percentile(0.99) or None
+        """As :func:`current_p99_ms`; ``None`` also in one of several workers, whose figures the master joins."""
+        return current_p99_ms(self._stats) if self._stats.use_response_times_cache else None
+
+
+def current_p99_ms(stats: RequestStats) -> float | None:
+    """The 99th percentile of the successes' response times over about ten seconds; ``None`` without any."""
+    return stats.total.get_current_response_time_percentile(0.99) or None
 
 
 def _count(values: NDArray[Any]) -> dict[Any, int]:
@@ -132,6 +193,7 @@ class Session:
 
     def __init__(self, plan: bytes, outbox: Outbox, stats: RequestStats) -> None:
         self._shard, endpoint = wire.unpack_plan(plan)
+        self._priority = take_precedence(endpoint.real_time and len(os.sched_getaffinity(0)) > 1)
         self._outbox = outbox
         self._recorder = Recorder(outbox.put, self._shard.arrival_id)
         self._answers = Answers(len(self._shard.data))
@@ -140,6 +202,8 @@ class Session:
         self._replay = engine(self._shard, endpoint, self._recorder, self._answers, self._tick)
         self._epoch_ns = 0
         self._next_flush_ns = 0
+        self._counts: deque[tuple[int, int]] = deque([(time.monotonic_ns(), 0)], maxlen=round(1 / FLUSH_S) + 1)
+        """When rows were flushed in the last second or so, and how many there had been by then."""
         self.go: AsyncResult = AsyncResult()
         """Set to the epoch when the clock starts, to ``None`` when it shall not."""
         self.over: AsyncResult = AsyncResult()
@@ -164,13 +228,14 @@ class Session:
             "cpu_s": cpu_s,
             "connections_opened": self._replay.connections_opened,
             "peak_connections": self._replay.peak_connections,
-            "nice": os.getpriority(os.PRIO_PROCESS, 0),
+            "priority": self._priority,
             "start_lag_p50_ms": start_lag_p50_ms,
             "start_lag_p99_ms": start_lag_p99_ms,
         }
         self._flush()
         self._outbox.put(wire.ANSWERS, self._answers.pack())
         self._outbox.put(wire.END, json.dumps(end).encode())
+        self._outbox.flush()
 
     def stop(self) -> None:
         """End early: what has not been sent never will be."""
@@ -178,6 +243,13 @@ class Session:
             self._replay.stop()
         else:
             self.go.set(None)
+
+    def obey(self, frame: wire.Frame) -> None:
+        """Follow a command."""
+        if frame.kind == wire.GO:
+            self.go.set(int(frame.payload))
+        elif frame.kind == wire.STOP:
+            self.stop()
 
     def _tick(self) -> None:
         now_ns = time.monotonic_ns()
@@ -188,14 +260,16 @@ class Session:
 
     def _flush(self) -> None:
         self._live.feed(self._recorder.flush(), self._epoch_ns)
-        now_ns = time.monotonic_ns() - self._epoch_ns
+        now_ns = time.monotonic_ns()
+        since_ns, done = self._counts[0]
+        self._counts.append((now_ns, self._recorder.done))
         progress = {
-            "t_s": now_ns / 1e9,
-            "intended": int(np.searchsorted(self._shard.intended_ns, now_ns, side="right")),
+            "t_s": (now_ns - self._epoch_ns) / 1e9,
+            "intended": int(np.searchsorted(self._shard.intended_ns, now_ns - self._epoch_ns, side="right")),
             "sent": self._replay.sent,
             "done": self._recorder.done,
             "ok": self._recorder.ok,
-            "rate_rps": self._live.rate_rps(),
+            "rate_rps": (self._recorder.done - done) / max(now_ns - since_ns, 1) * 1e9,
             "p99_ms": self._live.p99_ms(),
         }
         self._outbox.put(wire.PROGRESS, json.dumps(progress).encode())
@@ -216,8 +290,8 @@ class Replayer(User):
         raise StopUser
 
 
-def _listen(session: Session) -> None:
-    """Follow the harness's commands from the event loop; the end of stdin ends the process."""
+def watch_stdin(handle: Callable[[wire.Frame], None]) -> None:
+    """Follow commands from the event loop; the end of stdin ends the process."""
     stdin = sys.stdin.fileno()
     os.set_blocking(stdin, False)
     frames = wire.FrameBuffer()
@@ -229,37 +303,77 @@ def _listen(session: Session) -> None:
             return
         if not data:
             os._exit(1)
-        for kind, payload in frames.feed(data):
-            if kind == wire.GO:
-                session.go.set(int(payload))
-            elif kind == wire.STOP:
-                session.stop()
+        for frame in frames.feed(data):
+            handle(frame)
 
     gevent.get_hub().loop.io(stdin, 1).start(readable)
+
+
+def _serve_harness(outbox: PipeOutbox) -> None:
+    """The only worker: plan and commands come from stdin."""
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: commands follow
+        first = wire.read_frame(stdin)
+    if first is None:
+        return
+    environment = Environment(user_classes=[Replayer])
+    session = Replayer.session = Session(first.payload, outbox, environment.stats)
+    runner = environment.create_local_runner()
+    watch_stdin(session.obey)
+    runner.start(1, spawn_rate=1)
+    error = session.over.get()
+    if error is not None:
+        raise error
+
+
+def _serve_master(host: str, port: int) -> None:
+    """One of several workers: plan and commands come from the master, which also says when it is over."""
+    watch_stdin(lambda frame: None)
+    environment = Environment(user_classes=[Replayer])
+    runner = environment.create_worker_runner(host, port)
+    outbox = MasterOutbox(runner)
+
+    def told(msg: Any, **_: Any) -> None:
+        frame = wire.Frame.unpack(msg.data["frame"])
+        if frame.kind == wire.CLOCK:  # answered at once, for the way here and back is the uncertainty
+            answer = {
+                "asked": frame.payload.decode(),
+                "mono_ns": time.monotonic_ns(),
+                "clock": clock_identity(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "version": __version__,
+            }
+            runner.send_message(wire.MESSAGE, {"frame": wire.Frame(wire.CLOCK, json.dumps(answer).encode()).pack()})
+        elif frame.kind == wire.PLAN:
+            Replayer.session = Session(frame.payload, outbox, environment.stats)
+            gevent.spawn(_tell_failure, Replayer.session, outbox)
+        else:
+            Replayer.session.obey(frame)
+
+    runner.register_message(wire.MESSAGE, told)
+    runner.greenlet.join()
+
+
+def _tell_failure(session: Session, outbox: Outbox) -> None:
+    error = session.over.get()
+    if error is not None:
+        traceback.print_exception(error)
+        outbox.put(wire.FAILED, f"{type(error).__name__}: {error}".encode())
+        outbox.flush()
 
 
 def main() -> None:
     """Run one session, then leave without ceremony: native threads of gRPC do not always survive a tidy exit."""
     # The pipe is for messages alone: whatever a library prints goes to the log.
-    outbox = Outbox(os.dup(1))
+    outbox = PipeOutbox(os.dup(1))
     os.dup2(2, 1)
-    with open(0, "rb", buffering=0, closefd=False) as stdin:  # unbuffered: commands follow
-        first = wire.read_frame(stdin)
-    if first is None:
-        return
-    # The generator stands for clients on other machines: where it may, it goes before the servers that share its cores.
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
     code = 0
     try:
-        environment = Environment(user_classes=[Replayer])
-        session = Replayer.session = Session(first[1], outbox, environment.stats)
-        runner = environment.create_local_runner()
-        _listen(session)
-        runner.start(1, spawn_rate=1)
-        error = session.over.get()
-        if error is not None:
-            raise error
+        if len(sys.argv) > 1:
+            host, _, port = sys.argv[1].rpartition(":")
+            _serve_master(host, int(port))
+        else:
+            _serve_harness(outbox)
     except BaseException as error:
         traceback.print_exc()
         outbox.put(wire.FAILED, f"{type(error).__name__}: {error}".encode())

@@ -13,18 +13,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from adapters.ray_serve.adapter import ADAPTER, RayServeDeployment
 from harness import environments
-from harness.adapter import Deployment, DeployRequest, Endpoint, MetricSample, ServerEnvironment, Tuning
-from harness.emulated_device import device_environment, read_counters
-from harness.errors import DeployError
+from harness.adapter import (
+    Deployment,
+    DeployRequest,
+    Endpoint,
+    MetricSample,
+    Node,
+    Replica,
+    ServerEnvironment,
+    Tuning,
+)
 from harness.guardian import Guardian
 from harness.processes import descendants, free_ports, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec, mismatch
+from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
 from tests.conftest import wait_until
-from workloads import catalogue
 
 pytestmark = pytest.mark.e2e
 
@@ -161,121 +168,88 @@ def values(samples: list[MetricSample], model: str) -> dict[str, float]:
     return {sample.metric: sample.value for sample in samples if sample.scope == model}
 
 
-def test_batches_answers_replaces_the_dead_and_leaves_nothing(
-    guardian: Guardian, request_for: Callable[..., DeployRequest]
-) -> None:
-    tuning = Tuning(max_batch=8, batch_window_ms=20, replicas=2, queue_limit=500, server_timeout_s=20)
+def test_what_only_ray_serve_does(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    """Its own words for refusals, the only replica of a model replaced, every port of its own closed in the end."""
+    tuning = Tuning(queue_limit=2, server_timeout_s=20)
     ports = tuple(free_ports(5))
-    deployment = deploy(request_for(tuning, seconds=0.02, ports=ports), guardian)
+    deployment = deploy(request_for(tuning, models=("alpha", "beta"), seconds=0.2, ports=ports), guardian)
     endpoint = deployment.endpoint
     assert not deployment.claims_ready()
     await_ready(deployment)
 
-    assert deployment.applied() == tuning.chosen()
-    assert [replica.model for replica in deployment.replicas()] == ["alpha", "alpha"]
-
-    wait_until(lambda: values(deployment.scrape(), "alpha")["replicas"] == 2, "HAProxy knows both replicas")
-    before = values(deployment.scrape(), "alpha")
-    with ThreadPoolExecutor(24) as pool:
-        for future in [pool.submit(answered, endpoint, "alpha", number) for number in range(192)]:
-            future.result()
-
-    seen = before
-    sizes = []
-
-    def all_counted() -> bool:  # Ray's metrics come late
-        nonlocal seen
-        seen = values(deployment.scrape(), "alpha")
-        sizes.append(seen.get("batch_size", 0.0))
-        return seen.get("items_total", 0.0) - before.get("items_total", 0.0) >= 192
-
-    wait_until(all_counted, "Ray has counted all batches", 30)
-    assert seen["items_total"] - before.get("items_total", 0.0) == 192
-    assert seen["requests_ok_total"] - before["requests_ok_total"] == 192
-    assert seen["requests_failed_total"] == 0
-    assert 2 < max(sizes) <= 8
-    assert 192 / 8 <= seen["batches_total"] <= 192 / 2
-
+    assert deployment.applied() == {"max_batch": 1, "replicas": 1, **tuning.chosen()}
+    wait_until(lambda: values(deployment.scrape(), "alpha")["replicas"] == 1, "HAProxy knows the replica")
     status, answer = ask(endpoint, "alpha", {"x": np.full(4, 666, dtype=np.float32)})
     assert status == 500
     status, answer = ask(endpoint, "alpha", {"x": np.zeros(3, dtype=np.float32)})
     assert (status, answer) == (400, b"the body has 12 bytes, the declared inputs have 16")
 
-    victim, survivor = deployment.replicas()
-    assert guardian.signal(victim.process, signal.SIGKILL)
-    wait_until(lambda: victim not in deployment.replicas(), "the replica has gone")
-    assert deployment.claims_ready(), "healthy as long as one replica is there"
-    wait_until(lambda: answers(endpoint, "alpha"), "the other one answers", 10)
-    wait_until(lambda: len(deployment.replicas()) == 2, "ray has replaced the replica")
-    assert survivor in deployment.replicas()
-    answered(endpoint, "alpha", 2)
+    with ThreadPoolExecutor(20) as pool:
+        seen = list(pool.map(lambda number: ask(endpoint, "alpha", payload(number)), range(20)))
+    assert {status for status, _ in seen} == {200, 503}
+    assert {body for status, body in seen if status == 503} == {b"Request dropped due to backpressure"}
+
+    (only,) = [replica for replica in deployment.replicas() if replica.model == "beta"]
+    guardian.signal(only.process, signal.SIGKILL)
+    wait_until(lambda: answers(endpoint, "beta"), "ray has replaced the only replica")
+    assert only not in deployment.replicas()
 
     family = [reference for reference, _ in descendants(deployment.process)]
     assert len(family) > 8
     deployment.stop()
     assert not any(reference.alive() for reference in family)
     assert not any(port_open(endpoint.host, port) for port in ports)
-    assert not deployment.claims_ready()
     with pytest.raises(OSError):
         deployment.scrape()
 
 
-def test_two_instances_side_by_side(
-    guardian: Guardian, request_for: Callable[..., DeployRequest], tmp_path: Path
-) -> None:
-    """One with Ray's own defaults and the emulated workload, one with a short queue and a slow model."""
-    workload = catalogue.prepare(
-        "emulated", models=("alpha",), device="emulated", seed=1, options={"base_ms": 1}, environment_kind="current"
-    )
-    devices = tmp_path / "devices"
-    plain = deploy(
-        replace(request_for(proxy="python"), workload=workload, server_env=device_environment(devices, devices=1)),
-        guardian,
-    )
-    tuning = Tuning(queue_limit=2, server_timeout_s=1.5)
-    tight = deploy(request_for(tuning, models=("alpha", "beta"), seconds=0.2, broken=("wreck",)), guardian)
-    await_ready(plain, tight)
-
-    assert plain.applied() == {"max_batch": 1, "replicas": 1}
-    for inputs, reference in zip(workload.payloads, workload.references["alpha"], strict=True):
-        status, answer = ask(plain.endpoint, "alpha", inputs)
-        assert status == 200 and isinstance(answer, dict), answer
-        assert mismatch(answer, reference, workload.spec.tolerance) is None
-    (counters,) = read_counters(devices)
-    assert counters.items == len(workload.payloads)
-    assert counters.pid == plain.replicas()[0].process.pid
-    expected = len(workload.payloads)
-    wait_until(
-        lambda: values(plain.scrape(), "alpha").get("requests_ok_total") == expected, "Ray has counted requests", 30
-    )
-    plain.unload_model("alpha")
-    assert ask(plain.endpoint, "alpha", workload.payloads[0])[0] == 404
-    plain.stop()
-
-    assert tight.applied() == {"max_batch": 1, "replicas": 1, **tuning.chosen()}
-    with ThreadPoolExecutor(20) as pool:
-        seen = list(pool.map(lambda number: ask(tight.endpoint, "alpha", payload(number)), range(20)))
-    assert {status for status, _ in seen} == {200, 503}
-    refused = [body for status, body in seen if status == 503]
-    assert all(body == b"Request dropped due to backpressure" for body in refused)
-    assert values(tight.scrape(), "alpha")["requests_failed_total"] == len(refused)
-
-    tight.load_model("gamma")
-    for model in ("alpha", "beta", "gamma"):
-        answered(tight.endpoint, model, 7)
-    assert {replica.model for replica in tight.replicas()} == {"alpha", "beta", "gamma"}
-
-    (only,) = [replica for replica in tight.replicas() if replica.model == "beta"]
-    guardian.signal(only.process, signal.SIGKILL)
-    wait_until(lambda: answers(tight.endpoint, "beta"), "ray has replaced the only replica")
-    assert only not in tight.replicas()
-
-
-def test_a_model_that_cannot_start_is_named(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
-    deployment = deploy(request_for(models=("wreck",), broken=("wreck",)), guardian)
-    with pytest.raises(DeployError, match="RuntimeError: the weights of wreck are not there"):
-        await_ready(deployment)
+def test_a_cluster_of_two_nodes_outlives_one(guardian: Guardian, request_for: Callable[..., DeployRequest]) -> None:
+    """Every node has replicas of its own, in its own environment; a lost node's come back with it, and not before."""
+    request = replace(request_for(Tuning(replicas=1)), nodes=2, node_envs=({"MARKER": "10"}, {"MARKER": "11"}))
+    deployment = deploy(request, guardian)
+    endpoint = deployment.endpoint
     assert not deployment.claims_ready()
+    await_ready(deployment)
+    assert deployment.applied() == {"max_batch": 1, "replicas": 1}
+    first, second = deployment.nodes()
+    assert (first.name, second.name) == ("node-0", "node-1")
+
+    def replicas_of(node: Node) -> list[Replica]:
+        processes = [reference for reference, _ in descendants(node.process)]
+        return [replica for replica in deployment.replicas() if replica.process in processes]
+
+    def markers() -> set[int]:
+        """Which nodes answer so many requests at once that none is left out."""
+        with ThreadPoolExecutor(8) as pool:
+            seen = pool.map(lambda number: ask(endpoint, "alpha", payload(number)), range(24))
+        return {int(answer["marker"][0]) for status, answer in seen if status == 200 and isinstance(answer, dict)}
+
+    assert [len(replicas_of(node)) for node in (first, second)] == [1, 1], "and none is the head's"
+    assert len(deployment.replicas()) == 2
+    wait_until(lambda: markers() == {10, 11}, "both nodes answer")
+
+    guardian.kill_tree(second.process)
+    assert deployment.nodes() == [first]
+    assert not deployment.claims_ready()
+    wait_until(lambda: answers(endpoint, "alpha"), "the other node answers")
+    assert [replica.process for replica in deployment.replicas()] == [one.process for one in replicas_of(first)]
+
+    deployment.restart_node(1)
+    await_ready(deployment)
+    again = deployment.nodes()[1]
+    assert (again.name, again.process.alive()) == ("node-1", True)
+    assert again.process != second.process
+    assert len(replicas_of(again)) == 1
+    wait_until(lambda: markers() == {10, 11}, "both nodes answer again")
+
+    roots = [deployment.process, first.process, again.process]
+    family = [reference for root in roots for reference, _ in descendants(root)]
+    sockets_and_sessions = Path(psutil.Process(deployment.process.pid).environ()["RAY_AUTH_TOKEN_PATH"]).parent
+    assert (sockets_and_sessions / "1").is_dir()
+    deployment.stop()
+    assert not any(reference.alive() for reference in family)
+    assert deployment.nodes() == []
+    assert not sockets_and_sessions.exists()
 
 
 def test_the_rendered_configuration_is_one_of_ray_serve(

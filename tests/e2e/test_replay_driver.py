@@ -342,6 +342,15 @@ def test_a_load_process_that_does_not_read_its_plan(
     assert not deaf.exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, as on a terminal; where tests run side by side it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_the_plan_is_handed_over(port: int, tmp_path: Path, deaf: Path) -> None:
     main_thread = threading.get_ident()
 

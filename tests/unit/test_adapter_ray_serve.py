@@ -52,17 +52,24 @@ class RecordingHost:
     def __init__(self) -> None:
         self.env: Mapping[str, str] = {}
         self.argv: Sequence[str] = ()
+        self.spawned: list[tuple[str, Sequence[str], Mapping[str, str]]] = []
+        self.killed: list[ProcessRef] = []
         self.to_remove: list[str] = []
 
     def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
         self.argv, self.env = argv, env
-        return ProcessRef(1, 1)
+        self.spawned.append((name, argv, env))
+        return ProcessRef(1, len(self.spawned))
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         raise AssertionError("nothing to signal")
 
     def stop_tree(self, process: ProcessRef, grace_s: float) -> None:
         """Nothing runs."""
+
+    def kill_tree(self, process: ProcessRef) -> bool:
+        self.killed.append(process)
+        return True
 
     def remove_later(self, path: Path | str) -> None:
         self.to_remove.append(str(path))
@@ -109,6 +116,75 @@ def test_autoscaling_takes_the_place_of_a_number_of_replicas(tmp_path: Path) -> 
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in ray["environment"]
 
 
+def test_one_node_is_head_and_worker(tmp_path: Path) -> None:
+    host = RecordingHost()
+    request = request_for(Tuning(replicas=2), tmp_path)
+    files = ADAPTER.render(request)
+    assert set(json.loads(files["ray.json"])) == {"init", "environment"}
+    serve = json.loads(files["serve.json"])
+    assert "proxy_location" not in serve
+    assert serve["applications"][0]["deployments"] == [{"name": "Model", "num_replicas": 2}]
+    deployment = ADAPTER.deploy(request, host)
+    assert [name for name, _, _ in host.spawned] == ["ray_serve"]
+    deployment.stop()
+
+
+@pytest.mark.parametrize(
+    ("tuning", "expected", "per_node"),
+    [
+        (Tuning(), {"num_replicas": 2}, 1),
+        (Tuning(replicas=3), {"num_replicas": 6}, 3),
+        (
+            Tuning(autoscale=Autoscale(min=1, max=4, target_ongoing=6)),
+            {"autoscaling_config": {"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 6}},
+            4,
+        ),
+    ],
+)
+def test_the_tuning_is_what_each_of_several_nodes_holds(
+    tmp_path: Path, tuning: Tuning, expected: dict[str, object], per_node: int
+) -> None:
+    files = ADAPTER.render(replace(request_for(tuning, tmp_path), nodes=2))
+    serve = json.loads(files["serve.json"])
+    assert serve["proxy_location"] == "HeadOnly"
+    for one in serve["applications"]:
+        assert one["deployments"] == [{"name": "Model", "max_replicas_per_node": per_node, **expected}]
+    ray = json.loads(files["ray.json"])
+    assert ray["nodes"] == 2
+    assert ray["init"]["num_cpus"] == 0, "the head holds no replica"
+    assert ray["node"]["num-cpus"] >= 2 * per_node, "as many for each of the two models"
+    assert ray["node"]["num-gpus"] == 0
+    assert ray["node"]["node-ip-address"] == ray["init"]["_node_ip_address"], "where HAProxy looks on loopback"
+
+    on_gpus = json.loads(ADAPTER.render(replace(request_for(tuning, tmp_path, device="cuda"), nodes=2))["ray.json"])
+    assert on_gpus["init"]["num_gpus"] == 0
+    assert "num-gpus" not in on_gpus["node"], "each node counts its GPUs itself"
+
+
+def test_nodes_are_processes_with_environments_and_folders_of_their_own(tmp_path: Path) -> None:
+    host = RecordingHost()
+    request = replace(request_for(Tuning(), tmp_path), nodes=2, node_envs=({"MARKER": "10"}, {"MARKER": "11"}))
+    deployment = ADAPTER.deploy(request, host)
+    assert [(name, env["MARKER"]) for name, _, env in host.spawned] == [
+        ("ray_serve", "1"),
+        ("node-0", "10"),
+        ("node-1", "11"),
+    ]
+    (_, head, head_env), (_, first, first_env), (_, second, _) = host.spawned
+    assert first_env["RAY_AUTH_TOKEN_PATH"] == head_env["RAY_AUTH_TOKEN_PATH"]
+    (address,) = {argument for argument in head if argument.startswith("--head=")}
+    assert address in first
+    assert address in second
+    for option in ("--temp-dir", "--metrics-port"):
+        assert len({argument for argv in (head, first, second) for argument in argv if option in argument}) == 3
+
+    deployment.restart_node(1)
+    assert host.spawned[3] == host.spawned[2]
+    assert host.killed == [ProcessRef(1, 3)], "of what has ended nothing stays"
+    deployment.stop()
+    assert host.killed[1:] == [ProcessRef(1, 2), ProcessRef(1, 4)]
+
+
 @pytest.mark.parametrize(
     ("tuning", "words"),
     [
@@ -117,14 +193,14 @@ def test_autoscaling_takes_the_place_of_a_number_of_replicas(tmp_path: Path) -> 
     ],
 )
 def test_combinations_without_a_place_are_refused(tuning: Tuning, words: str) -> None:
-    (sentence,) = ADAPTER.refusals(tuning, ADAPTER.Options())
+    (sentence,) = ADAPTER.refusals(tuning, ADAPTER.Options(), "http").values()
     assert words in sentence
 
 
 def test_every_knob_has_a_place() -> None:
     assert set(ADAPTER.knobs) == set(Tuning.model_fields)
     full = Tuning(max_batch=1, batch_window_ms=0, replicas=1, queue_limit=1, server_timeout_s=1)
-    assert ADAPTER.refusals(full, ADAPTER.Options()) == []
+    assert ADAPTER.refusals(full, ADAPTER.Options(), "http") == {}
 
 
 def reported(**changes: object) -> dict[str, object]:
@@ -150,6 +226,16 @@ def test_knobs_are_read_from_the_report() -> None:
     bare = reported(batching={}, deployment_config=unlimited)
     scaled = Tuning(autoscale=Autoscale(min=1, max=4, target_ongoing=6)).model_dump(mode="json", exclude_none=True)
     assert config.knobs_in({"http_options": {}, "applications": {"alpha": bare}}) == {"max_batch": 1, **scaled}
+
+
+def test_knobs_of_several_nodes_are_read_per_node() -> None:
+    scaling = {"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 6.0}
+    scaled = reported(deployment_config={"autoscaling_config": scaling})
+    knobs = config.knobs_in({"http_options": {}, "applications": {"alpha": scaled}}, nodes=2)
+    assert knobs["autoscale"] == {"min": 1, "max": 4, "target_ongoing": 6.0}
+    for running, expected in ((4, 2), (3, 1)):
+        report = {"http_options": {}, "applications": {"alpha": reported(running=running)}}
+        assert config.knobs_in(report, nodes=2)["replicas"] == expected
 
 
 @given(st.integers(1, 5000))
@@ -284,7 +370,7 @@ def test_sockets_get_a_folder_with_a_short_name(tmp_path: Path) -> None:
     token = Path(host.env["RAY_AUTH_TOKEN_PATH"])
     folder = token.parent
     assert host.to_remove == [str(folder)]
-    assert len(str(folder)) < 36
+    assert len(str(folder)) < 40
     assert folder.stat().st_mode & 0o077 == 0, "token and sockets are nobody else's business"
     assert len(token.read_text()) >= 32
     assert host.env["MARKER"] == "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from adapters.triton.adapter import ADAPTER, TritonDeployment
 from adapters.triton.config import knobs_in, model_config
 from harness.adapter import CAPABILITIES, Autoscale, DeployRequest, Endpoint, NoOptions, ServerEnvironment, Tuning
 from harness.codecs import OpenInferenceHTTP
+from harness.control import ControlConnection
 from harness.errors import DeployError, InputError
 from harness.processes import ProcessRef, free_ports
 from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
@@ -158,10 +160,12 @@ def test_tritons_own_schema_reads_back_what_was_meant(tuning: Tuning, device: st
 
 def test_knobs_without_a_place_are_refused() -> None:
     options = NoOptions()
-    assert ADAPTER.refusals(Tuning(max_batch=4, batch_window_ms=5), options) == []
-    (sentence,) = ADAPTER.refusals(Tuning(batch_window_ms=5), options)
+    assert ADAPTER.refusals(Tuning(max_batch=4, batch_window_ms=5), options, "http") == {}
+    (sentence,) = ADAPTER.refusals(Tuning(batch_window_ms=5), options, "http").values()
     assert "`batch_window_ms` without `max_batch`" in sentence
-    (sentence,) = ADAPTER.refusals(Tuning(autoscale=Autoscale(min=1, max=2, target_ongoing=3)), options)
+    (sentence,) = ADAPTER.refusals(
+        Tuning(autoscale=Autoscale(min=1, max=2, target_ongoing=3)), options, "http"
+    ).values()
     assert sentence == "triton has no place for `autoscale`: external scaler only"
     assert set(ADAPTER.knobs) | set(ADAPTER.refused) == set(Tuning.model_fields)
     assert ADAPTER.capabilities() == list(CAPABILITIES)
@@ -221,7 +225,7 @@ def test_what_an_interpreter_lacks_is_named(fake_environment: ServerEnvironment,
 
 def test_ports_are_checked_before_anything_starts(fake_environment: ServerEnvironment) -> None:
     request = replace(REQUEST, environment=fake_environment)
-    with pytest.raises(InputError, match="three ports"):
+    with pytest.raises(InputError, match=r"3 ports \(HTTP, gRPC, metrics\)"):
         ADAPTER.deploy(replace(request, ports=(1024, 1025)), Host())
     ports = tuple(free_ports(3))
     with socket.socket() as squatter:
@@ -266,7 +270,7 @@ def deployment() -> TritonDeployment:
 def test_metrics_get_their_canonical_names(deployment: TritonDeployment, monkeypatch: pytest.MonkeyPatch) -> None:
     def scrape(items: int, batches: int) -> dict[str, float]:
         text = METRICS.format(items=items, batches=batches).encode()
-        monkeypatch.setattr(deployment, "_ask", lambda *_args, **_kwargs: (200, text))
+        monkeypatch.setattr(ControlConnection, "ask", lambda *_args, **_kwargs: (200, text))
         samples = deployment.scrape()
         assert {sample.scope for sample in samples} == {"alpha"}
         return {sample.metric: sample.value for sample in samples}
@@ -284,7 +288,7 @@ def test_metrics_get_their_canonical_names(deployment: TritonDeployment, monkeyp
     assert "batch_size" not in scrape(3, 3), "the counters began anew"
     assert scrape(11, 5)["batch_size"] == 4
 
-    monkeypatch.setattr(deployment, "_ask", lambda *_args, **_kwargs: (503, b""))
+    monkeypatch.setattr(ControlConnection, "ask", lambda *_args, **_kwargs: (503, b""))
     with pytest.raises(OSError, match="503"):
         deployment.scrape()
 
@@ -292,11 +296,11 @@ def test_metrics_get_their_canonical_names(deployment: TritonDeployment, monkeyp
 def test_models_that_disagree_are_not_smoothed_over(
     deployment: TritonDeployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(_method: str, path: str, **_: object) -> tuple[int, bytes]:
+    def ask(_self: ControlConnection, _method: str, path: str, **_: object) -> tuple[int, bytes]:
         size = 8 if "alpha" in path else 4
         return 200, b'{"max_batch_size": %d, "instance_group": [{"count": 2, "gpus": []}]}' % size
 
-    monkeypatch.setattr(deployment, "_ask", ask)
+    monkeypatch.setattr(ControlConnection, "ask", ask)
     assert deployment.applied() == {"max_batch": [8, 4], "replicas": 2}
 
 
@@ -389,10 +393,11 @@ def test_the_shim_stacks_a_batch_into_one_call(start_shim: Callable[[str], Shim]
         ("return {}", "KeyError: 'y'"),
     ],
 )
-def test_a_failing_model_fails_every_request_of_the_batch(
+def test_what_a_failing_model_raises_goes_through(
     start_shim: Callable[[str], Shim], predict: str, message: str
 ) -> None:
-    shim = start_shim(predict)
-    responses = shim.execute(np.zeros((1, 3)), np.zeros((1, 3)))
-    assert [(response.output_tensors, response.error) for response in responses] == [([], message)] * 2
-    assert len(shim.logged) == 1 and "Traceback" in shim.logged[0]
+    """Triton fails the whole batch by it, and counts the requests as failed."""
+    kind, _, words = message.partition(": ")
+    with pytest.raises(Exception, match=re.escape(words)) as raised:
+        start_shim(predict).execute(np.zeros((1, 3)), np.zeros((1, 3)))
+    assert type(raised.value).__name__ == kind

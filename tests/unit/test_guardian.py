@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.cgroups import cpu_root, refusal
 from harness.errors import DeployError
 from harness.guardian import Guardian, sweep
 from harness.processes import ProcessRef
@@ -90,6 +91,31 @@ def test_stopping_one_tree_leaves_the_other_alone(tmp_path: Path) -> None:
     assert all(gone(pid) for pid in second_family)
 
 
+def test_orphans_of_a_dead_server_are_asked_before_they_are_killed(tmp_path: Path) -> None:
+    """Without the main process nobody hands SIGTERM on; a worker that ends on it need not be waited for."""
+    notes, farewell = tmp_path / "pids", tmp_path / "farewell"
+    code = (
+        "import os, signal, sys, time, pathlib\n"
+        "def end(*_): pathlib.Path(sys.argv[2]).write_text('in order'); os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "if os.fork(): time.sleep(600)\n"
+        "open(sys.argv[1], 'a').write(f'{os.getpid()}\\n')\n"
+        "while True: time.sleep(1)\n"
+    )
+    with Guardian() as host:
+        arguments = [sys.executable, "-c", code, str(notes), str(farewell)]
+        server = host.spawn("parent", arguments, env={}, cwd=tmp_path, log=tmp_path / "log")
+        wait_until(lambda: bool(pids(notes)), "the worker runs")
+        host.signal(server, signal.SIGKILL)
+        wait_until(lambda: not server.alive(), "its parent has gone")
+        begun = time.monotonic()
+        host.stop_tree(server, grace_s=60)
+        assert time.monotonic() - begun < 50, "the grace was not waited out"
+        assert gone(pids(notes)[0])
+        assert farewell.read_text() == "in order"
+        host.stop_tree(server, grace_s=60)  # once more is nothing more
+
+
 def test_a_signal_reaches_ours_and_never_a_process_that_the_run_did_not_start(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
@@ -159,6 +185,54 @@ def test_servers_start_with_the_usual_signals(tmp_path: Path) -> None:
         begun = time.monotonic()
         host.stop_tree(process, grace_s=60)
         assert time.monotonic() - begun < 60, "SIGTERM was enough"
+
+
+FAMILY = (
+    "import os, sys, time; os.fork(); os.fork(); open(sys.argv[1], 'a').write(f'{os.getpid()}\\n'); time.sleep(600)"
+)
+
+
+def spawn_family(host: Guardian, folder: Path) -> tuple[ProcessRef, list[int]]:
+    file = folder / "family"
+    process = host.spawn("family", [sys.executable, "-c", FAMILY, str(file)], env={}, cwd=folder, log=folder / "log")
+    wait_until(lambda: len(pids(file)) == 4, "all four are there")
+    return process, pids(file)
+
+
+def states(family: list[int]) -> set[str]:
+    return {psutil.Process(pid).status() for pid in family}
+
+
+def test_a_tree_is_stopped_let_go_and_killed_as_one(tmp_path: Path) -> None:
+    with Guardian() as host:
+        process, family = spawn_family(host, tmp_path)
+        other, _ = spawn_stubborn(host, tmp_path)
+        assert host.signal_tree(process, signal.SIGSTOP) == 4
+        wait_until(lambda: states(family) == {psutil.STATUS_STOPPED}, "all have stopped")
+        assert host.signal_tree(process, signal.SIGCONT) == 4
+        wait_until(lambda: psutil.STATUS_STOPPED not in states(family), "all go on")
+        assert host.kill_tree(process)
+        assert all(gone(pid) for pid in family)
+        assert not host.kill_tree(process), "there is nothing any more"
+        assert host.signal_tree(process, signal.SIGSTOP) == 0
+        assert other.alive(), "no other tree is touched"
+
+
+@pytest.mark.skipif(refusal() is not None, reason="no control group can be made here")
+def test_a_tree_is_limited_in_its_cpus_and_its_group_goes_with_the_guardian(tmp_path: Path) -> None:
+    root = cpu_root()
+    assert root is not None
+    with Guardian() as host:
+        process, family = spawn_family(host, tmp_path)
+        before = set(root.glob("tailrace-*"))
+        host.limit_cpus(process, 0.5)
+        (group,) = set(root.glob("tailrace-*")) - before
+        assert set(map(int, (group / "cgroup.procs").read_text().split())) == set(family)
+        quota = next(path for path in (group / "cpu.cfs_quota_us", group / "cpu.max") if path.exists())
+        assert quota.read_text().split()[0] == "50000"
+        host.limit_cpus(process, None)
+        assert quota.read_text().split()[0] in ("-1", "max")
+    assert not group.exists()
 
 
 def test_a_module_in_the_users_folder_does_not_shadow_the_guardians(

@@ -215,6 +215,38 @@ def test_a_body_in_many_pieces_is_put_together() -> None:
     assert result.bodies() == {b"abcde": 3}
 
 
+def test_an_answer_like_the_last_one_is_still_read_as_what_it_is() -> None:
+    """Heads that were parsed before are recognised; whatever does not fit them exactly goes to the parser again."""
+    half = answer("200 OK", b"wxyz")
+    script = [OK, OK, OK + b"!", answer("200 OK", b"abcd"), half[:-2], half, answer("503 Busy", b"no"), CHUNKED, OK]
+
+    def follow(sock: socket.socket, number: int, body: bytes) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(script[number])
+        if script[number] == half[:-2]:
+            time.sleep(0.02)
+            sock.sendall(half[-2:])
+
+    with serving(follow) as server:
+        result = replay(server.port, [60 * index for index in range(len(script))], max_connections=4)
+    assert result.outcomes() == ["ok"] * 6 + ["shed"] + ["ok"] * 2
+    assert result.bodies() == {b"ok": 4, b"abcd": 1, b"wxyz": 2, b"abcde": 1}
+    assert result.rows["bytes_received"].tolist() == [len(raw) for raw in [*script[:4], half, *script[5:]]]
+    assert set(result.engine._heads) == {OK[:-2], half[:-4]}, "only of answers with a length that keep the connection"
+
+
+def test_remembered_heads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "KNOWN_HEADS", 3)
+
+    def number_them(sock: socket.socket, number: int, body: bytes) -> None:
+        sock.sendall(answer("200 OK", b"ok", f"X-Request: {number}"))
+
+    with serving(number_them) as server:
+        result = replay(server.port, range(0, 100, 10))
+    assert result.outcomes() == ["ok"] * 10
+    assert len(result.engine._heads) <= 3
+
+
 def test_connections_are_reused_and_closed_when_the_server_says_so() -> None:
     with serving(OK) as server:
         replay(server.port, range(0, 100, 10), max_connections=1)
@@ -407,7 +439,7 @@ def test_a_server_that_does_not_accept_is_not_the_generators_lateness(monkeypatc
     data = http_request("127.0.0.1", port, "/infer", b"x", {})
     shard = wire.Shard(np.arange(count), np.zeros(count, np.int64), np.zeros(count, np.int32), (data,), ("",))
     recorder = Recorder(lambda kind, payload: None, shard.arrival_id)
-    endpoint = wire.Endpoint("http", "127.0.0.1", port, 30.0, 64)
+    endpoint = wire.Endpoint("http", "127.0.0.1", port, 200.0, 64)  # the kernel doubles its pause
     engine = HttpReplay(shard, endpoint, recorder, Answers(1), lambda: None)
     began_accepting: list[int] = []
 

@@ -29,13 +29,13 @@ def test_rows_are_packed_as_numpy_reads_them() -> None:
     cuts=st.lists(st.integers(1, 40), max_size=40),
 )
 def test_messages_survive_any_fragmentation(messages: list[tuple[bytes, bytes]], cuts: list[int]) -> None:
-    stream = b"".join(wire.frame(*message) for message in messages)
+    stream = b"".join(wire.Frame(*message).pack() for message in messages)
     buffer = wire.FrameBuffer()
-    received: list[tuple[bytes, bytes]] = []
+    received: list[wire.Frame] = []
     for size in [*cuts, len(stream) + 1]:
         received += buffer.feed(stream[:size])
         stream = stream[size:]
-    assert received == messages
+    assert received == [wire.Frame(*message) for message in messages]
 
 
 def test_a_plan_survives_the_journey_and_sends_equal_bytes_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import re
@@ -19,20 +20,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
+from harness.comparison import paired_ratio
 from harness.errors import InputError, StorageError
 from harness.metrics import measured, percentile, samples_needed
 from harness.store import RunFolder, write_json
 from reports.columns import COLUMNS, fields
+from reports.contestants import UNSEEN, left_out, profiles
+from reports.defaults import defaults
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, FaultWindow, view
 from reports.figures import DASHES, MARKERS, cold_starts, frontiers, timelines
 from reports.frontier import non_dominated
-from reports.headline import headline, paired_ratio
+from reports.headline import headline, pair, ratio_words
 from reports.report import MARKER_SHAPES, build, write
 from reports.reproduce import Portable
+from reports.ruler import HEADINGS, ruler
 from reports.svg import palette, slots
 from reports.text import printable, share, significant, tied
-from tests.synthetic import SCRIPT, make_run
+from tests.synthetic import SCRIPT, calibration, make_run
 
 
 class Page(HTMLParser):
@@ -471,7 +476,7 @@ def test_no_order_of_goodputs_makes_a_lead_of_less_than_one(
         assert math.exp(apart) - 1 <= int(close[1]) / 100 + 1e-9
 
 
-@given(st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=3, max_size=12))
+@given(st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=3, max_size=7))
 def test_paired_ratio_is_the_t_interval_of_log_ratios(pairs: list[tuple[float, float]]) -> None:
     ratio = paired_ratio(pairs)
     assert ratio is not None and ratio.ends is not None
@@ -528,6 +533,79 @@ def test_the_page_defines_recovery_as_it_is_computed(page: Page) -> None:
     for words in ("once it has fallen below", "Arrivals under way at the fault", "Low again", "p99 until recovery"):
         assert words in definition
     assert "Lost:" not in definition
+
+
+@pytest.fixture(scope="module")
+def with_defaults(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("defaults") / "run"
+    names = ("triton", "ray_serve", "kserve")
+    return make_run(folder, adapters=names, scenarios=("no-fault", "kill-replica", "defaults"), trials=3)
+
+
+def test_defaults_stand_beside_the_tuned_settings(with_defaults: RunFolder) -> None:
+    (run,) = view([with_defaults])
+    told = defaults(run.cells)
+    assert told is not None
+    assert [row[0] for row in told.rows] == ["Triton", "Ray Serve", "KServe"]
+    by_label = {cell.label: cell for cell in run.cells}
+    ratios = []
+    for row in told.rows:
+        tuned, own = by_label[f"{row[0]} · no-fault"], by_label[f"{row[0]} · defaults"]
+        assert (tuned.tuned, own.tuned) == (True, False)
+        values = [
+            (t["goodput_rps_per_device"], o["goodput_rps_per_device"])
+            for t, o in zip(tuned.repetitions, own.repetitions, strict=True)
+        ]
+        ratio = paired_ratio(values)
+        assert ratio is not None
+        assert row[3] == ratio_words(ratio)
+        ratios.append((ratio.value, row[0]))
+    assert told.sentence.startswith(f"{min(ratios)[1]}'s own defaults came closest")
+    html = build([with_defaults])
+    assert 'id="defaults"' in html
+    assert Page(html).of("section")
+
+
+def test_without_defaults_there_is_no_such_section(compare: RunFolder, html: str) -> None:
+    (run,) = view([compare])
+    assert defaults(run.cells) is None
+    assert 'id="defaults"' not in html
+
+
+def test_a_fault_is_weighed_against_the_same_tuning(with_defaults: RunFolder, tmp_path: Path) -> None:
+    """Also where the scenario on defaults comes first."""
+    folder = tmp_path / "run"
+    make_run(folder, scenarios=("defaults", "no-fault", "kill-replica"), trials=3)
+    (run,) = view([RunFolder.open(folder)])
+    cells = {cell.label: cell for cell in run.cells}
+    calm, hurt = cells["Triton · no-fault"], cells["Triton · kill-replica"]
+    expected = paired_ratio(pair(hurt, calm, "goodput_rps_per_device"))
+    told = next(sentence for sentence in headline(run).support if sentence.startswith("Triton, kill replica"))
+    assert expected is not None
+    assert f"goodput was {ratio_words(expected)} that without it" in told
+
+
+def test_what_was_claimed_stands_beside_what_was_seen(compare: RunFolder, with_defaults: RunFolder) -> None:
+    rows = profiles(view([compare]))
+    assert ("Triton", "how it batches", "triton batches in its own way", "formed 7.6 requests per batch") in rows
+    failing = "one of 2 replicas killed: 3 of 141 requests failed"
+    assert ("Triton", "when a replica dies or stops", "–", failing) in rows
+    (unseen,) = [row for row in rows if row[0] == "Ray Serve"]
+    assert unseen[3] == UNSEEN
+    page = Page(build([compare]))
+    assert failing in page.text
+    assert left_out(view([compare])) == []
+    (sentence,) = left_out(view([with_defaults]))
+    assert sentence == "KServe ran without «queue_limit», for which it has no place: none."
+    assert sentence in " ".join(Page(build([with_defaults])).text.split())
+
+
+def test_the_same_warning_of_several_trials_is_told_once(compare: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(compare.folder, tmp_path / "copy")
+    run = with_facts(RunFolder.open(tmp_path / "copy"), lambda _: {"warnings": ["a stand-in took its place"]})
+    page = Page(build([run]))
+    assert page.text.count("a stand-in took its place") == 1
+    assert f"{run.trials[0].id} and {len(run.trials) - 1} more trials: a stand-in" in " ".join(page.text.split())
 
 
 def test_one_trial_is_not_called_trials(tmp_path: Path) -> None:
@@ -646,6 +724,19 @@ def test_a_framework_keeps_its_colour_whoever_else_races() -> None:
     assert all(slots([name])[name] == together[name] for name in known)
 
 
+def test_the_frameworks_of_this_project_are_told_apart_by_hue() -> None:
+    """Two shades of one blue are one colour to a reader."""
+
+    def hue(colour: str) -> float:
+        return colorsys.rgb_to_hls(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0]
+
+    chosen = slots(("triton", "ray_serve", "torchserve", "kserve"))
+    for theme in (0, 1):
+        hues = sorted(hue(palette()[slot][theme]) for slot in chosen.values())
+        gaps = np.diff([*hues, hues[0] + 1])
+        assert gaps.min() > 0.1, chosen
+
+
 def test_colours_stand_out_by_day_and_by_night() -> None:
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -676,3 +767,14 @@ def _no_pyplot_state() -> Iterator[None]:
     assert dict(mpl.rcParams) == before
     pyplot = __import__("sys").modules.get("matplotlib.pyplot")
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_the_ruler_is_told_with_its_own_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",))
+    figures = calibration(640.0, ceiling_rps=5120.0, at_least=False) | {"send_lag_p99_ms": 0.07, "floor_p99_ms": 0.6}
+    run.amend_manifest(ruler={"http": figures, "grpc": {"error": "no server"}})
+    (http, grpc) = ruler(view([RunFolder.open(run.folder)]))
+    numbers = [float(re.match(r"[\d.,]+", cell)[0].replace(",", "")) for cell in http[1:]]  # type: ignore[index]
+    assert numbers == [640, 5120, 0.03, 0.07, 0.15, 0.6, 66, 0.31]
+    assert grpc[0] == "grpc" and "no server" in grpc[2]
+    assert len(http) == len(grpc) == len(HEADINGS)

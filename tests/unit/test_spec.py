@@ -13,9 +13,12 @@ from pydantic import BaseModel
 from harness.adapter import Autoscale, Tuning
 from harness.errors import InputError
 from harness.spec import (
+    Calibration,
     Client,
     Experiment,
     FaultChoice,
+    FaultSchedule,
+    ScalerChoice,
     Scenario,
     TraceChoice,
     Warmup,
@@ -129,7 +132,21 @@ def test_the_order_within_blocks_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Experiment, TraceChoice, Scenario, FaultChoice, Client, Warmup, Tuning, Autoscale, Slo]
+    "model",
+    [
+        Experiment,
+        TraceChoice,
+        Scenario,
+        FaultChoice,
+        FaultSchedule,
+        ScalerChoice,
+        Client,
+        Warmup,
+        Calibration,
+        Tuning,
+        Autoscale,
+        Slo,
+    ],
 )
 def test_every_key_is_documented(model: type[BaseModel]) -> None:
     documentation = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,33 @@ def test_a_refused_write_leaves_the_old_content(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": 1}
     with pytest.raises(StorageError, match="could not be written"):
         write_json(tmp_path / "missing" / "x.json", {})
+
+
+def test_a_run_belongs_to_one_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", {"trials": []})
+    with run.held(), pytest.raises(InputError, match=f"still going on: process {os.getpid()} "), run.held():
+        pytest.fail("held twice")
+    with run.held():  # let go of, it can be held again
+        assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted", "failed", "done"])
+def test_a_trial_is_done_only_when_it_says_so(tmp_path: Path, state: str) -> None:
+    run = RunFolder.create(tmp_path / "run", {"trials": [{"id": "a"}]})
+    run.trial("a").folder.mkdir()
+    assert not run.trial("a").done
+    write_json(run.trial("a").facts_path, {"state": state})
+    assert run.trial("a").done == (state == "done")
+
+
+def test_what_is_set_aside_overwrites_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", {"trials": [{"id": "a"}]})
+    for number in (1, 2):
+        run.trial("a").folder.mkdir()
+        write_json(run.trial("a").facts_path, {"attempt": number})
+        assert run.set_aside(run.trial("a").folder, "a") == f"set-aside/a-{number}"
+    kept = [json.loads((run.folder / "set-aside" / f"a-{n}" / "trial.json").read_text())["attempt"] for n in (1, 2)]
+    assert kept == [1, 2]
+    assert run.trials == []
+    with pytest.raises(StorageError, match="could not be written"):
+        run.set_aside(run.trial("a").folder, "a")

@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.store import write_json
-from harness.summary import jsonable, summarise, t_interval, write_summary
+from harness.comparison import t_interval
+from harness.records import SAMPLE_SCHEMA
+from harness.store import RunFolder, write_json
+from harness.summary import Samples, jsonable, summarise, write_summary
 from tests.synthetic import make_run
 
 
@@ -59,6 +62,32 @@ def test_a_trial_that_failed_dooms_its_cell_but_is_no_repetition(tmp_path: Path)
     assert cell["offered_rps"] == pytest.approx(whole["offered_rps"], rel=0.1), "not a third less"
     assert cell["arrivals"] < whole["arrivals"]
     assert cell["goodput_rps_per_device_ci"] is None, "two repetitions have no t interval"
+
+
+def test_a_steady_state_is_judged_where_one_is_meant(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",))
+    (trial,) = summarise(run)["trials"]
+    assert 1 < trial["effective_arrivals"] < trial["arrivals"]
+    assert trial["warmup_detected_s"] is trial["drift"] is trial["failure_drift"] is None, "a surge is never steady"
+    write_json(run.trials[0].facts_path, {**run.trials[0].facts, "transient": False})
+    (judged,) = summarise(RunFolder.open(run.folder))["trials"]
+    assert all(math.isfinite(judged[key]) for key in ("warmup_detected_s", "drift", "failure_drift"))
+
+
+def test_the_frequency_is_compared_between_the_halves_of_the_trace() -> None:
+    t_s = np.arange(-2.0, 12.0)
+    columns = {
+        "t_ns": (t_s * 1e9).astype(np.int64),
+        "source": ["host"] * len(t_s),
+        "scope": ["host"] * len(t_s),
+        "metric": ["frequency_mhz"] * len(t_s),
+        "value": np.where(t_s < 0, 800.0, np.where(t_s < 5, 3000.0, 2400.0)),
+        "unit": ["MHz"] * len(t_s),
+    }
+    samples = Samples(pa.table(columns, schema=SAMPLE_SCHEMA))
+    assert samples.halves("host", "frequency_mhz", 10.0) == pytest.approx(-0.2)
+    assert samples.halves("host", "frequency_mhz", 4.0) is None, "two readings are no half"
+    assert samples.halves("host", "steal", 10.0) is None
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=3, max_size=20), st.booleans())

@@ -1,0 +1,1 @@
+"""The adapter of KServe's Python model server."""

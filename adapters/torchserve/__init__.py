@@ -1,0 +1,1 @@
+"""TorchServe, its Java frontend run as a plain process."""

