@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 import psutil
 import pytest
@@ -38,6 +41,26 @@ def tailrace(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.C
     """Run the command line to its end."""
     command = [sys.executable, "-m", "harness.cli", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+ATTEMPTS = 4
+P = ParamSpec("P")
+
+
+def measured_again(check: Callable[Concatenate[Path, P], None]) -> Callable[Concatenate[Path, P], None]:
+    """Measure again what the machine may have spoilt: neighbours spoil one measurement, a ruler that is wrong all of them.
+    The last attempt's assertion stands; what must hold on a busy machine too fails by ``pytest.fail``, and at once."""
+
+    @functools.wraps(check)
+    def attempts(tmp_path: Path, *args: P.args, **kwargs: P.kwargs) -> None:
+        for attempt in range(1, ATTEMPTS):
+            try:
+                return check(tmp_path / f"attempt-{attempt}", *args, **kwargs)
+            except AssertionError as error:
+                warnings.warn(f"measured again after attempt {attempt}: {error}", stacklevel=2)
+        return check(tmp_path / f"attempt-{ATTEMPTS}", *args, **kwargs)
+
+    return attempts
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, leftovers: Callable[[], 
         (["null", "--workload", "emulatd"], "did you mean `emulated`?"),
         (["null", "--trials", "0"], "--trials"),
         (["null", "--mode", "model"], "leave null out"),
-        (["null", "--out", "."], "nothing is overwritten"),
+        (["null", "--out", "."], "never overwritten"),
     ],
 )
 def test_bad_input_is_one_message_and_starts_nothing(tmp_path: Path, given: list[str], said: str) -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+from tests.conftest import measured_again
+
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "coordinated_omission.py"
 
 
+@measured_again
 def test_a_closed_loop_is_wrong_by_more_than_ten_times(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARK), "--seconds", "10", "--format", "json"]
+    tmp_path.mkdir()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
