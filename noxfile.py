@@ -115,6 +115,13 @@ def bench_loadgen(session: nox.Session) -> None:
     session.run("python", "benchmarks/loadgen_peers.py", *session.posargs)
 
 
+@nox.session(name="bench-simulator")
+def bench_simulator(session: nox.Session) -> None:
+    """Measure how many arrivals a minute the simulator takes on one core."""
+    _install(session)
+    session.run("python", "benchmarks/simulator.py", *session.posargs)
+
+
 @nox.session(name="bench-analysis")
 def bench_analysis(session: nox.Session) -> None:
     """Analyse ten million recorded requests: how long that takes, and in how much memory."""

@@ -18,6 +18,8 @@ from rich.text import Text
 
 from harness import __version__
 from harness.errors import InputError, TailraceError
+from harness.terminal import TableOrJson, stderr, stdout
+from simulator.commands import plan_app, simulate
 
 EXIT_INVALID = 3
 EXIT_INTERRUPTED = 130
@@ -32,6 +34,8 @@ app = typer.Typer(
 )
 traces_app = typer.Typer(help="Traffic: list, show and add traces.", no_args_is_help=True)
 app.add_typer(traces_app, name="traces")
+app.add_typer(plan_app, name="plan")
+app.command()(simulate)
 
 
 class SummaryFormat(StrEnum):
@@ -40,13 +44,6 @@ class SummaryFormat(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
-
-
-class TableOrJson(StrEnum):
-    """Forms of what is printed."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 class LoadgenProtocol(StrEnum):
@@ -62,14 +59,6 @@ class ColdstartMode(StrEnum):
     PROCESS = "process"
     PAGE_CACHE = "page-cache"
     MODEL = "model"
-
-
-def _stdout() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 170)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _version(asked: bool) -> None:
@@ -145,7 +134,7 @@ def run(
         carry_out = functools.partial(run_experiment, chosen, folder)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    console = _stderr()
+    console = stderr()
     try:
         with ConsoleObserver(console) as observer:
             summary = carry_out(observer)
@@ -160,7 +149,7 @@ def run(
     except TailraceError:
         _report_quietly(folder, console)
         raise
-    print_summary(summary, _stdout())
+    print_summary(summary, stdout())
     path = write([RunFolder.open(folder)], folder / "report.html")
     typer.echo(path.resolve())
     bad = ("INVALID", "UNKNOWN") if strict else ("INVALID",)
@@ -231,7 +220,7 @@ def summary(
     elif form is SummaryFormat.CSV:
         typer.echo(trials_csv(content["trials"]), nl=False)
     else:
-        print_summary(content, _stdout())
+        print_summary(content, stdout())
 
 
 @app.command()
@@ -255,14 +244,14 @@ def adapters(
         if form is TableOrJson.JSON:
             typer.echo(json.dumps(matrix, indent=1))
         else:
-            print_faults(matrix, _stdout())
+            print_faults(matrix, stdout())
         return
     if form is TableOrJson.JSON:
         told = {adapter.name: {**adapter.described(), "observed": observations_of(adapter)} for adapter in chosen}
         typer.echo(json.dumps(told, indent=1))
         return
     for adapter in chosen:
-        print_adapter(adapter, observations_of(adapter), _stdout())
+        print_adapter(adapter, observations_of(adapter), stdout())
 
 
 @app.command()
@@ -285,7 +274,7 @@ def loadgen(
     from harness.replay.driver import Workers
     from harness.ruler import measure_rates
 
-    console = _stderr()
+    console = stderr()
     rows = []
     for row in measure_rates(
         _rates(rates),
@@ -323,7 +312,7 @@ def loadgen(
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*("–" if row[key] is None else f"{row[key]:{shape}}" for key, (_, shape) in columns.items()))
-    _stdout().print(table)
+    stdout().print(table)
 
 
 def _rates(text: str) -> list[float]:
@@ -366,7 +355,7 @@ def coldstart(
     from reports.coldstart import write
 
     plan = check(names, workload, trials=trials, mode=mode.value, replicas=replicas, seed=seed)
-    folder, console = out or default_folder("coldstart"), _stderr()
+    folder, console = out or default_folder("coldstart"), stderr()
     starts = ColdStarts(plan, folder, lambda text: console.print(Text(text, style="dim"), soft_wrap=True))
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
@@ -380,7 +369,7 @@ def coldstart(
     if form is TableOrJson.JSON:
         typer.echo(json.dumps(starts.record, indent=1, allow_nan=False))
     else:
-        print_coldstart(starts.record, _stdout())
+        print_coldstart(starts.record, stdout())
         typer.echo(path.resolve())
     done = [trial for trial in starts.record["trials"] if trial["state"] == "done"]
     if len(done) < (planned := trials * len(names)):
@@ -402,7 +391,7 @@ def load_worker(
         raise InputError(f"--master {master!r}: write it as HOST:PORT, for example --master 10.0.0.5:5557")
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    serve(master, lambda text: _stderr().print(text, soft_wrap=True))
+    serve(master, lambda text: stderr().print(text, soft_wrap=True))
 
 
 @app.command()
@@ -410,7 +399,7 @@ def doctor() -> None:
     """Say what this machine lacks, and the command that mends it."""
     from harness.doctor import examine
 
-    console = _stdout()
+    console = stdout()
     table = Table(show_header=True)
     for heading in ("", "what", "found", "remedy"):
         table.add_column(heading, overflow="fold")
@@ -446,7 +435,7 @@ def traces_list() -> None:
     for name in catalogue.names():
         entry = catalogue.entry(name)
         table.add_row(name, Text(entry.title), entry.kind)
-    _stdout().print(table)
+    stdout().print(table)
 
 
 @traces_app.command("show")
@@ -460,7 +449,7 @@ def traces_show(
 
     entry = catalogue.entry(name)
     trace = catalogue.load(name, seed=seed)
-    console = _stdout()
+    console = stdout()
     console.print(Text(f"{entry.name}: {entry.title}", style="bold"))
     console.print(Text(entry.description.strip()))
     _describe(describe(trace).as_dict(), {**entry.params, "fault_at_s": trace.fault_at_s, "transient": trace.transient})
@@ -471,7 +460,7 @@ def _describe(figures: dict[str, Any], parameters: dict[str, Any]) -> None:
     for key, value in {**parameters, **figures}.items():
         shown = "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
         table.add_row(key.replace("_", " "), Text(shown))
-    _stdout().print(table)
+    stdout().print(table)
 
 
 @traces_app.command("add")

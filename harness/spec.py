@@ -436,7 +436,7 @@ def load_experiment(
         kept = {k: v for k, v in former.items() if k not in ("params", "window_s")} if isinstance(former, dict) else {}
         content["trace"] = {**kept, "name": trace}
     for assignment in assignments:
-        _assign(content, assignment)
+        assign(content, assignment)
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
@@ -472,7 +472,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _assign(content: dict[str, Any], assignment: str) -> None:
+def assign(content: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise InputError(f"--set {assignment!r}: write it as key=value, for example --set trials=3")

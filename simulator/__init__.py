@@ -1,0 +1,1 @@
+"""A discrete-event model of a serving system: what it would do under a trace, in milliseconds instead of minutes."""

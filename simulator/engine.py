@@ -1,0 +1,426 @@
+"""The event loop, compiled: arrivals, batches, autoscaler and failures in the order of their instants.
+
+It goes from event to event, so that a quiet hour costs nothing and an arrival some tens of nanoseconds. Of events at
+one instant the order is: failure, arrival, start of a batch, autoscaler, sample. All times are whole nanoseconds from the
+trace's start, and so ties are ties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from harness.metrics import Floats, Ints, percentile
+from simulator.system import NS_PER_MS, Router, System
+
+NS_PER_S = 1_000_000_000
+NEVER = np.int64(2**62)
+ANSWERED, SHED, LOST, QUEUED = 0, 1, 2, 3
+"""What became of an arrival: answered; refused by a full queue; in the hands of a replica that died (or there was none to
+send it to); still waiting when nothing more would happen."""
+
+_ROUTERS: dict[Router, int] = {"shared": 0, "round_robin": 1, "random": 2, "power_of_two": 3, "shortest_queue": 4}
+_SHARED, _ROUND_ROBIN, _RANDOM, _POWER_OF_TWO, _SHORTEST = _ROUTERS.values()
+_PATIENCE_NS = 3600 * NS_PER_S
+"""How long after the trace's end a system that still has requests waiting is watched."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What the model did with every arrival, and its state over time."""
+
+    arrivals_ns: Ints
+    done_ns: Ints
+    """When the batch was done, without the overhead; −1 unless ``outcome`` is :data:`ANSWERED`."""
+    started_ns: Ints
+    """When its batch was taken from the queue; −1 where none was."""
+    outcome: NDArray[np.uint8]
+    batches: Ints
+    """How many batches of each size were started, shape (max_batch + 1,)."""
+    busy_ns: int
+    ready_ns: int
+    """Time that replicas were computing, and were ready, summed over replicas, within the span."""
+    samples: Ints
+    """Every period: instant (ns), requests waiting, replicas ready, replicas computing; shape (m, 4)."""
+    span_ns: int
+    system: System
+
+    def count(self, outcome: int) -> int:
+        """How many arrivals ended so."""
+        return int(np.count_nonzero(self.outcome == outcome))
+
+    def response_ms(self) -> Floats:
+        """Response time of every arrival, +∞ for what was not answered, or not within the timeout."""
+        answered = self.outcome == ANSWERED
+        taken = (self.done_ns - self.arrivals_ns) / NS_PER_MS + self.system.overhead_ms
+        if self.system.timeout_s is not None:
+            answered &= taken <= self.system.timeout_s * 1e3
+        return np.where(answered, taken, np.inf)
+
+    def figures(self, slo_ms: float) -> dict[str, float]:
+        """The figures that a trial has: percentiles and mean batch, goodput, attainment, utilisation, replicas; NaN of
+        nothing."""
+        response = self.response_ms()
+        good = int(np.count_nonzero(response <= slo_ms))
+        started = int(self.batches.sum())
+        items = int((self.batches * np.arange(len(self.batches))).sum())
+        ready = self.samples[:, 2]
+        return {
+            "arrived": len(response),
+            "answered": int(np.isfinite(response).sum()),
+            "shed": self.count(SHED),
+            "lost": self.count(LOST),
+            "queued": self.count(QUEUED),
+            "p50_ms": percentile(response, 0.50),
+            "p99_ms": percentile(response, 0.99),
+            "goodput_rps": good / (self.span_ns / NS_PER_S),
+            "slo_attainment": good / len(response) if len(response) else float("nan"),
+            "utilisation": self.busy_ns / self.ready_ns if self.ready_ns else float("nan"),
+            "mean_batch": items / started if started else float("nan"),
+            "replicas_min": int(ready.min()) if len(ready) else self.system.replicas,
+            "replicas_max": int(ready.max()) if len(ready) else self.system.replicas,
+        }
+
+
+def simulate(
+    system: System,
+    arrivals_ns: Ints,
+    *,
+    span_ns: int,
+    models: NDArray[np.uint16] | None = None,
+    model_count: int = 1,
+    seed: int = 7,
+    sample_s: float = 0.1,
+) -> Simulated:
+    """Run a system through arrivals (sorted, ns from the trace's start).
+
+    ``models`` names each arrival's model by number; every model has ``system.replicas`` replicas of its own. ``seed`` is
+    for the routers that draw. Failures come to pass at their instants; past the span the system drains for at most an hour.
+    """
+    scaler = system.autoscaler
+    window_ns = round(system.batching.window_ms * NS_PER_MS)
+    most = max(system.replicas, scaler.max if scaler else 0)
+    slots = most * model_count + len(system.failures)
+    failures = sorted(system.failures, key=lambda failure: failure.at_s)
+    replaced = [NEVER if f.replaced_after_s is None else round(f.replaced_after_s * NS_PER_S) for f in failures]
+    thresholds = (scaler.up_above, scaler.down_below) if scaler else (0.0, 0.0)
+    scaling = (
+        [round(scaler.period_s * NS_PER_S), scaler.min + scaler.warm_pool, most, round(scaler.cold_start_s * NS_PER_S)]
+        if scaler
+        else [0, 0, 0, 0]
+    )
+    outcome, started, done, batches, busy, ready, samples = _run(
+        np.array(arrivals_ns, np.int64),  # copies: the loop is compiled once, for arrays that may be written
+        np.zeros(len(arrivals_ns), np.uint16) if models is None else np.array(models, np.uint16),
+        model_count,
+        system.service.times_ns(system.batching.max_batch),
+        window_ns,
+        system.batching.window_opens == "idle",
+        system.replicas,
+        slots,
+        slots if system.devices is None else system.devices,
+        _ROUTERS[system.router],
+        NEVER if system.queue_limit is None else system.queue_limit,
+        np.array(scaling, np.int64),
+        thresholds[0],
+        thresholds[1],
+        np.array([round(f.at_s * NS_PER_S) for f in failures], np.int64),
+        np.array([f.model for f in failures], np.int64),
+        np.array(replaced, np.int64),
+        span_ns,
+        max(1, round(sample_s * NS_PER_S)),
+        seed,
+    )
+    return Simulated(arrivals_ns, done, started, outcome, batches, busy, ready, samples, span_ns, system)
+
+
+@njit(cache=True)
+def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
+    arrivals,
+    models,
+    model_count,
+    service,
+    window,
+    window_from_idle,
+    initial,
+    slots,
+    devices,
+    router,
+    limit,
+    scaling,
+    up_above,
+    down_below,
+    failure_at,
+    failure_model,
+    failure_replaced,
+    span,
+    sample_period,
+    seed,
+):
+    np.random.seed(seed)
+    n = len(arrivals)
+    max_batch = len(service) - 1
+    period, floor, most, cold_start = scaling
+    shared = router == _SHARED
+    queues = model_count if shared else slots
+
+    outcome = np.full(n, QUEUED, np.uint8)
+    started = np.full(n, -1, np.int64)
+    done = np.full(n, -1, np.int64)
+    batches = np.zeros(max_batch + 1, np.int64)
+    samples = np.empty((span // sample_period + 1, 4), np.int64)
+    sampled = 0
+
+    # Of each replica: whether it lives, from when it is ready and idle, the batch in its hands, when that began.
+    alive = np.zeros(slots, np.bool_)
+    ready_at = np.zeros(slots, np.int64)
+    free_at = np.zeros(slots, np.int64)
+    begun_at = np.zeros(slots, np.int64)
+    batch_first = np.zeros(slots, np.int64)
+    batch_size = np.zeros(slots, np.int64)
+    model_of = np.zeros(slots, np.int64)
+    device_free = np.zeros(devices, np.int64)
+    dispatched = np.empty(n, np.int64)  # arrivals in the order in which batches took them
+    taken = 0
+
+    # Queues are lists through `behind`; `start` is when the next batch of a queue starts if nothing else happens.
+    behind = np.full(n, -1, np.int64)
+    head = np.full(queues, -1, np.int64)
+    tail = np.full(queues, -1, np.int64)
+    length = np.zeros(queues, np.int64)
+    start = np.full(queues, NEVER, np.int64)
+    waiting = 0
+    turn = 0
+
+    slot = 0
+    for model in range(model_count):
+        for _ in range(initial):
+            alive[slot] = True
+            model_of[slot] = model
+            slot += 1
+
+    busy = np.int64(0)
+    ready = np.int64(0)
+    arrival = 0
+    failure = 0
+    next_tick = np.int64(0) if period > 0 else NEVER
+    next_sample = np.int64(0)
+    changed = np.int64(-1)  # the queue whose next batch must be found again; -2: all of them
+    now = np.int64(0)
+
+    while True:
+        if changed != -1:
+            first, last = (0, queues) if changed == -2 else (changed, changed + 1)
+            for q in range(first, last):
+                start[q] = NEVER
+                if length[q] == 0:
+                    continue
+                idle_at = NEVER
+                if shared:
+                    for r in range(slots):
+                        if alive[r] and model_of[r] == q:
+                            idle_at = min(idle_at, max(ready_at[r], free_at[r]))
+                elif alive[q]:
+                    idle_at = max(ready_at[q], free_at[q])
+                if idle_at == NEVER:
+                    continue
+                if length[q] >= max_batch:
+                    start[q] = max(now, idle_at)
+                else:
+                    opens = max(idle_at, arrivals[head[q]]) if window_from_idle else arrivals[head[q]]
+                    start[q] = max(now, idle_at, opens + window)
+            changed = np.int64(-1)
+
+        next_arrival = arrivals[arrival] if arrival < n else NEVER
+        next_failure = failure_at[failure] if failure < len(failure_at) else NEVER
+        queue = 0
+        for q in range(1, queues):
+            if start[q] < start[queue]:
+                queue = q
+        next_batch = start[queue]
+        happens = min(next_failure, next_arrival, next_batch)
+        if arrival == n and waiting == 0 and min(next_failure, next_sample, next_tick) > span:
+            break
+        if happens == NEVER and period == 0 and next_sample > span:
+            break
+        now = min(happens, next_tick, next_sample)
+        if now > span + _PATIENCE_NS:
+            break
+
+        if next_failure == now:
+            for r in range(slots):
+                if alive[r] and model_of[r] == failure_model[failure] and ready_at[r] <= now:
+                    alive[r] = False
+                    ready += max(np.int64(0), min(now, span) - min(ready_at[r], span))
+                    if free_at[r] > now:
+                        for k in range(batch_first[r], batch_first[r] + batch_size[r]):
+                            outcome[dispatched[k]] = LOST
+                            done[dispatched[k]] = -1
+                        busy -= max(np.int64(0), min(free_at[r], span) - min(max(now, begun_at[r]), span))
+                        if device_free[r % devices] == free_at[r]:
+                            device_free[r % devices] = max(now, begun_at[r])
+                    if not shared:
+                        while head[r] >= 0:
+                            outcome[head[r]] = LOST
+                            head[r] = behind[head[r]]
+                        waiting -= length[r]
+                        length[r] = 0
+                        tail[r] = -1
+                    if failure_replaced[failure] < NEVER:
+                        for s in range(slots):
+                            if not alive[s]:
+                                alive[s] = True
+                                model_of[s] = model_of[r]
+                                ready_at[s] = now + failure_replaced[failure]
+                                free_at[s] = ready_at[s]
+                                break
+                    break
+            failure += 1
+            changed = np.int64(-2)
+
+        elif next_arrival == now:
+            wanted = np.int64(models[arrival])
+            q = wanted
+            if not shared:
+                q = _routed(router, turn, wanted, now, alive, model_of, ready_at, free_at, length, batch_size)
+                turn += 1
+            if q < 0:
+                outcome[arrival] = LOST
+            elif length[q] >= limit:
+                outcome[arrival] = SHED
+            else:
+                if tail[q] >= 0:
+                    behind[tail[q]] = arrival
+                else:
+                    head[q] = arrival
+                tail[q] = arrival
+                length[q] += 1
+                waiting += 1
+                if length[q] == 1 or length[q] == max_batch:
+                    changed = np.int64(q)
+            arrival += 1
+
+        elif next_batch == now:
+            chosen = queue
+            if shared:
+                for r in range(slots):
+                    if alive[r] and model_of[r] == queue and ready_at[r] <= now and free_at[r] <= now:
+                        chosen = r
+                        break
+            size = min(length[queue], max_batch)
+            begins = max(now, device_free[chosen % devices])
+            ends = begins + service[size]
+            device_free[chosen % devices] = ends
+            free_at[chosen] = ends
+            begun_at[chosen] = begins
+            batch_first[chosen] = taken
+            batch_size[chosen] = size
+            for _ in range(size):
+                i = head[queue]
+                head[queue] = behind[i]
+                started[i] = now
+                done[i] = ends
+                outcome[i] = ANSWERED
+                dispatched[taken] = i
+                taken += 1
+            if head[queue] < 0:
+                tail[queue] = -1
+            length[queue] -= size
+            waiting -= size
+            batches[size] += 1
+            busy += min(ends, span) - min(begins, span)
+            changed = np.int64(queue)
+
+        elif next_tick == now:
+            for model in range(model_count):
+                queued = np.int64(0)
+                if shared:
+                    queued = length[model]
+                there = 0
+                pending = 0
+                for r in range(slots):
+                    if alive[r] and model_of[r] == model:
+                        if ready_at[r] <= now:
+                            there += 1
+                        else:
+                            pending += 1
+                        if not shared:
+                            queued += length[r]
+                depth = queued / max(1, there)
+                if depth > up_above and pending == 0 and there < most:
+                    for r in range(slots):
+                        if not alive[r]:
+                            alive[r] = True
+                            model_of[r] = model
+                            ready_at[r] = now + cold_start
+                            free_at[r] = ready_at[r]
+                            break
+                    changed = np.int64(-2)
+                elif depth < down_below and there > floor:
+                    for r in range(slots):
+                        idle = alive[r] and model_of[r] == model and ready_at[r] <= now and free_at[r] <= now
+                        if idle and (shared or length[r] == 0):
+                            alive[r] = False
+                            ready += min(now, span) - min(ready_at[r], span)
+                            break
+                    changed = np.int64(-2)
+            next_tick += period
+
+        else:
+            there = 0
+            computing = 0
+            for r in range(slots):
+                if alive[r] and ready_at[r] <= now:
+                    there += 1
+                    if free_at[r] > now:
+                        computing += 1
+            samples[sampled] = (now, waiting, there, computing)
+            sampled += 1
+            next_sample += sample_period
+            if next_sample > span:
+                next_sample = NEVER
+
+    for r in range(slots):
+        if alive[r]:
+            ready += span - min(ready_at[r], span)
+    return outcome, started, done, batches, busy, ready, samples[:sampled]
+
+
+@njit(cache=True)
+def _routed(router, turn, model, now, alive, model_of, ready_at, free_at, length, batch_size):  # type: ignore[no-untyped-def]
+    """The replica that an arrival is sent to: one of those that are ready; else the one that will be first; -1: none."""
+    slots = len(alive)
+    candidates = np.empty(slots, np.int64)
+    found = 0
+    soonest = np.int64(-1)
+    for r in range(slots):
+        if alive[r] and model_of[r] == model:
+            if ready_at[r] <= now:
+                candidates[found] = r
+                found += 1
+            elif soonest < 0 or ready_at[r] < ready_at[soonest]:
+                soonest = np.int64(r)
+    if found == 0:
+        return soonest
+    if router == _ROUND_ROBIN:
+        return candidates[turn % found]
+    if router == _RANDOM:
+        return candidates[np.random.randint(found)]
+    if router == _POWER_OF_TWO:
+        one = candidates[np.random.randint(found)]
+        other = candidates[np.random.randint(found)]
+        ones = length[one] + (batch_size[one] if free_at[one] > now else 0)
+        others = length[other] + (batch_size[other] if free_at[other] > now else 0)
+        return one if ones <= others else other
+    best = candidates[0]
+    fewest = NEVER
+    for k in range(found):
+        r = candidates[k]
+        under_way = length[r] + (batch_size[r] if free_at[r] > now else 0)
+        if under_way < fewest:
+            best = r
+            fewest = under_way
+    return best
