@@ -119,7 +119,7 @@ def bench_loadgen(session: nox.Session) -> None:
 def bench_simulator(session: nox.Session) -> None:
     """Measure how many arrivals a minute the simulator takes on one core."""
     _install(session)
-    session.run("python", "benchmarks/simulator.py", *session.posargs)
+    session.run("python", "benchmarks/simulated_arrivals.py", *session.posargs)
 
 
 @nox.session(name="bench-analysis")

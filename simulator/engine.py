@@ -283,24 +283,24 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
 
         elif next_arrival == now:
             wanted = np.int64(models[arrival])
-            q = wanted
+            line = wanted
             if not shared:
-                q = _routed(router, turn, wanted, now, alive, model_of, ready_at, free_at, length, batch_size)
+                line = _routed(router, turn, wanted, now, alive, model_of, ready_at, free_at, length, batch_size)
                 turn += 1
-            if q < 0:
+            if line < 0:
                 outcome[arrival] = LOST
-            elif length[q] >= limit:
+            elif length[line] >= limit:
                 outcome[arrival] = SHED
             else:
-                if tail[q] >= 0:
-                    behind[tail[q]] = arrival
+                if tail[line] >= 0:
+                    behind[tail[line]] = arrival
                 else:
-                    head[q] = arrival
-                tail[q] = arrival
-                length[q] += 1
+                    head[line] = arrival
+                tail[line] = arrival
+                length[line] += 1
                 waiting += 1
-                if length[q] == 1 or length[q] == max_batch:
-                    changed = np.int64(q)
+                if length[line] == 1 or length[line] == max_batch:
+                    changed = np.int64(line)
             arrival += 1
 
         elif next_batch == now:

@@ -1,4 +1,4 @@
-"""How many arrivals a minute the simulator takes on one core: `python benchmarks/simulator.py [ARRIVALS]`."""
+"""How many arrivals a minute the simulator takes on one core: `python benchmarks/simulated_arrivals.py [ARRIVALS]`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import time
 
 import numpy as np
-from ending import leave
 from rich.console import Console
 from rich.table import Table
 
+from ending import leave
 from simulator.engine import NS_PER_S, simulate
 from simulator.system import Autoscaler, Failure, Router, System
 
