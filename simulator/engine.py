@@ -106,7 +106,7 @@ def simulate(
     slots = most * model_count + len(system.failures)
     failures = sorted(system.failures, key=lambda failure: failure.at_s)
     replaced = [NEVER if f.replaced_after_s is None else round(f.replaced_after_s * NS_PER_S) for f in failures]
-    thresholds = (scaler.up_above, scaler.down_below) if scaler else (0.0, 0.0)
+    thresholds = (float(scaler.up_above), float(scaler.down_below)) if scaler else (0.0, 0.0)
     scaling = (
         [round(scaler.period_s * NS_PER_S), scaler.min + scaler.warm_pool, most, round(scaler.cold_start_s * NS_PER_S)]
         if scaler
