@@ -9,7 +9,7 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import plan_app, simulate
+
+if TYPE_CHECKING:
+    from harness.spec import Experiment
 
 EXIT_INVALID = 3
 EXIT_INTERRUPTED = 130
@@ -94,6 +97,9 @@ def run(
         Path | None, typer.Option(metavar="RUN", help="Go on with this run, which was cut off; takes no experiment.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for UNKNOWN trials too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the experiment, print its cells and how long it is, and stop.")
+    ] = False,
 ) -> None:
     """Run an experiment: bring the servers up, race them, analyse, and write the report.
 
@@ -105,21 +111,16 @@ def run(
     from harness.store import RunFolder, default_folder
     from reports.report import write
 
-    overrides: dict[str, Any] = {}
-    if adapter:
-        overrides["adapters"] = adapter
-    if workload is not None:
-        overrides["workload"] = workload
-    if trials is not None:
-        overrides["trials"] = trials
+    replaced = {"adapters": adapter or None, "workload": workload, "trials": trials}
+    overrides = {key: value for key, value in replaced.items() if value is not None}
     given = list(assignments or ())
     if workers is not None:
         given.append(f"client.workers={workers}")
     if resume is not None:
-        if experiment is not None or overrides or trace is not None or given or out is not None:
+        if experiment is not None or overrides or trace is not None or given or out is not None or dry_run:
             raise InputError(
                 "--resume goes on with the experiment of that run: it takes no experiment, and no --adapter, --workload, "
-                "--trace, --trials, --workers, --set or --out",
+                "--trace, --trials, --workers, --set, --out or --dry-run",
                 remedy=f"tailrace run --resume {resume}; or start a new run, without --resume",
             )
         folder, carry_out = resume, functools.partial(resume_run, resume)
@@ -130,6 +131,9 @@ def run(
         )
     else:
         chosen = load_experiment(experiment, overrides=overrides, trace=trace, assignments=given)
+        if dry_run:
+            _print_cells(chosen)
+            return
         folder = out or default_folder(chosen.name)
         carry_out = functools.partial(run_experiment, chosen, folder)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -155,6 +159,25 @@ def run(
     bad = ("INVALID", "UNKNOWN") if strict else ("INVALID",)
     if summary["verdict"] in bad:
         raise typer.Exit(EXIT_INVALID)
+
+
+def _print_cells(experiment: Experiment) -> None:
+    """What `tailrace run --dry-run` says."""
+    from harness.preflight import check
+    from harness.run import size_in_words
+
+    checked = check(experiment)
+    table = Table()
+    for heading in ("adapter", "scenario", "knobs", "offered/s", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("adapter", "scenario", "knobs") else "right")
+    first_of = {plan.cell.id: plan for plan in reversed(checked.plans)}
+    for cell, expressed in checked.tunings.items():
+        trace = checked.trace_of(first_of[cell.id])
+        knobs = ", ".join(f"{name} {value}" for name, value in expressed.tuning.chosen().items()) or "defaults"
+        row = (cell.adapter, cell.scenario.name, knobs, f"{trace.mean_rate:.1f}", f"{trace.span_s:g}")
+        table.add_row(*(Text(value) for value in row))
+    stdout().print(table)
+    stdout().print(Text(size_in_words(checked)), soft_wrap=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -70,13 +70,26 @@ class Checked:
     contestants: Mapping[str, Contestant]
     tunings: Mapping[Cell, Expressed]
     plans: tuple[TrialPlan, ...]
-    traces: Mapping[int, Trace]
-    """One trace per seed: each block of trials draws its own arrivals."""
+    traces: Mapping[tuple[int, float | None], Trace]
+    """One trace per seed and rate of a scenario: each block of trials draws its own arrivals."""
 
     @property
     def slo_ms(self) -> float:
         """The objective: the experiment's, else the workload's."""
         return (self.experiment.slo or self.workload.slo).latency_ms
+
+    def trace_of(self, plan: TrialPlan) -> Trace:
+        """The traffic of a trial."""
+        return self.traces[_traffic(plan)]
+
+    @property
+    def traffic_s(self) -> float:
+        """How long all trials send, warm-up included; what servers take to start comes on top."""
+        return sum(self.trace_of(plan).span_s + self.experiment.warmup.duration_s for plan in self.plans)
+
+
+def _traffic(plan: TrialPlan) -> tuple[int, float | None]:
+    return plan.seed, plan.cell.scenario.mean_rate
 
 
 def check(experiment: Experiment) -> Checked:
@@ -95,12 +108,15 @@ def check(experiment: Experiment) -> Checked:
         _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
         _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
     plans = tuple(interleave(experiment))
-    traces = {seed: make_trace(experiment, spec, seed) for seed in sorted({plan.seed for plan in plans})}
+    traces = {
+        (seed, rate): make_trace(experiment, spec, seed, rate) for seed, rate in dict.fromkeys(map(_traffic, plans))
+    }
     for trace in traces.values():
         _check_traffic(experiment, trace)
+    checked = Checked(experiment, spec, device, contestants, tunings, plans, traces)
     for plan in plans:
-        faults_of(plan.cell.scenario, traces[plan.seed], plan.seed)
-    return Checked(experiment, spec, device, contestants, tunings, plans, traces)
+        faults_of(plan.cell.scenario, checked.trace_of(plan), plan.seed)
+    return checked
 
 
 def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) -> None:
@@ -254,15 +270,16 @@ def _balancer_environment(checked: Checked, on_progress: Callable[[str], None]) 
     return build(experiment.environment, [null.requirements], name=null.name, on_progress=on_progress)
 
 
-def make_trace(experiment: Experiment, spec: WorkloadSpec, seed: int) -> Trace:
-    """The traffic of one block: loaded or generated, cut, rescaled, and given its tail, in that order."""
+def make_trace(experiment: Experiment, spec: WorkloadSpec, seed: int, mean_rate: float | None = None) -> Trace:
+    """The traffic of one block: loaded or generated, cut, rescaled (to ``mean_rate`` arrivals/s, else as the experiment
+    says), and given its tail, in that order."""
     choice = experiment.trace
     trace = load_trace(choice.name, seed=seed, params=choice.params or None)
     if choice.window_s is not None:
         trace = window(trace, *choice.window_s)
     if choice.compress_time is not None:
         trace = compress_time(trace, choice.compress_time)
-    rate = choice.mean_rate or experiment.rate_by_workload.get(spec.name)
+    rate = mean_rate or choice.mean_rate or experiment.rate_by_workload.get(spec.name)
     if rate is not None:
         trace = rescale(trace, rate, seed)
     if choice.tail_s > 0:
@@ -335,7 +352,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
     )
     setups = []
     for plan in checked.plans:
-        trace = checked.traces[plan.seed]
+        trace = checked.trace_of(plan)
         contestant = checked.contestants[plan.cell.adapter]
         environment, environment_s = environments[plan.cell.adapter]
         setups.append(

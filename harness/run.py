@@ -95,6 +95,8 @@ def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> Summary:
         )
         observer.note(f"nodes: {experiment.nodes}; one that dies is started again {after}")
 
+    observer.note(size_in_words(checked))
+
     def tell(state: str) -> None:
         run.amend_manifest(ended_at=now(), state=state)
         if state != "done" and run.trials:
@@ -123,6 +125,15 @@ def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> Summary:
             detail=first["error"]["detail"],
         )
     return summary
+
+
+def size_in_words(checked: Checked) -> str:
+    """How much an experiment is, for whoever is to wait for it."""
+    trials, cells = len(checked.plans), len({plan.cell.id for plan in checked.plans})
+    return (
+        f"{trials} trials of {cells} cells: {checked.traffic_s / 60:.1f} min of traffic; "
+        "starting and checking a server comes on top, for every trial"
+    )
 
 
 def _experiment_of(run: RunFolder) -> Experiment:
@@ -252,7 +263,7 @@ def _left_out(checked: Checked) -> dict[str, dict[str, str]]:
 
 def _manifest(checked: Checked, cleaned: list[str]) -> dict[str, Any]:
     experiment = checked.experiment
-    first = checked.traces[checked.plans[0].seed]
+    first = checked.trace_of(checked.plans[0])
     return {
         "tailrace_version": __version__,
         "name": experiment.name,

@@ -30,6 +30,7 @@ from pydantic import (
 from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
+from harness.matrix import multiplied_out
 from harness.workload import Device, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -198,7 +199,7 @@ class ScalerChoice(_Strict):
 
 
 class Scenario(_Strict):
-    """Named conditions; every adapter runs under every scenario."""
+    """Named conditions; every adapter runs under every scenario. A sweep makes one for each combination of its values."""
 
     name: str = Field(description="Short name, used in folder names and in the report.")
     faults: Faults = Field(
@@ -210,6 +211,9 @@ class Scenario(_Strict):
     )
     scaler: ScalerChoice | None = Field(
         default=None, description="A queue-depth scaler of the harness's own (keys below); left out: none."
+    )
+    mean_rate: float | None = Field(
+        default=None, gt=0, description="Mean arrivals/s in place of `trace.mean_rate`; left out: the experiment's."
     )
 
     @property
@@ -437,6 +441,7 @@ def load_experiment(
         content["trace"] = {**kept, "name": trace}
     for assignment in assignments:
         assign(content, assignment)
+    content = multiplied_out(content, str(path))
     try:
         return Experiment.model_validate(content)
     except ValidationError as error:
