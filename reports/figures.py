@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from harness.comparison import MIN_TRIALS
 from harness.metrics import Floats
 from reports import svg
 from reports.columns import optimistic
 from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
-from reports.frontier import non_dominated
+from reports.frontier import frontier_probabilities, non_dominated
 from reports.text import humanly, interval, listing, milliseconds, per_second, seconds, share, significant
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 MAX_POINTS = 240
 """Points of a line; longer ones are thinned, for no screen shows more."""
 MAX_LINES = 6
+_FAINTEST = 0.3
+"""How opaque a cell is that is never on the frontier."""
+_MENTIONED = 0.025
+"""What is less probable than this, or as near to certain, is taken as settled."""
 """Lines in one panel; with more, figures split by scenario."""
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
@@ -378,6 +383,8 @@ class Frontier:
     """What sets the conditions apart from those of other cells; empty when there are no others."""
     cells: tuple[CellView, ...]
     best: tuple[CellView, ...]
+    probability: dict[str, float]
+    """By key: how probable it is that a cell is on the frontier; empty where the trials do not say."""
 
 
 def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
@@ -386,22 +393,33 @@ def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
     for cell in cells:
         if cell.summary["arrivals"] > 0:
             groups.setdefault(cell.conditions, []).append(cell)
-    return [
-        Frontier(distinction(conditions, list(groups)), tuple(members), _unbeaten(members))
-        for conditions, members in groups.items()
-    ]
+    return [_group(distinction(conditions, list(groups)), members) for conditions, members in groups.items()]
 
 
-def _unbeaten(cells: Sequence[CellView]) -> tuple[CellView, ...]:
-    """Comparable cells with a finite p99 that none of the others beats on both axes."""
+def _group(title: str, cells: Sequence[CellView]) -> Frontier:
+    """Best are the comparable cells with a finite p99 that none of the others beats on both axes."""
     chosen = [
         c for c in cells if c.comparable and c.summary["p99_ms"] is not None and math.isfinite(c.summary["p99_ms"])
     ]
+    probabilities = frontier_probabilities(
+        [
+            (
+                np.array([trial["p99_ms"] for trial in cell.repetitions], dtype=np.float64),
+                np.array([trial["goodput_rps_per_device"] for trial in cell.repetitions], dtype=np.float64),
+            )
+            for cell in chosen
+        ]
+    )
     on = non_dominated(
         np.array([c.summary["p99_ms"] for c in chosen], dtype=np.float64),
         np.array([c.summary["goodput_rps_per_device"] for c in chosen], dtype=np.float64),
     )
-    return tuple(cell for cell, member in zip(chosen, on, strict=True) if member)
+    return Frontier(
+        title,
+        tuple(cells),
+        tuple(cell for cell, member in zip(chosen, on, strict=True) if member),
+        {cell.key: share for cell, share in zip(chosen, probabilities or [], strict=False)},
+    )
 
 
 def frontier(groups: Sequence[Frontier]) -> list[Figure]:
@@ -437,22 +455,22 @@ def _frontier(group: Frontier, name: str) -> Figure:
                 x = scale.within_strip((infinite.index(cell) + 1) / (len(infinite) + 1))
             else:
                 x = cell.summary["p99_ms"]
-            _point(ax, cell, x, styles.index(cell), scale)
+            _point(ax, cell, x, styles.index(cell), scale, _opacity(group, cell))
         beside = ax if not claimed else canvas.add_axes((0.985 - aside, 0.17, aside, 0.745), sharey=ax) if aside else ax
         if unclaimed:
             _unclaimed(beside, unclaimed, styles, alone=not claimed)
         _heading(canvas, ax, "Goodput per device, requests/s")
         ax.set_xlabel("p99 response time, ms (log scale)", labelpad=3)
-        alt = "Goodput per device against p99. " + " ".join(_point_words(cell) for cell in cells)
+        alt = "Goodput per device against p99. " + " ".join(_point_words(cell, group) for cell in cells)
         alt += f" On the frontier: {listing([c.label for c in best]) or 'none'}."
         _stamp(canvas, cells)
         drawn = svg.inline(
-            canvas, name=name, alt=alt, tooltips={f"tip-{cell.key}": _point_words(cell) for cell in cells}
+            canvas, name=name, alt=alt, tooltips={f"tip-{cell.key}": _point_words(cell, group) for cell in cells}
         )
     keys = _marker_keys(cells, styles)
     keys += [Key("frontier: nobody is better on both")] if best else []
     keys += [Key("objective", kind="objective")]
-    return Figure(group.title, drawn, tuple(keys), _frontier_note(cells, best))
+    return Figure(group.title, drawn, tuple(keys), _frontier_note(group))
 
 
 def _marker_keys(cells: Sequence[CellView], styles: _Styles) -> list[Key]:
@@ -478,8 +496,27 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _frontier_note(cells: Sequence[CellView], best: Sequence[CellView]) -> str:
+def _opacity(group: Frontier, cell: CellView) -> float:
+    """The less a cell may be on the frontier, the fainter."""
+    probability = group.probability.get(cell.key, 1.0 if cell in group.best or not group.best else 0.0)
+    return _FAINTEST + (1 - _FAINTEST) * probability if cell.comparable else 1.0
+
+
+def _frontier_note(group: Frontier) -> str:
+    cells, best = group.cells, group.best
     told = [f"On the frontier: {listing([cell.label for cell in best])}." if best else "No cell is on the frontier."]
+    if group.probability:
+        unsettled = [
+            f"{cell.label} {share(probability)}"
+            for cell in cells
+            if _MENTIONED < (probability := group.probability.get(cell.key, 0.0)) < 1 - _MENTIONED
+        ]
+        told.append(
+            "The fainter a cell, the less probable it is that its true point is on the frontier"
+            + (f"; not settled: {listing(unsettled)}." if unsettled else ".")
+        )
+    elif len(cells) > 1:
+        told.append(f"How sure that is takes {MIN_TRIALS} finite trials of every cell to say.")
     if any(c.summary["p99_ms"] == math.inf for c in cells):
         told.append(
             "In the ∞ strip: cells in which more than 1\u202f% of requests failed, so that their p99 has no end."
@@ -506,18 +543,18 @@ def _frontier_line(ax: Axes, best: Sequence[CellView]) -> None:
     )
 
 
-def _point(ax: Axes, cell: CellView, x: float, style: int, scale: _LogAxis) -> None:
+def _point(ax: Axes, cell: CellView, x: float, style: int, scale: _LogAxis, opacity: float) -> None:
     s = cell.summary
     y, colour = s["goodput_rps_per_device"], svg.colour(cell.slot)
     if s["p99_ci_ms"] and math.isfinite(s["p99_ms"]):
         low, high = scale.place(np.array(s["p99_ci_ms"], dtype=np.float64))
-        ax.plot([low, high], [y, y], color=colour, lw=1.3, alpha=0.8)
+        ax.plot([low, high], [y, y], color=colour, lw=1.3, alpha=0.8 * opacity)
     if s["goodput_rps_per_device_ci"]:
-        ax.plot([x, x], s["goodput_rps_per_device_ci"], color=colour, lw=1.3, alpha=0.8)
-    _marker(ax, cell, x, style)
+        ax.plot([x, x], s["goodput_rps_per_device_ci"], color=colour, lw=1.3, alpha=0.8 * opacity)
+    _marker(ax, cell, x, style, opacity)
 
 
-def _marker(ax: Axes, cell: CellView, x: float, style: int) -> None:
+def _marker(ax: Axes, cell: CellView, x: float, style: int, opacity: float = 1.0) -> None:
     colour = svg.colour(cell.slot)
     (mark,) = ax.plot(
         [x],
@@ -528,6 +565,7 @@ def _marker(ax: Axes, cell: CellView, x: float, style: int) -> None:
         mfc=colour if cell.comparable else svg.PAPER,
         mec=svg.PAPER if cell.comparable else colour,
         mew=1,
+        alpha=opacity,
         clip_on=False,
         zorder=3,
     )
@@ -547,13 +585,15 @@ def _unclaimed(ax: Axes, cells: Sequence[CellView], styles: _Styles, *, alone: b
         _marker(ax, cell, i + 1, styles.index(cell))
 
 
-def _point_words(cell: CellView) -> str:
+def _point_words(cell: CellView, group: Frontier) -> str:
     s = cell.summary
     p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
     p99 = f"{p99} {optimistic(s, 'p99_ci_ms')}".strip()
     goodput = f"{per_second(s['goodput_rps_per_device'])} {interval(s['goodput_rps_per_device_ci'])}".strip()
     verdict = "" if s["verdict"] == "VALID" else f", {s['verdict']}"
-    return f"{cell.label}: goodput {goodput} per device, p99 {p99}, {share(s['slo_attainment'])} within SLO{verdict}."
+    probability = group.probability.get(cell.key)
+    sure = "" if probability is None else f", on the frontier with probability {share(probability)}"
+    return f"{cell.label}: goodput {goodput} per device, p99 {p99}, {share(s['slo_attainment'])} within SLO{sure}{verdict}."
 
 
 # ---------------------------------------------------------------- cold start

@@ -1,9 +1,19 @@
-"""Which cells nobody beats: non-dominated points of cost against benefit."""
+"""Which cells nobody beats: non-dominated points of cost against benefit, and how sure that is."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from harness.comparison import MIN_TRIALS, MIN_TRIALS_FOR_BOOTSTRAP
+from harness.metrics import Floats
+
+DRAWS = 2_000
+_SEED = 19_750_103
+"""Of the draws, so that the same records give the same probabilities."""
 
 
 def non_dominated(cost: NDArray[np.float64], benefit: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -26,3 +36,43 @@ def non_dominated(cost: NDArray[np.float64], benefit: NDArray[np.float64]) -> ND
     kept = np.zeros(n, dtype=np.bool_)
     kept[order] = (b > best_cheaper) & (b == best_same)
     return kept
+
+
+def frontier_probabilities(cells: Sequence[tuple[Floats, Floats]]) -> list[float] | None:
+    """How probable it is that each cell's true point (geometric means over trials) is on the frontier.
+
+    ``cells`` holds for each the costs and the benefits of its trials, both of shape (trials,). Points are drawn from what
+    the trials leave open: from eight trials by resampling them, from three by Student's t on the logarithms, with the
+    correlation of cost and benefit that the trials have. A cell's probability is the share of draws in which nobody
+    dominates it; cells are drawn independently of each other, which leaves more open than paired blocks do. ``None``
+    where some cell has fewer than three trials, or a value that is not finite and positive.
+    """
+    for cost, benefit in cells:
+        values = np.array([cost, benefit])
+        if values.shape[1] < MIN_TRIALS or not np.isfinite(values).all() or not (values > 0).all():
+            return None
+    if not cells:
+        return []
+    random = np.random.default_rng(_SEED)
+    drawn = np.stack([_drawn(np.log([cost, benefit]), random) for cost, benefit in cells])  # (cells, 2, draws)
+    hits = np.zeros(len(cells))
+    for draw in range(DRAWS):
+        hits += non_dominated(drawn[:, 0, draw], drawn[:, 1, draw])
+    return [float(share) for share in hits / DRAWS]
+
+
+def _drawn(logs: Floats, random: np.random.Generator) -> Floats:
+    """Means that these trials (shape (2, n)) might have had, of shape (2, draws)."""
+    n = logs.shape[1]
+    if n >= MIN_TRIALS_FOR_BOOTSTRAP:
+        chosen = random.integers(0, n, (n, DRAWS))
+        means: Floats = logs[:, chosen].mean(axis=1)
+        # Resampled means spread as if the variance had been divided by n, where n − 1 is due.
+        centre = logs.mean(axis=1, keepdims=True)
+        spread_out: Floats = centre + (means - centre) * math.sqrt(n / (n - 1))
+        return spread_out
+    spread = np.cov(logs) / n
+    normal = random.multivariate_normal(np.zeros(2), spread, DRAWS, method="eigh").T
+    tails = np.sqrt((n - 1) / random.chisquare(n - 1, DRAWS))
+    scaled: Floats = logs.mean(axis=1, keepdims=True) + normal * tails
+    return scaled
