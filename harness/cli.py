@@ -19,7 +19,7 @@ from rich.text import Text
 from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
-from simulator.commands import plan_app, simulate
+from simulator.commands import calibrate, plan_app, simulate, validate_sim
 
 if TYPE_CHECKING:
     from harness.spec import Experiment
@@ -39,6 +39,8 @@ traces_app = typer.Typer(help="Traffic: list, show and add traces.", no_args_is_
 app.add_typer(traces_app, name="traces")
 app.add_typer(plan_app, name="plan")
 app.command()(simulate)
+app.command()(calibrate)
+app.command(name="validate-sim")(validate_sim)
 
 
 class SummaryFormat(StrEnum):

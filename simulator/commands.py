@@ -1,4 +1,4 @@
-"""What is typed: ``tailrace simulate`` and ``tailrace plan``."""
+"""What is typed: ``tailrace simulate``, ``plan``, ``calibrate`` and ``validate-sim``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,11 @@ from rich.text import Text
 
 from harness.errors import InputError
 from harness.quantities import assignments, seconds
-from harness.terminal import TableOrJson, stdout
+from harness.terminal import TableOrJson, stderr, stdout
 
 if TYPE_CHECKING:
+    from harness.store import TrialFolder
+    from simulator.calibration import Calibrated
     from simulator.capacity import Ramp
     from simulator.system import Autoscaler, Batching, Service
 
@@ -237,3 +240,131 @@ def _simulated_p99_ms(
         trace = surge(parameters, seed=seed)
         found.append(percentile(run(system, trace.arrivals_ns, span_ns=trace.span_ns).response_ms(), 0.99))
     return found
+
+
+def calibrate(
+    run: Annotated[
+        Path, typer.Argument(help="A run folder with a trial without faults, whose tuning says `replicas`.")
+    ],
+    trial: Annotated[str | None, typer.Option(help="The trial's name; default: the first that can be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the system here, as YAML for `tailrace simulate`.")] = None,
+    form: Form = TableOrJson.TABLE,
+) -> None:
+    """Fit the simulator to a measured trial: service time, overhead, and how requests find replicas.
+
+    error: root mean square of log(simulated ÷ measured) over seven percentiles, on the trial that was fitted. How well it
+    predicts others is another question: tailrace validate-sim.
+    """
+    from harness.store import RunFolder
+    from simulator.system import write_system
+
+    opened = RunFolder.open(run)
+    known = {folder.id: folder for folder in opened.trials}
+    if trial is not None and trial not in known:
+        raise InputError(f"{run} has no trial {trial!r}", remedy=f"one of {', '.join(known)}")
+    if not known:
+        raise InputError(f"{run} has no trials", remedy="give a run that measured something")
+    folder, fitted = _first_that_fits([known[trial]] if trial is not None else list(known.values()))
+    if out is not None:
+        write_system(fitted.system, out)
+    if form is TableOrJson.JSON:
+        told = {"trial": folder.id, "error": fitted.error, "service_from": fitted.service_from}
+        others = [{"mechanism": name, "error": error} for name, error in fitted.others]
+        typer.echo(json.dumps({**told, "system": fitted.system.model_dump(mode="json"), "others": others}, indent=1))
+        return
+    system = fitted.system
+    _show(
+        f"fitted to {folder.id}",
+        {
+            "base ms": system.service.base_ms,
+            "per item ms": system.service.per_item_ms,
+            "service times from": fitted.service_from,
+            "overhead ms": system.overhead_ms,
+            "cycle ms": system.cycle_ms,
+            "router": system.router,
+            "window opens": system.batching.window_opens,
+            "error": fitted.error,
+        },
+    )
+    if out is not None:
+        stdout().print(Text(f"tailrace simulate {out}"), soft_wrap=True)
+
+
+def _first_that_fits(folders: list[TrialFolder]) -> tuple[TrialFolder, Calibrated]:
+    """The first trial that a system can be fitted to. Raises the first one's :class:`InputError` if there is none."""
+    from simulator.calibration import calibrate as fit
+    from simulator.calibration import read_trial
+
+    refused = []
+    for folder in folders:
+        try:
+            return folder, fit(read_trial(folder))
+        except InputError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def validate_sim(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run with two or more trials of a cell; left out: a new one is made.")
+    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="New run: of this adapter; may be given again.")] = None,
+    trials: Annotated[int | None, typer.Option(min=2, help="New run: trials of each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New run: its folder.")] = None,
+    form: Form = TableOrJson.TABLE,
+) -> None:
+    """Predicted against measured: the simulator is fitted on the first trial of each cell and tried on the others.
+
+    Without RUN, the surge is run on real servers first (experiment `simulator`).
+    """
+    from harness.store import RunFolder
+    from simulator.calibration import calibrate as fit
+    from simulator.calibration import predict, read_trial
+
+    if run is not None and (adapter or trials or out):
+        raise InputError("--adapter, --trials and --out are for a new run", remedy="leave them out, or RUN")
+    opened = RunFolder.open(run if run is not None else _surge(adapter, trials, out))
+    cells: dict[str, list[TrialFolder]] = {}
+    for folder in opened.trials:
+        cells.setdefault(folder.facts["cell"], []).append(folder)
+    rows: list[dict[str, Any]] = []
+    for cell, folders in cells.items():
+        if len(folders) < 2:
+            raise InputError(
+                f"{opened.folder}: {cell} has one trial; what was fitted to it must be tried on another",
+                remedy="run it with --trials 2 or more",
+            )
+        first, *others = (read_trial(folder) for folder in folders)
+        fitted = fit(first)
+        rows += [
+            {"cell": cell, "router": fitted.system.router, "fit_error": fitted.error, **row}
+            for row in predict(fitted.system, others)
+        ]
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps({"run": str(opened.folder), "rows": rows}, indent=1))
+        return
+    table = Table()
+    for heading in ("trial", "fitted as", "figure", "predicted", "measured", "error"):
+        table.add_column(heading, justify="right" if heading in ("predicted", "measured", "error") else "left")
+    for row in rows:
+        error = "–" if row["error"] is None else f"{row['error']:+.1%}"
+        shown = (row["trial"], row["router"], row["figure"].replace("_", " "))
+        measured = "–" if row["measured"] is None else _shown(row["measured"])
+        table.add_row(*(Text(word) for word in (*shown, _shown(row["predicted"]), measured, error)))
+    stdout().print(table)
+    stdout().print(Text(f"run: {opened.folder}", style="dim"), soft_wrap=True)
+
+
+def _surge(adapters: list[str] | None, trials: int | None, out: Path | None) -> Path:
+    """Run the experiment that the simulator is tried on; returns its folder."""
+    from harness.console import ConsoleObserver
+    from harness.run import run_experiment
+    from harness.spec import load_experiment
+    from harness.store import default_folder
+
+    replaced = {"adapters": adapters or None, "trials": trials}
+    experiment = load_experiment("simulator", overrides={k: v for k, v in replaced.items() if v is not None})
+    folder = out or default_folder(experiment.name)
+    with ConsoleObserver(stderr()) as observer:
+        run_experiment(experiment, folder, observer)
+    return folder

@@ -117,6 +117,7 @@ def simulate(
         np.zeros(len(arrivals_ns), np.uint16) if models is None else np.array(models, np.uint16),
         model_count,
         system.service.times_ns(system.batching.max_batch),
+        round(system.cycle_ms * NS_PER_MS),
         window_ns,
         system.batching.window_opens == "idle",
         system.replicas,
@@ -143,6 +144,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     models,
     model_count,
     service,
+    cycle,
     window,
     window_from_idle,
     initial,
@@ -179,6 +181,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     ready_at = np.zeros(slots, np.int64)
     free_at = np.zeros(slots, np.int64)
     begun_at = np.zeros(slots, np.int64)
+    done_at = np.zeros(slots, np.int64)
     batch_first = np.zeros(slots, np.int64)
     batch_size = np.zeros(slots, np.int64)
     model_of = np.zeros(slots, np.int64)
@@ -255,12 +258,12 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
                 if alive[r] and model_of[r] == failure_model[failure] and ready_at[r] <= now:
                     alive[r] = False
                     ready += max(np.int64(0), min(now, span) - min(ready_at[r], span))
-                    if free_at[r] > now:
+                    if done_at[r] > now:
                         for k in range(batch_first[r], batch_first[r] + batch_size[r]):
                             outcome[dispatched[k]] = LOST
                             done[dispatched[k]] = -1
-                        busy -= max(np.int64(0), min(free_at[r], span) - min(max(now, begun_at[r]), span))
-                        if device_free[r % devices] == free_at[r]:
+                        busy -= max(np.int64(0), min(done_at[r], span) - min(max(now, begun_at[r]), span))
+                        if device_free[r % devices] == done_at[r]:
                             device_free[r % devices] = max(now, begun_at[r])
                     if not shared:
                         while head[r] >= 0:
@@ -276,6 +279,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
                                 model_of[s] = model_of[r]
                                 ready_at[s] = now + failure_replaced[failure]
                                 free_at[s] = ready_at[s]
+                                done_at[s] = 0
                                 break
                     break
             failure += 1
@@ -285,7 +289,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
             wanted = np.int64(models[arrival])
             line = wanted
             if not shared:
-                line = _routed(router, turn, wanted, now, alive, model_of, ready_at, free_at, length, batch_size)
+                line = _routed(router, turn, wanted, now, alive, model_of, ready_at, done_at, length, batch_size)
                 turn += 1
             if line < 0:
                 outcome[arrival] = LOST
@@ -314,7 +318,8 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
             begins = max(now, device_free[chosen % devices])
             ends = begins + service[size]
             device_free[chosen % devices] = ends
-            free_at[chosen] = ends
+            free_at[chosen] = ends + cycle
+            done_at[chosen] = ends
             begun_at[chosen] = begins
             batch_first[chosen] = taken
             batch_size[chosen] = size
@@ -357,6 +362,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
                             model_of[r] = model
                             ready_at[r] = now + cold_start
                             free_at[r] = ready_at[r]
+                            done_at[r] = 0
                             break
                     changed = np.int64(-2)
                 elif depth < down_below and there > floor:
@@ -375,7 +381,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
             for r in range(slots):
                 if alive[r] and ready_at[r] <= now:
                     there += 1
-                    if free_at[r] > now:
+                    if done_at[r] > now:
                         computing += 1
             samples[sampled] = (now, waiting, there, computing)
             sampled += 1
@@ -390,7 +396,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
 
 
 @njit(cache=True)
-def _routed(router, turn, model, now, alive, model_of, ready_at, free_at, length, batch_size):  # type: ignore[no-untyped-def]
+def _routed(router, turn, model, now, alive, model_of, ready_at, done_at, length, batch_size):  # type: ignore[no-untyped-def]
     """The replica that an arrival is sent to: one of those that are ready; else the one that will be first; -1: none."""
     slots = len(alive)
     candidates = np.empty(slots, np.int64)
@@ -412,14 +418,14 @@ def _routed(router, turn, model, now, alive, model_of, ready_at, free_at, length
     if router == _POWER_OF_TWO:
         one = candidates[np.random.randint(found)]
         other = candidates[np.random.randint(found)]
-        ones = length[one] + (batch_size[one] if free_at[one] > now else 0)
-        others = length[other] + (batch_size[other] if free_at[other] > now else 0)
+        ones = length[one] + (batch_size[one] if done_at[one] > now else 0)
+        others = length[other] + (batch_size[other] if done_at[other] > now else 0)
         return one if ones <= others else other
     best = candidates[0]
     fewest = NEVER
     for k in range(found):
         r = candidates[k]
-        under_way = length[r] + (batch_size[r] if free_at[r] > now else 0)
+        under_way = length[r] + (batch_size[r] if done_at[r] > now else 0)
         if under_way < fewest:
             best = r
             fewest = under_way

@@ -132,6 +132,9 @@ class System(_Part):
     overhead_ms: float = Field(
         default=0.0, ge=0, description="What every answer takes beyond queue and batch: network, (de)serialising."
     )
+    cycle_ms: float = Field(
+        default=0.0, ge=0, description="After each batch, until its replica can start another; its device is free."
+    )
     timeout_s: float | None = Field(
         default=None,
         gt=0,

@@ -1,0 +1,205 @@
+"""From a measured trial to the system that would have behaved like it; and what that system says of other trials.
+
+Service times come from the device's own counters where they are kept (the emulated accelerator), and else from the
+fit. What cannot be counted, the overhead of an answer and how requests find replicas, is what makes the simulated response times
+fit the measured ones best, on the very same arrivals.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize, nnls
+
+from harness.errors import InputError
+from harness.metrics import MEASURED_COLUMNS, Floats, Ints, measured, percentile
+from harness.records import SAMPLE_SCHEMA
+from harness.store import TrialFolder
+from harness.summary import Samples, summarise_trial
+from simulator.engine import NS_PER_S, simulate
+from simulator.system import Batching, Router, Service, System
+
+FITTED_QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
+_ROUTERS: tuple[Router, ...] = ("shared", "power_of_two", "round_robin", "random")
+_MIN_ARRIVALS = 500
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a calibration needs of a trial: the arrivals, what became of them, and the figures to be met."""
+
+    id: str
+    arrivals_ns: Ints
+    response_ms: Floats
+    span_ns: int
+    figures: dict[str, Any]
+    """As in ``summary.json``."""
+    samples: Samples
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The system that fits a trial best."""
+
+    system: System
+    error: float
+    """Root mean square of the logarithm of simulated ÷ measured over :data:`FITTED_QUANTILES`."""
+    service_from: str
+    """Where the service times come from."""
+    others: tuple[tuple[str, float], ...]
+    """The other mechanisms that were tried, with their errors, best first."""
+
+
+def read_trial(folder: TrialFolder) -> Trial:
+    """A trial that is done and had no faults. Raises :class:`InputError` for any other."""
+    requests = folder.request_columns(*MEASURED_COLUMNS) if folder.done else None
+    if requests is None:
+        raise InputError(f"{folder.folder} is not done: there is nothing to calibrate on")
+    figures = summarise_trial(folder, {})
+    if figures["faults"] or figures["scenario"] is None:
+        raise InputError(f"{folder.folder} had faults, which a calibration would take for the system")
+    trace = measured(requests)
+    if len(trace) < _MIN_ARRIVALS:
+        raise InputError(
+            f"{folder.folder} has {len(trace)} arrivals, fewer than the {_MIN_ARRIVALS} from which its tail can be fitted",
+            remedy="calibrate on a longer trace",
+        )
+    response = trace.response_ms()
+    if not math.isfinite(percentile(response, max(FITTED_QUANTILES))):
+        raise InputError(
+            f"{folder.folder}: more than 1 % of its requests failed: there is no p99 to fit",
+            remedy="calibrate on a trial within the system's capacity",
+        )
+    samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
+    span_ns = round(figures["span_s"] * NS_PER_S)
+    return Trial(folder.id, trace.intended_ns, response, span_ns, figures, samples)
+
+
+def calibrate(trial: Trial) -> Calibrated:
+    """Fit service time, overhead and mechanism to one trial. Its tuning must have said ``replicas``, or there must be one
+    device; a batch is as large as ``max_batch``, or 1."""
+    tuning = trial.figures["tuning"]
+    if "autoscale" in tuning:
+        raise InputError(f"{trial.id} was scaled while it ran: calibrate on a trial with a fixed number of replicas")
+    replicas = tuning.get("replicas")
+    if replicas is None:
+        raise InputError(
+            f"{trial.id}: how many replicas served is not known, for its tuning leaves `replicas` to the framework",
+            remedy="calibrate on a trial whose tuning says `replicas` (and `max_batch`)",
+        )
+    counted = counted_service(trial.samples)
+    found: list[tuple[float, str, System]] = []
+    routers = _ROUTERS if replicas > 1 else _ROUTERS[:1]
+    windows = ("arrival", "idle") if tuning.get("batch_window_ms") else ("arrival",)
+    for router, opens in itertools.product(routers, windows):
+        system = System(
+            service=counted or Service(),
+            batching=Batching(
+                max_batch=tuning.get("max_batch", 1),
+                window_ms=tuning.get("batch_window_ms", 0.0),
+                window_opens="idle" if opens == "idle" else "arrival",
+            ),
+            replicas=replicas,
+            router=router,
+            queue_limit=tuning.get("queue_limit"),
+            devices=trial.figures["devices"] if trial.figures["device"] == "emulated" else None,
+        )
+        fitted, error = _fitted(system, trial, fit_service=counted is None)
+        found.append((error, f"{router} queue, window from {opens}", fitted))
+    found.sort(key=lambda candidate: candidate[0])
+    best = found[0]
+    return Calibrated(
+        system=best[2],
+        error=best[0],
+        service_from="the device's counters" if counted else "the fit",
+        others=tuple((name, error) for error, name, _ in found[1:]),
+    )
+
+
+def counted_service(samples: Samples) -> Service | None:
+    """Base and per-item time by which busy time grew with batches and items, by non-negative least squares over the
+    readings; ``None`` where the device does not count."""
+    rows, busy_s = [], []
+    for scope in samples.scopes("device", "batches_total"):
+        _, busy = samples.series("device", "busy_s_total", scope)
+        _, batches = samples.series("device", "batches_total", scope)
+        _, items = samples.series("device", "items_total", scope)
+        length = min(len(busy), len(batches), len(items))
+        # Every tenth reading: within one a batch may be half done.
+        steps = [np.diff(values[:length][::10]) for values in (batches, items, busy)]
+        rows.append(np.stack(steps[:2], axis=1))
+        busy_s.append(steps[2])
+    if not rows or sum(len(part) for part in busy_s) < 10:
+        return None
+    (base_s, per_item_s), _ = nnls(np.concatenate(rows), np.concatenate(busy_s))
+    return Service(base_ms=base_s * 1e3, per_item_ms=per_item_s * 1e3) if base_s + per_item_s > 0 else None
+
+
+def _fitted(system: System, trial: Trial, *, fit_service: bool) -> tuple[System, float]:
+    """The system with the times that fit best, and its error."""
+
+    def with_times(logs: Floats) -> System:
+        times = [float(value) for value in np.exp(logs)]
+        update: dict[str, Any] = {"overhead_ms": times[0], "cycle_ms": times[1]}
+        if fit_service:
+            update["service"] = Service(base_ms=times[2], per_item_ms=times[3])
+        return system.model_copy(update=update)
+
+    low_ms = percentile(trial.response_ms, 0.05)
+    start = [max(0.1, 0.1 * low_ms), 0.5]
+    if fit_service:
+        start += [0.7 * low_ms, 0.1 * low_ms]
+    best = minimize(
+        lambda logs: fit_error(with_times(logs), trial),
+        np.log(start),
+        method="Nelder-Mead",
+        options={"maxfev": 120 * len(start), "xatol": 0.01, "fatol": 1e-4},
+    )
+    return with_times(best.x), float(best.fun)
+
+
+def fit_error(system: System, trial: Trial) -> float:
+    """Root mean square of log(simulated ÷ measured) over :data:`FITTED_QUANTILES`; failures count as ten times too slow."""
+    simulated = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns).response_ms()
+    logs = [
+        min(abs(math.log(percentile(simulated, q) / percentile(trial.response_ms, q))), math.log(10))
+        for q in FITTED_QUANTILES
+    ]
+    return math.sqrt(sum(log**2 for log in logs) / len(logs))
+
+
+PREDICTED = {
+    "p50_ms": "p50_ms",
+    "p99_ms": "p99_ms",
+    "goodput_rps": "goodput_rps",
+    "utilisation": "utilization",
+    "mean_batch": "batch_size_mean",
+}
+"""What is predicted, and the summary's name for what was measured."""
+
+
+def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """For every trial and figure: predicted, measured, and predicted ÷ measured − 1; ``None`` where it was not
+    measured."""
+    rows = []
+    for trial in trials:
+        slo_ms = trial.figures["slo_ms"]
+        simulated = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns).figures(slo_ms)
+        for name, key in PREDICTED.items():
+            true = trial.figures[key]
+            known = true is not None and math.isfinite(true) and true > 0
+            rows.append(
+                {
+                    "trial": trial.id,
+                    "figure": name,
+                    "predicted": simulated[name],
+                    "measured": true,
+                    "error": simulated[name] / true - 1 if known else None,
+                }
+            )
+    return rows
