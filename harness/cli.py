@@ -20,6 +20,7 @@ from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import calibrate, plan_app, simulate, validate_sim
+from tuner.commands import tune
 
 if TYPE_CHECKING:
     from harness.spec import Experiment
@@ -40,6 +41,7 @@ app.add_typer(traces_app, name="traces")
 app.add_typer(plan_app, name="plan")
 app.command()(simulate)
 app.command()(calibrate)
+app.command()(tune)
 app.command(name="validate-sim")(validate_sim)
 
 

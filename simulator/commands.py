@@ -65,7 +65,7 @@ def simulate(
     figures = run(chosen, traffic.arrivals_ns, span_ns=traffic.span_ns, seed=seed).figures(slo_ms)
     if form is TableOrJson.JSON:
         told = {"simulated": True, "trace": trace, "seed": seed, "slo_ms": slo_ms}
-        typer.echo(json.dumps({**told, "system": chosen.model_dump(mode="json"), "figures": _plain(figures)}, indent=1))
+        typer.echo(json.dumps({**told, "system": chosen.model_dump(mode="json"), "figures": plain(figures)}, indent=1))
         return
     _show(f"simulated, not measured: {trace}, seed {seed}, SLO {slo_ms:g} ms", figures)
 
@@ -81,7 +81,7 @@ def _reference(form: TableOrJson) -> None:
     _show("what came to pass in it", asdict(actual))
 
 
-def _plain(figures: Mapping[str, float]) -> dict[str, float | str | None]:
+def plain(figures: Mapping[str, float]) -> dict[str, float | str | None]:
     """Figures for JSON: ``"inf"`` where the rank falls among failures, ``null`` of nothing."""
     return {key: None if math.isnan(value) else "inf" if math.isinf(value) else value for key, value in figures.items()}
 

@@ -1,0 +1,288 @@
+"""What is typed: ``tailrace tune``."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from harness.errors import InputError
+from harness.terminal import TableOrJson, stderr, stdout
+from simulator.commands import CHECKED_SEEDS, ENOUGH_SEEDS
+
+if TYPE_CHECKING:
+    from tuner.grid import Case
+    from tuner.objective import Objective
+    from tuner.search import Found
+
+SHOWN_STEPS = 12
+CASE_COLUMNS = (
+    *("max batch", "window ms", "up above", "warm pool", "replicas"),
+    *("p99 ms", "throughput/s", "used", "mean replicas", "other seeds"),
+)
+
+
+def tune(
+    adapter: Annotated[list[str] | None, typer.Option(help="Tune this framework; may be given again.")] = None,
+    workload: Annotated[str, typer.Option(help="A workload's name, or the path of its folder.")] = "emulated",
+    trace: Annotated[str, typer.Option(help="A trace's name.")] = "surge",
+    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 2,
+    slo: Annotated[
+        list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; p99=120ms if left out.")
+    ] = None,
+    budget: Annotated[int, typer.Option(min=3, max=10_000, help="Settings to run, besides the defaults.")] = 30,
+    trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of best and defaults in the end.")] = 3,
+    simulate_first: Annotated[
+        bool, typer.Option("--simulate-first", help="Run only what the calibrated simulator ranks highest.")
+    ] = False,
+    simulator: Annotated[
+        bool, typer.Option("--simulator", help="Start no server: search the simulator's own knobs on the trace.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of trace and search.")] = 7,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="--simulator: draw the frontier here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The search's folder; one that was cut off goes on.")] = None,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Find the settings that serve a trace best within an objective, starting from the framework's defaults.
+
+    In the end the best settings are measured afresh against the defaults, in interleaved trials, and their native
+    configuration files lie ready to copy. With --simulator nothing is measured: max batch, window, scale-up threshold, warm
+    pool and initial replicas of a simulated system are searched.
+    """
+    from tuner.objective import parse_objective
+
+    objective = parse_objective(slo or ["p99=120ms"])
+    if simulator:
+        if adapter or simulate_first or out:
+            raise InputError(
+                "--simulator starts no server: it takes no --adapter, --simulate-first or --out",
+                remedy="leave them out, or --simulator",
+            )
+        _tight_case(objective, trace, seed, plot, form)
+        return
+    if plot is not None:
+        raise InputError("--plot goes with --simulator", remedy="the report of a real search has the frontier in it")
+    if not adapter:
+        raise InputError("there is no --adapter to tune", remedy="for example --adapter triton, or --simulator")
+    _on_servers(
+        adapter,
+        {"workload": workload, "trace": trace, "devices": devices, "seed": seed},
+        objective,
+        budget=budget,
+        trials=trials,
+        simulate_first=simulate_first,
+        out=out,
+        form=form,
+    )
+
+
+# ---------------------------------------------------------------- on real servers
+
+
+def _on_servers(
+    adapters: list[str],
+    base: dict[str, Any],
+    objective: Objective,
+    *,
+    budget: int,
+    trials: int,
+    simulate_first: bool,
+    out: Path | None,
+    form: TableOrJson,
+) -> None:
+    from harness.console import ConsoleObserver
+    from harness.registry import get_adapter
+    from harness.store import default_folder
+    from reports.report import write
+    from tuner.grid import knobs
+    from tuner.search import Search, told
+
+    folder = out or default_folder("tune")
+    answers = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ConsoleObserver(stderr()) as observer:
+        for name in dict.fromkeys(adapters):
+            adapter = get_adapter(name)
+            space = knobs(adapter, adapter.Options(), adapter.protocols[0], base["devices"])
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            search = Search(
+                base={**base, "adapters": [name], "slo": {"latency_ms": objective.p99_ms}},
+                space=space,
+                objective=objective,
+                folder=folder / name,
+                observer=observer,
+                seed=base["seed"],
+            )
+            try:
+                answers[name] = search.run(budget, simulate_first=simulate_first, trials=trials)
+            except KeyboardInterrupt:
+                observer.note(
+                    f"interrupted; what was measured is in {folder}; go on with the same command and --out {folder}"
+                )
+                raise typer.Exit(130) from None
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps({name: told(found, objective) for name, found in answers.items()}, indent=1))
+        return
+    for name, found in answers.items():
+        _print_search(name, found, objective)
+        if found.confirmation is not None:
+            path = write([found.confirmation], found.confirmation.folder / "report.html")
+            stdout().print(Text(f"report: {path.resolve()}"), soft_wrap=True)
+            stdout().print(Text(f"configuration to copy: {folder / name / 'best-configuration'}"), soft_wrap=True)
+
+
+def _print_search(name: str, found: Found, objective: Objective) -> None:
+    console = stdout()
+    console.print(Text(f"{name}: {objective.words}", style="bold"))
+    table = Table()
+    for heading in ("settings", "p99 ms", "predicted", "goodput/s/device", "within SLO", "batch", "verdict"):
+        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    ranked = sorted(found.steps, key=lambda step: objective.score(step.figures), reverse=True)
+    shown = [step for position, step in enumerate(ranked) if position < SHOWN_STEPS or step.settings is None]
+    for step in shown:
+        figures = step.figures
+        table.add_row(
+            Text(step.name + (" (control)" if step.control else "")),
+            _number(figures["p99_ms"]),
+            _number(step.predicted_p99_ms),
+            _number(figures["goodput_rps_per_device"]),
+            f"{figures['slo_attainment']:.1%}",
+            _number(figures["batch_size_mean"]),
+            figures["verdict"],
+        )
+    console.print(table)
+    for sentence in sentences(found, objective):
+        console.print(Text(sentence), soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else "∞" if math.isinf(value) else f"{value:.1f}"
+
+
+def sentences(found: Found, objective: Objective) -> list[str]:
+    """What a search found, in words that claim no more than its intervals allow."""
+    if found.best is None:
+        lines = [f"No setting that was tried keeps {objective.words}."]
+    else:
+        lines = [f"Best within {objective.words}: {found.best.name}."]
+        for figure, word in (("p99_ms", "p99"), ("goodput_rps_per_device", "goodput per device")):
+            ratio = found.ratios.get(figure)
+            if ratio is None:
+                lines.append(f"Defaults against best, {word}: not compared (not claimed, or ∞, in some trial).")
+                continue
+            ends = "" if ratio.ends is None else f" [{ratio.ends[0]:.2f}, {ratio.ends[1]:.2f}]"
+            sure = "" if ratio.settled else "; no difference shown"
+            lines.append(f"The defaults' {word} was {ratio.value:.2f}×{ends} that of the best{sure}.")
+    if found.skipped:
+        controls = [step for step in found.steps if step.control]
+        best_score = -math.inf if found.best is None else objective.score(found.best.figures)
+        missed = [step.name for step in controls if objective.score(step.figures) >= best_score]
+        lines.append(
+            f"The simulator saved {found.skipped} runs; of {len(controls)} that it would have skipped and that were run "
+            + (f"it would have missed {', '.join(missed)}." if missed else "none was better.")
+        )
+    return lines + [f"Not measured: {reason}" for reason in found.failed]
+
+
+# ---------------------------------------------------------------- in the simulator
+
+
+def _tight_case(objective: Objective, trace: str, seed: int, plot: Path | None, form: TableOrJson) -> None:
+    import numpy as np
+
+    from reports.case import plot as draw
+    from simulator.reference import AUTOSCALER, SYSTEM
+    from traces import catalogue
+    from tuner.grid import held_seeds, scaled_cases
+
+    traffic = catalogue.load(trace, seed=seed)
+    failures = tuple(failure for failure in SYSTEM.failures if failure.at_s < traffic.span_s)
+    base = SYSTEM.model_copy(update={"failures": failures})
+    cases = scaled_cases(base, AUTOSCALER, traffic.arrivals_ns, traffic.span_ns, objective.p99_ms)
+    within = [case for case in cases if objective.met(case.figures)]
+    # The cheapest first; of equally cheap ones that with the better tail.
+    within.sort(key=lambda case: (round(case.mean_replicas, 2), case.figures["p99_ms"]))
+    seeds = range(seed + 1, seed + 1 + CHECKED_SEEDS)
+    held: dict[int, int] = {}
+    chosen = None
+    for position, case in enumerate(within):
+        held[position] = held_seeds(case.system, trace, seeds, objective.p99_ms)
+        if held[position] >= ENOUGH_SEEDS:
+            chosen = position
+            break
+    cheapest = min(cases, key=lambda case: (case.mean_replicas, case.figures["p99_ms"]))
+    if plot is not None:
+        draw(
+            np.array([case.mean_replicas for case in cases]),
+            np.array([case.figures["p99_ms"] for case in cases]),
+            chosen=None if chosen is None else cases.index(within[chosen]),
+            slo_ms=objective.p99_ms,
+            title=f"{trace}, seed {seed}",
+            path=plot,
+        )
+    if form is TableOrJson.JSON:
+        answer = {
+            "simulated": True,
+            "tried": len(cases),
+            "within_objective": [_case(case) for case in within],
+            "chosen": None if chosen is None else {**_case(within[chosen]), "held_seeds": held[chosen]},
+            "cheapest_of_all": _case(cheapest),
+        }
+        typer.echo(json.dumps(answer, indent=1))
+        return
+    console = stdout()
+    lost = "".join(f", a replica lost at second {failure.at_s:g}" for failure in failures)
+    console.print(
+        f"simulated, not measured: {trace}, seed {seed}{lost}; "
+        f"{len(within)} of {len(cases)} settings keep {objective.words}",
+        soft_wrap=True,
+    )
+    table = Table()
+    for heading in CASE_COLUMNS:
+        table.add_column(heading, justify="right")
+    first = max(0, (chosen or 0) + 1 - SHOWN_STEPS)
+    for position, case in list(enumerate(within))[first : first + SHOWN_STEPS]:
+        table.add_row(*_row(case, traffic.span_s), f"{held[position]} of {CHECKED_SEEDS}" if position in held else "")
+    table.add_row(*_row(cheapest, traffic.span_s), "")
+    console.print(table)
+    console.print(Text(_cost_of_the_tail(within, chosen, cheapest, objective)), soft_wrap=True)
+
+
+def _row(case: Case, span_s: float) -> list[str]:
+    figures = case.figures
+    return [
+        *(f"{value:g}" for value in case.settings.values()),
+        _number(figures["p99_ms"]),
+        f"{figures['answered'] / span_s:.1f}",
+        f"{figures['utilisation']:.1%}",
+        f"{case.mean_replicas:.2f}",
+    ]
+
+
+def _cost_of_the_tail(within: list[Case], chosen: int | None, cheapest: Case, objective: Objective) -> str:
+    if not within:
+        return f"No setting keeps {objective.words}; the row is the cheapest of all."
+    if chosen is None:
+        return (
+            f"No setting keeps {objective.words} under {ENOUGH_SEEDS} of {CHECKED_SEEDS} other seeds: those above kept it "
+            "by luck."
+        )
+    best = within[chosen]
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in best.settings.items())
+    return (
+        f"Chosen: {settings}; it is the cheapest that keeps {objective.words} under {ENOUGH_SEEDS} of {CHECKED_SEEDS} other "
+        f"seeds too. The tail costs {best.mean_replicas / cheapest.mean_replicas - 1:.0%} more replicas than the cheapest "
+        f"setting of all (last row), whose p99 is {_number(cheapest.figures['p99_ms'])} ms."
+    )
+
+
+def _case(case: Case) -> dict[str, Any]:
+    from simulator.commands import plain
+
+    return {"settings": case.settings, "mean_replicas": case.mean_replicas, "figures": plain(case.figures)}

@@ -1,0 +1,119 @@
+"""The settings that are searched, and what the simulator says of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from harness.adapter import Adapter, Tuning, WireProtocol
+from harness.metrics import Ints
+from simulator.engine import simulate
+from simulator.system import Autoscaler, Batching, System
+from traces import catalogue
+
+Settings = dict[str, Any]
+
+MAX_BATCH = (1, 2, 4, 8, 16, 32)
+WINDOW_MS = (0, 1, 2, 5, 10, 20)
+QUEUE_LIMIT = (None, 16, 64, 256)
+
+
+def knobs(adapter: Adapter, options: BaseModel, protocol: WireProtocol, devices: int) -> dict[str, tuple[Any, ...]]:
+    """The values of every neutral knob that an adapter has a place for; replicas up to one for each device."""
+    wanted = {
+        "max_batch": MAX_BATCH,
+        "batch_window_ms": WINDOW_MS,
+        "replicas": tuple(range(1, devices + 1)),
+        "queue_limit": QUEUE_LIMIT,
+    }
+    every = Tuning(max_batch=8, batch_window_ms=5, replicas=1, queue_limit=64)
+    _, refused = adapter.expressible(every, options, protocol)
+    return {name: values for name, values in wanted.items() if name not in refused}
+
+
+def combinations(values: Mapping[str, tuple[Any, ...]]) -> Iterator[Settings]:
+    """Every choice of one value for each knob. Where batches are of one there is no window to wait for."""
+    for chosen in itertools.product(*values.values()):
+        settings = dict(zip(values, chosen, strict=True))
+        if settings.get("max_batch") == 1 and settings.get("batch_window_ms"):
+            continue
+        yield settings
+
+
+def applied(system: System, settings: Settings) -> System:
+    """A calibrated system with these settings in place of those that it was calibrated with."""
+    batching = system.batching
+    return system.model_copy(
+        update={
+            "batching": Batching(
+                max_batch=settings.get("max_batch", batching.max_batch),
+                window_ms=settings.get("batch_window_ms", batching.window_ms),
+                window_opens=batching.window_opens,
+            ),
+            "replicas": settings.get("replicas", system.replicas),
+            "queue_limit": settings.get("queue_limit"),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """The tight case: what may be set of a system that scales itself, and what that costs."""
+
+    settings: Settings
+    system: System
+    figures: dict[str, float]
+    mean_replicas: float
+
+
+CASE_KNOBS: dict[str, tuple[Any, ...]] = {
+    "max_batch": (4, 8, 12, 16, 24, 32),
+    "window_ms": (0, 2, 5, 10),
+    "up_above": (2, 4, 6, 10),
+    "warm_pool": (0, 1, 2, 3),
+    "replicas": (1, 2, 3, 4),
+}
+
+
+def held_seeds(system: System, trace: str, seeds: Iterable[int], p99_ms: float) -> int:
+    """Under how many seeds of a trace a system keeps this p99."""
+    traces = (catalogue.load(trace, seed=seed) for seed in seeds)
+    return sum(
+        simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(p99_ms)["p99_ms"] <= p99_ms
+        for traffic in traces
+    )
+
+
+def scaled_cases(base: System, scaler: Autoscaler, arrivals_ns: Ints, span_ns: int, slo_ms: float) -> list[Case]:
+    """Every combination of :data:`CASE_KNOBS` that is possible, simulated."""
+    found = []
+    for settings in combinations(CASE_KNOBS):
+        if settings["replicas"] < scaler.min + settings["warm_pool"]:
+            continue  # it would be told to keep more than there are
+        chosen = scaler.model_copy(
+            update={
+                "up_above": float(settings["up_above"]),
+                "down_below": min(scaler.down_below, settings["up_above"] / 2),
+                "warm_pool": settings["warm_pool"],
+            }
+        )
+        system = base.model_copy(
+            update={
+                "batching": Batching(max_batch=settings["max_batch"], window_ms=settings["window_ms"]),
+                "replicas": settings["replicas"],
+                "autoscaler": chosen,
+            }
+        )
+        simulated = simulate(system, arrivals_ns, span_ns=span_ns)
+        found.append(Case(settings, system, simulated.figures(slo_ms), simulated.ready_ns / span_ns))
+    return found
+
+
+def best_by(scores: list[float], count: int) -> list[int]:
+    """The positions of the ``count`` largest, best first; the earlier of equal ones first."""
+    return [int(position) for position in np.argsort(-np.asarray(scores), kind="stable")[:count]]

@@ -1,0 +1,56 @@
+"""What a search wants: an objective for the tail or the attainment, and which of two settings is the better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import InputError
+from harness.quantities import seconds, share
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Within it: p99 at most ``p99_ms`` and attainment (good ÷ offered, good being an answer within ``p99_ms``) at least
+    ``attainment``."""
+
+    p99_ms: float
+    attainment: float | None = None
+
+    def met(self, figures: Mapping[str, Any]) -> bool:
+        """Whether these figures (``p99_ms``, ``slo_attainment``) are within it. A p99 that is not claimed is not."""
+        p99 = figures["p99_ms"]
+        within = p99 is not None and p99 <= self.p99_ms
+        return within and (self.attainment is None or figures["slo_attainment"] >= self.attainment)
+
+    def score(self, figures: Mapping[str, Any]) -> float:
+        """The larger, the better: settings within the objective before all others; then by attainment, which at the same
+        offered load is goodput; then by the tail."""
+        attained = figures["slo_attainment"]
+        base = 0.0 if attained is None or math.isnan(attained) else float(attained)
+        return base + 1 + 0.1 * (1 - figures["p99_ms"] / self.p99_ms) if self.met(figures) else base
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        more = "" if self.attainment is None else f" and {self.attainment:.4g} attained"
+        return f"p99 ≤ {self.p99_ms:g} ms{more}"
+
+
+def parse_objective(texts: Sequence[str]) -> Objective:
+    """``p99=120ms`` and perhaps ``attainment=99%``. Raises :class:`InputError`."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or name not in ("p99", "attainment") or name in found:
+            raise InputError(
+                f"--slo {text!r}: write p99=DURATION, and perhaps attainment=SHARE, each once",
+                remedy="for example --slo p99=120ms --slo attainment=99%",
+            )
+        found[name] = value
+    if "p99" not in found:
+        raise InputError("--slo: the objective of the tail is missing", remedy="for example --slo p99=120ms")
+    attained = share(found["attainment"], "--slo attainment") if "attainment" in found else None
+    return Objective(seconds(found["p99"], "--slo p99") * 1e3, attained)

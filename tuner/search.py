@@ -1,0 +1,253 @@
+"""The search on real servers: the framework's defaults first, then what Optuna or the simulator proposes, one run each; in
+the end the best settings against the defaults, measured afresh in interleaved trials.
+
+A search is a folder: ``search.journal`` (Optuna's), one run folder for each step, ``confirmation``. One that was cut off goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from harness.comparison import Ratio, blocks, paired_ratio
+from harness.errors import InputError, TailraceError
+from harness.observer import Observer
+from harness.run import resume_run, run_experiment
+from harness.spec import Experiment
+from harness.store import RunFolder
+from simulator.calibration import calibrate, read_trial
+from simulator.engine import simulate
+from tuner.grid import Settings, applied, best_by, combinations
+from tuner.objective import Objective
+
+CONTROLS = 2
+"""Settings that the simulator would have skipped and that are run all the same, to see what it misses."""
+_CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One setting that was run."""
+
+    name: str
+    settings: Settings | None
+    """``None``: the framework's defaults."""
+    figures: dict[str, Any]
+    """Its trial, as in ``summary.json``."""
+    predicted_p99_ms: float | None = None
+    control: bool = False
+
+
+@dataclass
+class Found:
+    """What a search found."""
+
+    steps: list[Step] = field(default_factory=list)
+    best: Step | None = None
+    """The best of those within the objective; ``None`` where none was."""
+    skipped: int = 0
+    """Settings that the simulator ruled out."""
+    confirmation: RunFolder | None = None
+    ratios: dict[str, Ratio | None] = field(default_factory=dict)
+    """Defaults ÷ best, by figure, in the confirmation."""
+    failed: list[str] = field(default_factory=list)
+    """Steps that could not be measured, and why."""
+
+
+@dataclass
+class Search:
+    """One framework, one workload, one trace."""
+
+    base: Mapping[str, Any]
+    """An experiment with everything but scenarios, trials and name."""
+    space: Mapping[str, tuple[Any, ...]]
+    objective: Objective
+    folder: Path
+    observer: Observer
+    seed: int
+
+    def run(self, budget: int, *, simulate_first: bool, trials: int) -> Found:
+        """Run at most ``budget`` settings besides the defaults, then confirm the best in ``trials`` interleaved trials."""
+        found = Found()
+        defaults = self._measure("defaults", None, found)
+        propose = self._by_simulation if simulate_first else self._by_optuna
+        propose(budget, found)
+        chosen = [step for step in found.steps if step.settings is not None and self.objective.met(step.figures)]
+        found.best = max(chosen, key=lambda step: self.objective.score(step.figures), default=None)
+        if found.best is not None and defaults is not None:
+            self._confirm(found, found.best, trials)
+        return found
+
+    # ------------------------------------------------------------ steps
+
+    def _measure(self, name: str, settings: Settings | None, found: Found, **more: Any) -> Step | None:
+        """Run one setting, unless an earlier attempt has; ``None`` if it could not be measured."""
+        folder = self.folder / name
+        try:
+            summary = self._summary(folder, [("candidate", settings)], 1)
+        except InputError:
+            raise
+        except TailraceError as error:
+            found.failed.append(f"{name}: {error.message}")
+            self.observer.note(f"{name} could not be measured: {error.message}")
+            return None
+        (trial,) = summary["trials"]
+        step = Step(name, settings, trial, **more)
+        if trial["verdict"] == "INVALID":
+            found.failed.append(f"{name}: INVALID: {', '.join(reason['code'] for reason in trial['reasons'])}")
+            return None
+        found.steps.append(step)
+        return step
+
+    def _summary(self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int) -> dict[str, Any]:
+        """The summary of a run of these settings: the one that is there, or gone on with, or a new one."""
+        if (folder / "manifest.json").is_file():
+            run = RunFolder.open(folder)
+            if not run.complete:
+                return resume_run(folder, self.observer)
+            told: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            return told
+        experiment = Experiment.model_validate(
+            {
+                **self.base,
+                "name": "tune",
+                "trials": trials,
+                "scenarios": [
+                    {"name": name, "tuning": "defaults" if settings is None else settings}
+                    for name, settings in candidates
+                ],
+            }
+        )
+        return run_experiment(experiment, folder, self.observer)
+
+    def _by_optuna(self, budget: int, found: Found) -> None:
+        """Tree-structured Parzen estimation over the knobs' values; a setting that was run is not run again."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = JournalStorage(JournalFileBackend(str(self.folder / "search.journal")))
+            study = optuna.create_study(
+                storage=storage,
+                study_name="tune",
+                load_if_exists=True,
+                direction="maximize",
+                sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=max(4, budget // 4)),
+            )
+        scores: dict[str, float] = {}
+        for asked in range(20 * budget):  # it may ask for the same setting again
+            if len(scores) >= budget or len(scores) >= len(list(combinations(self.space))):
+                return
+            trial = study.ask()
+            settings = {name: trial.suggest_categorical(name, values) for name, values in self.space.items()}
+            if settings.get("max_batch") == 1 and "batch_window_ms" in settings:
+                settings["batch_window_ms"] = 0
+            key = _name(settings)
+            if key not in scores:
+                self.observer.note(f"step {len(scores) + 1} of {budget} (asked {asked + 1} times): {key}")
+                step = self._measure(key, settings, found)
+                scores[key] = 0.0 if step is None else self.objective.score(step.figures)
+            study.tell(trial, scores[key])
+
+    def _by_simulation(self, budget: int, found: Found) -> None:
+        """One run to calibrate on; then those that the calibrated simulator ranks highest, and some that it does not."""
+        first = {name: _nearest(_CALIBRATED_ON.get(name), values) for name, values in self.space.items()}
+        step = self._measure(_name(first), first, found)
+        if step is None:
+            raise TailraceError(
+                "the setting to calibrate the simulator on could not be measured",
+                remedy="leave --simulate-first out",
+                detail="\n".join(found.failed),
+            )
+        (folder,) = RunFolder.open(self.folder / step.name).trials
+        trial = read_trial(folder)
+        system = calibrate(trial).system
+        grid = [settings for settings in combinations(self.space) if settings != first]
+        figures = [
+            simulate(applied(system, settings), trial.arrivals_ns, span_ns=trial.span_ns).figures(self.objective.p99_ms)
+            for settings in grid
+        ]
+        chosen = best_by([self.objective.score(told) for told in figures], max(0, budget - 1 - CONTROLS))
+        rest = [position for position in range(len(grid)) if position not in set(chosen)]
+        controls = np.random.default_rng(self.seed).permutation(rest)[:CONTROLS]
+        found.skipped = len(rest) - len(controls)
+        for position in [*chosen, *(int(control) for control in controls)]:
+            self._measure(
+                _name(grid[position]),
+                grid[position],
+                found,
+                predicted_p99_ms=figures[position]["p99_ms"],
+                control=position in controls,
+            )
+
+    # ------------------------------------------------------------ the end
+
+    def _confirm(self, found: Found, best: Step, trials: int) -> None:
+        folder = self.folder / "confirmation"
+        candidates: list[tuple[str, Settings | None]] = [("defaults", None), ("best", best.settings)]
+        summary = self._summary(folder, candidates, trials)
+        by_scenario = {
+            name: [trial for trial in summary["trials"] if trial["scenario"] == name and trial["state"] == "done"]
+            for name, _ in candidates
+        }
+        found.confirmation = RunFolder.open(folder)
+        for figure in ("p99_ms", "goodput_rps_per_device"):
+            pairs = blocks(by_scenario["defaults"], by_scenario["best"], figure)
+            found.ratios[figure] = paired_ratio(pairs)
+        self._keep_configuration(found.confirmation)
+
+    def _keep_configuration(self, run: RunFolder) -> None:
+        """The native configuration files of the best settings, ready to copy."""
+        for trial in run.trials:
+            if trial.facts["scenario"] == "best":
+                shutil.copytree(trial.server / "config", self.folder / "best-configuration", dirs_exist_ok=True)
+                return
+
+
+def _name(settings: Settings) -> str:
+    return ".".join(f"{name}-{'none' if value is None else format(value, 'g')}" for name, value in settings.items())
+
+
+def _nearest(wanted: Any, values: tuple[Any, ...]) -> Any:
+    """The value closest to a wanted one; without one the last, which for replicas is one for each device."""
+    if wanted is None:
+        return values[-1] if None not in values else None
+    return min(values, key=lambda value: abs((value or 0) - wanted))
+
+
+def told(found: Found, objective: Objective) -> dict[str, Any]:
+    """The outcome for JSON."""
+    return {
+        "objective": vars(objective),
+        "steps": [
+            {
+                "name": step.name,
+                "settings": step.settings,
+                "within_objective": objective.met(step.figures),
+                "predicted_p99_ms": step.predicted_p99_ms,
+                "control": step.control,
+                **{key: step.figures[key] for key in SHOWN},
+            }
+            for step in found.steps
+        ],
+        "best": None if found.best is None else found.best.settings,
+        "skipped_by_simulation": found.skipped,
+        "defaults_to_best": {
+            figure: None if ratio is None else {"ratio": ratio.value, "interval": ratio.ends, "pairs": ratio.pairs}
+            for figure, ratio in found.ratios.items()
+        },
+        "failed": found.failed,
+    }
+
+
+SHOWN = ("p99_ms", "p50_ms", "goodput_rps_per_device", "slo_attainment", "utilization", "batch_size_mean", "verdict")
