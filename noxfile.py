@@ -101,6 +101,13 @@ def compare(session: nox.Session) -> None:
     session.run("tailrace", "run", "compare", *session.posargs)
 
 
+@nox.session
+def pareto(session: nox.Session) -> None:
+    """Goodput per device against the tail, Triton and Ray Serve: the simulator picks what is measured; about a quarter hour."""
+    _install(session)
+    session.run("tailrace", "pareto", *session.posargs)
+
+
 @nox.session(name="bench-faults")
 def bench_faults(session: nox.Session) -> None:
     """Every framework on two nodes, and each fault that all of them know: about half an hour."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def resume_run(folder: Path, observer: Observer) -> Summary:
         resumption = {"at": now(), "command": command_line(), "cleaned": cleaned, "set_aside": set_aside}
         run.amend_manifest(state="running", ended_at=None, resumed=[*run.manifest.get("resumed", []), resumption])
         return _carry_out(checked, run, observer)
+
+
+def run_or_go_on(folder: Path, content: Mapping[str, Any], observer: Observer) -> RunFolder:
+    """The run in ``folder``, to its end: as it is when it is complete, gone on with when it was cut off, and else a new one of
+    the experiment ``content``. For what makes several runs and may itself be cut off between them."""
+    if not (folder / "manifest.json").is_file():
+        run_experiment(Experiment.model_validate(content), folder, observer)
+    elif not RunFolder.open(folder).complete:
+        resume_run(folder, observer)
+    return RunFolder.open(folder)
 
 
 def _clean(observer: Observer) -> list[str]:

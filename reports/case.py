@@ -17,6 +17,8 @@ def plot(mean_replicas: Floats, p99_ms: Floats, *, chosen: int | None, slo_ms: f
     """Write an SVG of all settings (arrays of shape (n,)) with the frontier of few replicas against a short tail, the
     objective, and the setting that was ``chosen``. Settings without a finite p99 are left out. Raises
     :class:`StorageError`."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     finite = np.isfinite(p99_ms)
     cost, tail = mean_replicas[finite], p99_ms[finite]
     on = non_dominated(cost, -tail)
@@ -33,10 +35,13 @@ def plot(mean_replicas: Floats, p99_ms: Floats, *, chosen: int | None, slo_ms: f
                 [mean_replicas[chosen]], [p99_ms[chosen]], s=110, facecolors="none", edgecolors=svg.INK, label="chosen"
             )
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("replicas that are ready, on average")
         ax.set_ylabel("p99 response time, ms")
         ax.set_title(f"{title} (simulated)", loc="left", fontsize=12)
-        ax.legend(frameon=False, fontsize=10)
+        ax.legend(frameon=False, fontsize=10, loc="upper right")
         drawn = io.StringIO()
         canvas.savefig(drawn, format="svg", metadata={"Date": None}, facecolor=svg.PAPER)
     return write_page(drawn.getvalue(), path)

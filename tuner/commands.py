@@ -82,6 +82,74 @@ def tune(
     )
 
 
+def pareto(
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A framework; may be given again. Left out: triton and ray_serve.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="A workload's name, or the path of its folder.")] = "emulated",
+    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 2,
+    slo: Annotated[str, typer.Option(metavar="DURATION", help="The objective of one request.")] = "120ms",
+    trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of every cell.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="The folder of both runs; one that was cut off goes on.")] = None,
+) -> None:
+    """Draw the frontier of goodput per device against the tail: a short surge at several loads and settings.
+
+    One trial of each framework calibrates the simulator, which picks the cells worth measuring (max batch, window, replicas,
+    queue limit, load); those and the frameworks' defaults are run, interleaved. The last line is the report's path.
+    """
+    from harness.console import ConsoleObserver, print_summary
+    from harness.quantities import seconds
+    from harness.store import default_folder
+    from harness.summary import summarise
+    from reports.report import write
+    from tuner.objective import Objective
+    from tuner.pareto import measure
+
+    names = list(dict.fromkeys(adapter or ["triton", "ray_serve"]))
+    objective = Objective(seconds(slo, "--slo") * 1e3)
+    folder = out or default_folder("pareto")
+    base = {"workload": workload, "devices": devices, "seed": seed, "trace": SHORT_SURGE}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ConsoleObserver(stderr()) as observer:
+        try:
+            outcome = measure(names, base, objective, trials, folder, observer)
+        except KeyboardInterrupt:
+            observer.note(f"interrupted; go on with the same command and --out {folder}")
+            raise typer.Exit(130) from None
+    console = stdout()
+    print_summary(summarise(outcome.run), console)
+    table = Table()
+    for heading in ("adapter", "cell", "p99 predicted", "p99 ms", "goodput predicted", "goodput/s/device"):
+        table.add_column(heading, justify="left" if heading in ("adapter", "cell") else "right")
+    for cell in outcome.cells:
+        told = cell.predicted
+        table.add_row(
+            cell.adapter,
+            cell.scenario,
+            "–" if told is None else _number(told["p99_ms"]),
+            _number(cell.cell["p99_ms"]),
+            "–" if told is None else _number(told["goodput_rps"] / devices),
+            _number(cell.cell["goodput_rps_per_device"]),
+        )
+    console.print(table)
+    for name in names:
+        best = outcome.best(name, objective)
+        console.print(
+            Text(
+                f"{name}: no cell keeps {objective.words}."
+                if best is None
+                else f"{name}: most goodput within {objective.words}: {best.scenario}, "
+                f"{_number(best.cell['goodput_rps_per_device'])}/s per device."
+            ),
+            soft_wrap=True,
+        )
+    typer.echo(write([outcome.run], outcome.run.folder / "report.html").resolve())
+
+
+SHORT_SURGE = {"name": "surge", "params": {"duration_s": 20, "peak_at_s": 10, "half_width_s": 6, "fault_at_s": None}}
+
+
 # ---------------------------------------------------------------- on real servers
 
 

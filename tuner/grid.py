@@ -37,12 +37,17 @@ def knobs(adapter: Adapter, options: BaseModel, protocol: WireProtocol, devices:
 
 
 def combinations(values: Mapping[str, tuple[Any, ...]]) -> Iterator[Settings]:
-    """Every choice of one value for each knob. Where batches are of one there is no window to wait for."""
+    """Every choice of one value for each knob that is :func:`sensible`."""
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
-        if settings.get("max_batch") == 1 and settings.get("batch_window_ms"):
-            continue
-        yield settings
+        if settings == sensible(settings):
+            yield settings
+
+
+def sensible(settings: Settings) -> Settings:
+    """The same settings without what makes no difference: where batches are of one there is no window to wait for."""
+    alone = settings.get("max_batch") == 1 and "batch_window_ms" in settings
+    return {**settings, "batch_window_ms": 0} if alone else dict(settings)
 
 
 def applied(system: System, settings: Settings) -> System:

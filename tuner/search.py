@@ -7,7 +7,6 @@ on where it stopped.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -23,12 +22,12 @@ from optuna.storages.journal import JournalFileBackend
 from harness.comparison import Ratio, blocks, paired_ratio
 from harness.errors import InputError, TailraceError
 from harness.observer import Observer
-from harness.run import resume_run, run_experiment
-from harness.spec import Experiment
+from harness.run import run_or_go_on
 from harness.store import RunFolder
+from harness.summary import summarise
 from simulator.calibration import calibrate, read_trial
 from simulator.engine import simulate
-from tuner.grid import Settings, applied, best_by, combinations
+from tuner.grid import Settings, applied, best_by, combinations, sensible
 from tuner.objective import Objective
 
 CONTROLS = 2
@@ -112,24 +111,12 @@ class Search:
 
     def _summary(self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int) -> dict[str, Any]:
         """The summary of a run of these settings: the one that is there, or gone on with, or a new one."""
-        if (folder / "manifest.json").is_file():
-            run = RunFolder.open(folder)
-            if not run.complete:
-                return resume_run(folder, self.observer)
-            told: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            return told
-        experiment = Experiment.model_validate(
-            {
-                **self.base,
-                "name": "tune",
-                "trials": trials,
-                "scenarios": [
-                    {"name": name, "tuning": "defaults" if settings is None else settings}
-                    for name, settings in candidates
-                ],
-            }
-        )
-        return run_experiment(experiment, folder, self.observer)
+        scenarios = [
+            {"name": name, "tuning": "defaults" if settings is None else _given(settings)}
+            for name, settings in candidates
+        ]
+        content = {**self.base, "name": "tune", "trials": trials, "scenarios": scenarios}
+        return summarise(run_or_go_on(folder, content, self.observer))
 
     def _by_optuna(self, budget: int, found: Found) -> None:
         """Tree-structured Parzen estimation over the knobs' values; a setting that was run is not run again."""
@@ -145,13 +132,16 @@ class Search:
                 sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=max(4, budget // 4)),
             )
         scores: dict[str, float] = {}
+        for earlier in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):  # of a search that was cut off
+            settings = sensible(earlier.params)
+            if _name(settings) not in scores:
+                self._measure(_name(settings), settings, found)
+                scores[_name(settings)] = float(earlier.values[0])
         for asked in range(20 * budget):  # it may ask for the same setting again
             if len(scores) >= budget or len(scores) >= len(list(combinations(self.space))):
                 return
             trial = study.ask()
-            settings = {name: trial.suggest_categorical(name, values) for name, values in self.space.items()}
-            if settings.get("max_batch") == 1 and "batch_window_ms" in settings:
-                settings["batch_window_ms"] = 0
+            settings = sensible({name: trial.suggest_categorical(name, values) for name, values in self.space.items()})
             key = _name(settings)
             if key not in scores:
                 self.observer.note(f"step {len(scores) + 1} of {budget} (asked {asked + 1} times): {key}")
@@ -212,6 +202,10 @@ class Search:
             if trial.facts["scenario"] == "best":
                 shutil.copytree(trial.server / "config", self.folder / "best-configuration", dirs_exist_ok=True)
                 return
+
+
+def _given(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _name(settings: Settings) -> str:

@@ -7,64 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from harness.errors import InputError
 from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder
 from harness.summary import Samples
-from simulator.calibration import Trial, calibrate, counted_service, fit_error, predict, read_trial
-from simulator.engine import NS_PER_S, Simulated, simulate
-from simulator.system import Batching, Service, System, load_system
+from simulator.calibration import calibrate, counted_service, fit_error, predict, read_trial
+from simulator.system import Service, System, load_system
 from tests.conftest import tailrace
+from tests.simulated import TRUE, TUNING, measured_trial
 from tests.synthetic import make_run
-from traces import catalogue
-
-TUNING = {"max_batch": 16, "batch_window_ms": 10, "replicas": 3}
-TRUE = System(
-    service=Service(base_ms=12, per_item_ms=3), batching=Batching(), replicas=3, devices=3, overhead_ms=4, cycle_ms=1
-)
-
-
-def counted(simulated: Simulated, service: Service) -> Samples:
-    """Readings of a device's counters, ten a second, as batches go by."""
-    taken = simulated.started_ns >= 0
-    starts, sizes = np.unique(simulated.started_ns[taken], return_counts=True)
-    instants = np.arange(0, simulated.span_ns, NS_PER_S // 10)
-    done = np.searchsorted(starts, instants)
-    batches, items = done.astype(float), np.concatenate([[0], np.cumsum(sizes)])[done].astype(float)
-    busy = (service.base_ms * batches + service.per_item_ms * items) / 1e3
-    rows = [
-        {"t_ns": int(t), "source": "device", "scope": "0", "metric": metric, "value": float(value), "unit": "1"}
-        for metric, values in (("batches_total", batches), ("items_total", items), ("busy_s_total", busy))
-        for t, value in zip(instants, values, strict=True)
-    ]
-    return Samples(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
-
-
-def measured_trial(system: System, seed: int, *, counters: bool = True, **figures: Any) -> Trial:
-    trace = catalogue.load("surge", seed=seed)
-    simulated = simulate(system, trace.arrivals_ns, span_ns=trace.span_ns)
-    told = simulated.figures(120)
-    return Trial(
-        id=f"trial-{seed}",
-        arrivals_ns=trace.arrivals_ns,
-        response_ms=simulated.response_ms(),
-        span_ns=trace.span_ns,
-        figures={
-            "tuning": TUNING,
-            "devices": 3,
-            "device": "emulated",
-            "slo_ms": 120,
-            **told,
-            "utilization": told["utilisation"],
-            "batch_size_mean": None,
-            **figures,
-        },
-        samples=counted(simulated, system.service) if counters else Samples(SAMPLE_SCHEMA.empty_table()),
-    )
 
 
 def test_counters_give_the_service_times() -> None:

@@ -1,0 +1,237 @@
+"""The search: what it wants, what it tries, and what it says, on a framework that is made up of a simulated system."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.errors import InputError, TailraceError
+from harness.observer import Observer
+from harness.registry import get_adapter
+from harness.store import RunFolder
+from simulator.engine import simulate
+from simulator.system import Service, System
+from tests.conftest import tailrace
+from tests.simulated import TRUE, measured_trial
+from traces import catalogue
+from tuner import search
+from tuner.commands import sentences
+from tuner.grid import applied, best_by, combinations, knobs
+from tuner.objective import Objective, parse_objective
+from tuner.pareto import choose
+from tuner.search import Found, Search, Step, told
+
+OBJECTIVE = Objective(120)
+SPACE: dict[str, tuple[Any, ...]] = {"max_batch": (1, 4, 16), "batch_window_ms": (0, 5), "replicas": (1, 2, 3)}
+
+
+class TestTheObjective:
+    def test_is_read(self) -> None:
+        assert parse_objective(["p99=120ms", "attainment=99%"]) == Objective(120, 0.99)
+        assert parse_objective(["p99=0.2s"]) == Objective(200)
+
+    @pytest.mark.parametrize("texts", [[], ["p99"], ["p95=1s"], ["p99=1s", "p99=2s"], ["attainment=99%"], ["p99=fast"]])
+    def test_anything_else_is_refused(self, texts: list[str]) -> None:
+        with pytest.raises(InputError, match="slo"):
+            parse_objective(texts)
+
+    def test_settings_within_it_come_first(self) -> None:
+        """However much a setting attains that misses it; then attainment; then the tail."""
+        ranked = [
+            {"p99_ms": 50.0, "slo_attainment": 1.0},
+            {"p99_ms": 119.0, "slo_attainment": 1.0},
+            {"p99_ms": 50.0, "slo_attainment": 0.7},
+            {"p99_ms": 121.0, "slo_attainment": 0.99},
+            {"p99_ms": None, "slo_attainment": 0.95},
+            {"p99_ms": float("inf"), "slo_attainment": 0.5},
+            {"p99_ms": float("inf"), "slo_attainment": float("nan")},
+        ]
+        scores = [OBJECTIVE.score(figures) for figures in ranked]
+        assert scores == sorted(scores, reverse=True)
+        assert [OBJECTIVE.met(figures) for figures in ranked] == [True] * 3 + [False] * 4
+        assert not Objective(120, 0.99).met(ranked[2])
+
+
+class TestTheGrid:
+    def test_a_knob_without_a_place_is_not_searched(self) -> None:
+        for name, lacking in (("triton", set()), ("kserve", {"max_batch", "batch_window_ms", "queue_limit"})):
+            adapter = get_adapter(name)
+            values = knobs(adapter, adapter.Options(), adapter.protocols[0], 2)
+            assert {"max_batch", "batch_window_ms", "replicas", "queue_limit"} - values.keys() == lacking
+            assert values["replicas"] == (1, 2)
+
+    def test_batches_of_one_have_no_window(self) -> None:
+        assert len(list(combinations(SPACE))) == 3 + 2 * 2 * 3
+        assert all(s["max_batch"] > 1 or s["batch_window_ms"] == 0 for s in combinations(SPACE))
+
+    def test_settings_take_the_place_of_those_of_the_calibration(self) -> None:
+        system = applied(TRUE, {"max_batch": 4, "replicas": 2})
+        assert (system.batching.max_batch, system.batching.window_ms, system.replicas) == (4, 10, 2)
+        assert (system.overhead_ms, system.cycle_ms) == (TRUE.overhead_ms, TRUE.cycle_ms)
+
+    def test_the_best_of_equals_is_the_first(self) -> None:
+        assert best_by([1.0, 3.0, 3.0, 2.0], 3) == [1, 2, 3]
+
+
+class MadeUp:
+    """In place of real servers: runs are answered by a simulated system, and counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, broken: str = "") -> None:
+        self.asked: list[str] = []
+        self.broken = broken
+        monkeypatch.setattr(search, "run_or_go_on", self.run)
+        monkeypatch.setattr(search, "summarise", lambda summary: summary)
+        monkeypatch.setattr(Search, "_keep_configuration", lambda *_: None)
+        monkeypatch.setattr(RunFolder, "open", lambda folder: folder)
+
+    def run(self, folder: Path, content: Mapping[str, Any], observer: Observer) -> dict[str, Any]:
+        if folder.name == self.broken:
+            raise TailraceError("the server did not come up")
+        if folder.name not in self.asked:
+            self.asked.append(folder.name)
+        trials = []
+        for number in range(1, content["trials"] + 1):
+            trace = catalogue.load("surge", seed=number)
+            for scenario in content["scenarios"]:
+                tuning = scenario["tuning"]
+                settings = {"max_batch": 1, "batch_window_ms": 0, "replicas": 1} if tuning == "defaults" else tuning
+                figures = simulate(applied(TRUE, settings), trace.arrivals_ns, span_ns=trace.span_ns).figures(120)
+                trials.append(
+                    {
+                        **figures,
+                        "number": number,
+                        "scenario": scenario["name"],
+                        "state": "done",
+                        "verdict": "VALID",
+                        "reasons": [],
+                        "goodput_rps_per_device": figures["goodput_rps"] / 3,
+                        "utilization": figures["utilisation"],
+                        "batch_size_mean": figures["mean_batch"],
+                    }
+                )
+        return {"trials": trials}
+
+
+def searching(folder: Path) -> Search:
+    folder.mkdir(exist_ok=True)
+    return Search({"devices": 3}, SPACE, OBJECTIVE, folder, Observer(), seed=3)
+
+
+class TestTheSearch:
+    def test_finds_what_trying_everything_finds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        servers = MadeUp(monkeypatch)
+        found = searching(tmp_path / "all").run(100, simulate_first=False, trials=3)
+        assert len(servers.asked) == len(list(combinations(SPACE))) + 2, (
+            "every setting once, the defaults, the confirmation"
+        )
+        assert found.best is not None
+        assert OBJECTIVE.score(found.best.figures) == max(OBJECTIVE.score(step.figures) for step in found.steps)
+        assert found.steps[0].settings is None, "the defaults come first"
+        ratio = found.ratios["goodput_rps_per_device"]
+        assert ratio is not None
+        assert ratio.settled
+        assert ratio.value < 0.5
+
+    def test_keeps_to_its_budget_and_goes_on_where_it_stopped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        servers = MadeUp(monkeypatch)
+        first = searching(tmp_path / "s").run(5, simulate_first=False, trials=3)
+        steps = [name for name in servers.asked if name != "confirmation"]
+        assert len(steps) == 1 + 5
+        again = searching(tmp_path / "s").run(8, simulate_first=False, trials=3)
+        assert [step.name for step in again.steps][:6] == [step.name for step in first.steps]
+        assert len([name for name in servers.asked if name != "confirmation"]) == 1 + 8
+
+    def test_a_step_that_cannot_be_measured_is_told_and_the_others_go_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        MadeUp(monkeypatch, broken="defaults")
+        found = searching(tmp_path / "s").run(5, simulate_first=False, trials=3)
+        assert found.failed == ["defaults: the server did not come up"]
+        assert len(found.steps) == 5
+        assert found.confirmation is None
+        assert any("did not come up" in sentence for sentence in sentences(found, OBJECTIVE))
+
+    def test_the_simulator_saves_runs_and_its_misses_are_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        servers = MadeUp(monkeypatch)
+
+        class Folder:
+            trials = (None,)
+
+        monkeypatch.setattr(RunFolder, "open", lambda folder: Folder())
+        monkeypatch.setattr(search, "read_trial", lambda folder: measured_trial(TRUE, 1))
+        found = searching(tmp_path / "s").run(6, simulate_first=True, trials=3)
+        assert len(servers.asked) == 1 + 6 + 1
+        assert found.skipped == len(list(combinations(SPACE))) - 6
+        assert sum(step.control for step in found.steps) == 2
+        assert sum(step.predicted_p99_ms is not None for step in found.steps) == 5
+        assert found.best is not None
+        assert not found.best.control
+        (line,) = [sentence for sentence in sentences(found, OBJECTIVE) if "saved" in sentence]
+        assert f"saved {found.skipped} runs" in line
+        assert "none was better" in line
+        assert json.loads(json.dumps(told(found, OBJECTIVE)))["best"] == found.best.settings
+
+
+def test_words_when_nothing_holds() -> None:
+    step = Step("defaults", None, {"p99_ms": 500.0, "slo_attainment": 0.1})
+    assert sentences(Found(steps=[step]), OBJECTIVE) == ["No setting that was tried keeps p99 ≤ 120 ms."]
+
+
+class TestThePicksOfTheFrontier:
+    def test_one_has_the_most_goodput_and_one_the_shortest_tail(self) -> None:
+        picks = choose(TRUE, measured_trial(TRUE, 1), SPACE, OBJECTIVE, 3)
+        assert 1 <= len(picks) <= 2
+        assert len({pick.name for pick in picks}) == len(picks)
+        own_rate = len(measured_trial(TRUE, 1).arrivals_ns) / 30
+        assert max(pick.rate for pick in picks) == pytest.approx(own_rate, rel=0.01), (
+            "a quarter more is too much for it"
+        )
+        assert all(pick.settings["replicas"] == 3 for pick in picks)
+
+    def test_where_nothing_keeps_the_objective_there_is_still_a_pick(self) -> None:
+        slow = System(service=Service(base_ms=300, per_item_ms=10), replicas=3, devices=3)
+        assert choose(slow, measured_trial(TRUE, 1), SPACE, OBJECTIVE, 3)
+
+
+def test_the_tight_case_on_the_command_line(tmp_path: Path) -> None:
+    done = tailrace("tune", "--simulator", "--slo", "p99=120ms", "--plot", "case.svg", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told_case = json.loads(done.stdout)
+    assert told_case["simulated"] is True
+    assert told_case["chosen"]["held_seeds"] >= 19
+    assert told_case["chosen"]["figures"]["p99_ms"] <= 120
+    assert told_case["chosen"]["mean_replicas"] > told_case["cheapest_of_all"]["mean_replicas"]
+    costs = [row["mean_replicas"] for row in told_case["within_objective"]]
+    assert np.all(np.diff(costs) > -0.011), "the cheapest first"
+    drawn = (tmp_path / "case.svg").read_text()
+    assert "simulated" in drawn
+    table = tailrace("tune", "--simulator", cwd=tmp_path)
+    assert "Chosen: max batch" in table.stdout
+    hopeless = tailrace("tune", "--simulator", "--slo", "p99=5ms", cwd=tmp_path)
+    assert "No setting keeps p99 ≤ 5 ms" in hopeless.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--simulator", "--adapter", "triton"), "starts no server"),
+        ((), "--adapter"),
+        (("--adapter", "triton", "--plot", "x.svg"), "--plot goes with --simulator"),
+        (("--adapter", "triton", "--slo", "p50=1s"), "--slo"),
+        (("--adapter", "trtion"), "trtion"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
+    done = tailrace("tune", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr

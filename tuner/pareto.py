@@ -1,0 +1,163 @@
+"""How much throughput does each millisecond of allowed tail buy: the simulator, calibrated on one trial of each framework,
+picks the settings and loads that are worth measuring; real servers then say what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.adapter import Tuning
+from harness.errors import TailraceError
+from harness.observer import Observer
+from harness.registry import get_adapter
+from harness.run import run_or_go_on
+from harness.store import RunFolder
+from harness.summary import summarise
+from reports.frontier import non_dominated
+from simulator.calibration import Trial, calibrate, read_trial
+from simulator.engine import simulate
+from simulator.system import System
+from traces.trace import Trace, rescale
+from tuner.grid import Settings, applied, combinations, knobs
+from tuner.objective import Objective
+
+CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
+LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
+"""Mean rates that are tried, as multiples of the trace's own."""
+PICKS = 2
+"""Cells that each framework's simulation picks; every framework runs the picks of all."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A cell that is worth measuring."""
+
+    settings: Settings
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """Fit for a scenario's name."""
+        words = [f"{name.replace('_', '-')}-{value:g}" for name, value in self.settings.items() if value is not None]
+        return ".".join([*words, f"rate-{self.rate:.0f}"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell beside what the simulator had said of it."""
+
+    adapter: str
+    scenario: str
+    cell: Mapping[str, Any]
+    """As in ``summary.json``."""
+    predicted: Mapping[str, float] | None
+    """``None`` for the framework's defaults, which the simulator does not know."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that was measured, in two runs."""
+
+    run: RunFolder
+    cells: tuple[Measured, ...]
+
+    def best(self, adapter: str, objective: Objective) -> Measured | None:
+        """The cell of a framework with the most goodput per device within the objective, of those that are not INVALID."""
+        within = [
+            cell
+            for cell in self.cells
+            if cell.adapter == adapter and cell.cell["verdict"] != "INVALID" and objective.met(cell.cell)
+        ]
+        return max(within, key=lambda cell: float(cell.cell["goodput_rps_per_device"]), default=None)
+
+
+def measure(
+    adapters: Sequence[str],
+    base: Mapping[str, Any],
+    objective: Objective,
+    trials: int,
+    folder: Path,
+    observer: Observer,
+) -> Outcome:
+    """Calibrate, pick, run. ``base`` is an experiment with everything but name, adapters, scenarios and trials. What an
+    earlier, interrupted call has measured in ``folder`` stays."""
+    devices = int(base["devices"])
+    spaces = {}
+    for name in adapters:
+        adapter = get_adapter(name)
+        spaces[name] = knobs(adapter, adapter.Options(), adapter.protocols[0], devices)
+    common = {**base, "adapters": list(adapters), "slo": {"latency_ms": objective.p99_ms}}
+    known = Tuning(**CALIBRATED_ON, replicas=devices)
+    first = run_or_go_on(
+        folder / "calibration",
+        {**common, "name": "calibration", "tuning": known.chosen(), "when_refused": "leave_out"},
+        observer,
+    )
+    measured = {folder.facts["adapter"]: read_trial(folder) for folder in first.trials if folder.done}
+    if missing := [name for name in adapters if name not in measured]:
+        raise TailraceError(
+            f"{', '.join(missing)} could not be measured to calibrate the simulator on", remedy=f"see {first.folder}"
+        )
+    systems = {name: calibrate(measured[name]).system for name in adapters}
+    picks: dict[str, Pick] = {}
+    for name in adapters:
+        for pick in choose(systems[name], measured[name], spaces[name], objective, devices):
+            picks.setdefault(pick.name, pick)
+    observer.note(f"the simulator picks {', '.join(picks)}")
+    scenarios: list[dict[str, Any]] = [{"name": "defaults", "tuning": "defaults"}]
+    scenarios += [
+        {"name": pick.name, "mean_rate": pick.rate, "tuning": {k: v for k, v in pick.settings.items() if v is not None}}
+        for pick in picks.values()
+    ]
+    run = run_or_go_on(
+        folder / "frontier",
+        {**common, "name": "pareto", "scenarios": scenarios, "trials": trials, "when_refused": "leave_out"},
+        observer,
+    )
+    cells = []
+    for cell in summarise(run)["cells"]:
+        chosen = picks.get(cell["scenario"])
+        predicted = None
+        if chosen is not None:
+            predicted = _predicted(systems[cell["adapter"]], measured[cell["adapter"]], chosen, objective)
+        cells.append(Measured(cell["adapter"], cell["scenario"], cell, predicted))
+    return Outcome(run, tuple(cells))
+
+
+def choose(
+    system: System, trial: Trial, space: Mapping[str, tuple[Any, ...]], objective: Objective, devices: int
+) -> list[Pick]:
+    """From the simulated frontier of goodput per device against p99, over all settings and loads: the cell with the most
+    goodput within the objective, and that with the shortest tail among those that still serve the trace's own load."""
+    mean_rate = len(trial.arrivals_ns) / (trial.span_ns / 1e9)
+    candidates: list[Pick] = []
+    figures: list[dict[str, float]] = []
+    for load in LOADS:
+        arrivals_ns = _scaled(trial, load * mean_rate)
+        for settings in combinations(space):
+            candidates.append(Pick(settings, round(load * mean_rate, 1)))
+            simulated = simulate(applied(system, settings), arrivals_ns, span_ns=trial.span_ns)
+            figures.append(simulated.figures(objective.p99_ms))
+    tail = np.array([told["p99_ms"] for told in figures])
+    goodput = np.array([told["goodput_rps"] / devices for told in figures])
+    on = np.flatnonzero(non_dominated(tail, goodput))
+    within = [int(i) for i in on if objective.met(figures[i])] or [int(i) for i in on]
+    most = max(within, key=lambda i: goodput[i])
+    serving = [i for i in within if figures[i]["slo_attainment"] >= 0.99] or within
+    return [candidates[i] for i in dict.fromkeys([most, min(serving, key=lambda i: tail[i])])][:PICKS]
+
+
+def _scaled(trial: Trial, rate: float) -> Any:
+    trace = Trace(
+        name=trial.id, arrivals_ns=np.array(trial.arrivals_ns, np.int64), span_ns=trial.span_ns, transient=True
+    )
+    return rescale(trace, rate, 1).arrivals_ns
+
+
+def _predicted(system: System, trial: Trial, pick: Pick, objective: Objective) -> dict[str, float]:
+    simulated = simulate(applied(system, pick.settings), _scaled(trial, pick.rate), span_ns=trial.span_ns)
+    return simulated.figures(objective.p99_ms)
