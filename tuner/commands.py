@@ -32,7 +32,7 @@ def tune(
     adapter: Annotated[list[str] | None, typer.Option(help="Tune this framework; may be given again.")] = None,
     workload: Annotated[str, typer.Option(help="A workload's name, or the path of its folder.")] = "emulated",
     trace: Annotated[str, typer.Option(help="A trace's name.")] = "surge",
-    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 2,
+    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 3,
     slo: Annotated[
         list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; p99=120ms if left out.")
     ] = None,
@@ -87,7 +87,7 @@ def pareto(
         list[str] | None, typer.Option(help="A framework; may be given again. Left out: triton and ray_serve.")
     ] = None,
     workload: Annotated[str, typer.Option(help="A workload's name, or the path of its folder.")] = "emulated",
-    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 2,
+    devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 3,
     slo: Annotated[str, typer.Option(metavar="DURATION", help="The objective of one request.")] = "120ms",
     trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of every cell.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 7,
