@@ -249,8 +249,8 @@ def sentences(found: Found, objective: Objective) -> list[str]:
             lines.append(f"The defaults' {word} was {ratio.value:.2f}×{ends} that of the best{sure}.")
     if found.skipped:
         controls = [step for step in found.steps if step.control]
-        best_score = -math.inf if found.best is None else objective.score(found.best.figures)
-        missed = [step.name for step in controls if objective.score(step.figures) >= best_score]
+        reached = max(objective.score(step.figures) for step in found.steps if not step.control)
+        missed = [step.name for step in controls if objective.score(step.figures) > reached]
         lines.append(
             f"The simulator saved {found.skipped} runs; of {len(controls)} that it would have skipped and that were run "
             + (f"it would have missed {', '.join(missed)}." if missed else "none was better.")

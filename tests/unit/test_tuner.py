@@ -186,6 +186,17 @@ def test_words_when_nothing_holds() -> None:
     assert sentences(Found(steps=[step]), OBJECTIVE) == ["No setting that was tried keeps p99 ≤ 120 ms."]
 
 
+def test_a_control_that_beats_all_is_a_miss_of_the_simulator() -> None:
+    def step(name: str, p99_ms: float, *, control: bool = False) -> Step:
+        figures = {"p99_ms": p99_ms, "slo_attainment": 0.9}
+        return Step(name, {"max_batch": 4}, figures, predicted_p99_ms=50.0, control=control)
+
+    found = Found(steps=[step("picked", 150), step("control", 110, control=True)], skipped=9)
+    assert "it would have missed control" in sentences(found, OBJECTIVE)[-1]
+    found = Found(steps=[step("picked", 150), step("control", 160, control=True)], skipped=9)
+    assert "none was better" in sentences(found, OBJECTIVE)[-1]
+
+
 class TestThePicksOfTheFrontier:
     def test_one_has_the_most_goodput_and_one_the_shortest_tail(self) -> None:
         picks = choose(TRUE, measured_trial(TRUE, 1), SPACE, OBJECTIVE, 3)
