@@ -24,30 +24,36 @@ QUEUE_LIMIT = (None, 16, 64, 256)
 
 
 def knobs(adapter: Adapter, options: BaseModel, protocol: WireProtocol, devices: int) -> dict[str, tuple[Any, ...]]:
-    """The values of every neutral knob that an adapter has a place for; replicas up to one for each device."""
+    """The values of every neutral knob for which an adapter has a place; replicas up to one for each device."""
     wanted = {
         "max_batch": MAX_BATCH,
         "batch_window_ms": WINDOW_MS,
         "replicas": tuple(range(1, devices + 1)),
         "queue_limit": QUEUE_LIMIT,
     }
-    every = Tuning(max_batch=8, batch_window_ms=5, replicas=1, queue_limit=64)
-    _, refused = adapter.expressible(every, options, protocol)
-    return {name: values for name, values in wanted.items() if name not in refused}
+
+    def has_a_place(knob: str, value: Any) -> bool:
+        # Beside batches, for some knobs have a place only there.
+        asked = Tuning.model_validate({"max_batch": 8, **({} if value is None else {knob: value})})
+        return knob not in adapter.expressible(asked, options, protocol)[1]
+
+    found = {knob: tuple(value for value in values if has_a_place(knob, value)) for knob, values in wanted.items()}
+    return {knob: values for knob, values in found.items() if any(value is not None for value in values)}
 
 
 def combinations(values: Mapping[str, tuple[Any, ...]]) -> Iterator[Settings]:
     """Every choice of one value for each knob that is :func:`sensible`."""
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
-        if settings == sensible(settings):
+        if settings == sensible(settings, values):
             yield settings
 
 
-def sensible(settings: Settings) -> Settings:
-    """The same settings without what makes no difference: where batches are of one there is no window to wait for."""
-    alone = settings.get("max_batch") == 1 and "batch_window_ms" in settings
-    return {**settings, "batch_window_ms": 0} if alone else dict(settings)
+def sensible(settings: Settings, values: Mapping[str, tuple[Any, ...]]) -> Settings:
+    """The same settings without what makes no difference: batches of one wait for nobody, so the shortest of the windows
+    stands for all."""
+    alone = settings.get("max_batch") == 1 and "batch_window_ms" in values
+    return {**settings, "batch_window_ms": min(values["batch_window_ms"])} if alone else dict(settings)
 
 
 def applied(system: System, settings: Settings) -> System:

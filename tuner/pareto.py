@@ -147,7 +147,7 @@ def choose(
     on = np.flatnonzero(non_dominated(tail, goodput))
     within = [int(i) for i in on if objective.met(figures[i])] or [int(i) for i in on]
     most = max(within, key=lambda i: goodput[i])
-    serving = [i for i in within if figures[i]["slo_attainment"] >= 0.99] or within
+    serving = [i for i in within if candidates[i].rate >= round(mean_rate, 1)] or within
     return [candidates[i] for i in dict.fromkeys([most, min(serving, key=lambda i: tail[i])])][:PICKS]
 
 

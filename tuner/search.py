@@ -133,7 +133,7 @@ class Search:
             )
         scores: dict[str, float] = {}
         for earlier in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):  # of a search that was cut off
-            settings = sensible(earlier.params)
+            settings = sensible(earlier.params, self.space)
             if _name(settings) not in scores:
                 self._measure(_name(settings), settings, found)
                 scores[_name(settings)] = float(earlier.values[0])
@@ -141,7 +141,9 @@ class Search:
             if len(scores) >= budget or len(scores) >= len(list(combinations(self.space))):
                 return
             trial = study.ask()
-            settings = sensible({name: trial.suggest_categorical(name, values) for name, values in self.space.items()})
+            settings = sensible(
+                {name: trial.suggest_categorical(name, values) for name, values in self.space.items()}, self.space
+            )
             key = _name(settings)
             if key not in scores:
                 self.observer.note(f"step {len(scores) + 1} of {budget} (asked {asked + 1} times): {key}")

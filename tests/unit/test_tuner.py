@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.adapter import Tuning
 from harness.errors import InputError, TailraceError
 from harness.observer import Observer
 from harness.registry import get_adapter
@@ -64,6 +65,16 @@ class TestTheGrid:
             values = knobs(adapter, adapter.Options(), adapter.protocols[0], 2)
             assert {"max_batch", "batch_window_ms", "replicas", "queue_limit"} - values.keys() == lacking
             assert values["replicas"] == (1, 2)
+
+    def test_a_value_without_a_place_is_not_searched(self) -> None:
+        """TorchServe waits for a whole number of milliseconds, and 0 is none to it; every combination can be asked for."""
+        for name in ("triton", "ray_serve", "torchserve", "kserve"):
+            adapter = get_adapter(name)
+            values = knobs(adapter, adapter.Options(), adapter.protocols[0], 3)
+            assert (0 in values.get("batch_window_ms", ())) == (name in ("triton", "ray_serve"))
+            for settings in combinations(values):
+                tuning = Tuning.model_validate({knob: value for knob, value in settings.items() if value is not None})
+                assert adapter.expressible(tuning, adapter.Options(), adapter.protocols[0])[1] == {}
 
     def test_batches_of_one_have_no_window(self) -> None:
         assert len(list(combinations(SPACE))) == 3 + 2 * 2 * 3
