@@ -74,10 +74,19 @@ def resume_run(folder: Path, observer: Observer) -> Summary:
 
 def run_or_go_on(folder: Path, content: Mapping[str, Any], observer: Observer) -> RunFolder:
     """The run in ``folder``, to its end: as it is when it is complete, gone on with when it was cut off, and else a new one of
-    the experiment ``content``. For what makes several runs and may itself be cut off between them."""
+    the experiment ``content``. For what makes several runs and may itself be cut off between them. Raises
+    :class:`InputError` when the run that is there was made of another experiment."""
+    experiment = Experiment.model_validate(content)
     if not (folder / "manifest.json").is_file():
-        run_experiment(Experiment.model_validate(content), folder, observer)
-    elif not RunFolder.open(folder).complete:
+        run_experiment(experiment, folder, observer)
+        return RunFolder.open(folder)
+    run = RunFolder.open(folder)
+    if run.manifest["experiment_sha256"] != experiment.sha256:
+        raise InputError(
+            f"{folder} holds a run of another experiment than the one that was asked for now",
+            remedy="go on with the very command that it began with, or give --out another folder",
+        )
+    if not run.complete:
         resume_run(folder, observer)
     return RunFolder.open(folder)
 

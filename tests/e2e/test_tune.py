@@ -1,0 +1,85 @@
+"""The search and the frontier on a real server: short traces, few settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import InputError
+from harness.observer import Observer
+from harness.store import RunFolder
+from reports.report import build
+from tests.conftest import tailrace
+from tuner.objective import Objective
+from tuner.pareto import measure
+from tuner.search import Search
+
+pytestmark = pytest.mark.e2e
+
+OBJECTIVE = Objective(500)
+"""Wide enough for a machine that is busy with other tests."""
+
+
+def base(rate: float, duration_s: float) -> dict[str, Any]:
+    trace = {"name": "steady", "params": {"rate": rate, "duration_s": duration_s}}
+    return {"trace": trace, "devices": 2, "warmup": {"duration_s": 1}, "slo": {"latency_ms": OBJECTIVE.p99_ms}}
+
+
+def test_the_best_settings_are_measured_against_the_defaults_and_can_be_copied(tmp_path: Path) -> None:
+    """Triton's defaults serve one request at a time, 67 a second: at 150 a second they cannot keep the objective."""
+    space: dict[str, tuple[Any, ...]] = {"max_batch": (8, 16), "batch_window_ms": (2,), "replicas": (2,)}
+    search = Search({**base(150, 4), "adapters": ["triton"]}, space, OBJECTIVE, tmp_path, Observer(), seed=1)
+    found = search.run(2, simulate_first=False, trials=1)
+    assert found.failed == []
+    assert [step.settings is None for step in found.steps] == [True, False, False]
+    assert found.best is not None
+    assert found.best.settings is not None
+    (config,) = (tmp_path / "best-configuration").rglob("config.pbtxt")
+    assert f"max_batch_size: {found.best.settings['max_batch']}" in config.read_text()
+    assert found.confirmation is not None
+    goodput = found.ratios["goodput_rps_per_device"]
+    assert goodput is None or goodput.value < 1, "None: the defaults had no good answer at all"
+    before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("requests.parquet"))
+    again = search.run(2, simulate_first=False, trials=1)
+    assert [step.name for step in again.steps] == [step.name for step in found.steps]
+    assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("requests.parquet")) == before, "nothing ran again"
+    other = Search({**base(140, 4), "adapters": ["triton"]}, space, OBJECTIVE, tmp_path, Observer(), seed=1)
+    with pytest.raises(InputError, match="another experiment"):
+        other.run(2, simulate_first=False, trials=1)
+
+
+def test_the_frontier_is_measured_where_the_simulator_picks(tmp_path: Path) -> None:
+    outcome = measure(["triton"], base(120, 6), OBJECTIVE, 1, tmp_path, Observer())
+    assert {cell.scenario for cell in outcome.cells} > {"defaults"}
+    for cell in outcome.cells:
+        assert (cell.predicted is None) == (cell.scenario == "defaults")
+        if cell.predicted is not None:
+            assert cell.cell["offered_rps"] == pytest.approx(cell.predicted["arrived"] / 6, rel=0.2)
+    best = outcome.best("triton", OBJECTIVE)
+    assert best is not None
+    assert best.cell["goodput_rps_per_device"] == max(
+        cell.cell["goodput_rps_per_device"] for cell in outcome.cells if OBJECTIVE.met(cell.cell)
+    )
+    assert "on the frontier" in build([outcome.run]).lower()
+
+
+def test_a_sweep_runs_every_cell_at_its_own_rate(tmp_path: Path) -> None:
+    done = tailrace(
+        "run", "smoke", "--adapter", "null", "--set", "tuning={replicas: [1, 2]}", "--set", "load.rates=[40, 80]",
+        "--set", "trace={name: steady, params: {duration_s: 3}}", "--set", "warmup.duration_s=0.5", "--out", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode in (0, 3), done.stderr
+    assert "4 trials of 4 cells" in done.stderr
+    run = RunFolder.open(tmp_path / "out")
+    cells = json.loads((tmp_path / "out" / "summary.json").read_text())["cells"]
+    assert {cell["scenario"] for cell in cells} == {
+        f"no-fault.replicas-{replicas}.rate-{rate}" for replicas in (1, 2) for rate in (40, 80)
+    }
+    for cell in cells:
+        assert cell["offered_rps"] == pytest.approx(float(cell["scenario"].rpartition("-")[2]), rel=0.35)
+        assert cell["tuning"]["replicas"] == int(cell["scenario"].split(".")[1].removeprefix("replicas-"))
+    assert run.complete
