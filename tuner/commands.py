@@ -1,7 +1,8 @@
-"""What is typed: ``tailrace tune``."""
+"""What is typed: ``tailrace tune``, ``pareto`` and ``saturate``."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ from simulator.commands import CHECKED_SEEDS, ENOUGH_SEEDS
 if TYPE_CHECKING:
     from tuner.grid import Case
     from tuner.objective import Objective
+    from tuner.saturation import Saturation
     from tuner.search import Found
 
 SHOWN_STEPS = 12
@@ -354,3 +356,94 @@ def _case(case: Case) -> dict[str, Any]:
     from simulator.commands import plain
 
     return {"settings": case.settings, "mean_replicas": case.mean_replicas, "figures": plain(case.figures)}
+
+
+# ---------------------------------------------------------------- saturation
+
+
+def saturate(
+    experiment: Annotated[str, typer.Argument(help="A built-in experiment or a YAML file; its first scenario is run.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Of this framework; may be given again.")] = None,
+    slo: Annotated[
+        list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; p99=120ms.")
+    ] = None,
+    start: Annotated[float, typer.Option(min=0.01, help="The first mean rate, arrivals/s.")] = 50.0,
+    trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of every rate.")] = 1,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the experiment, in YAML.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of all runs; one that was cut off goes on.")] = None,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Find the saturation point: the highest mean rate of the trace at which the objective still holds.
+
+    The rate is doubled until it does not hold, and no further; then the gap is halved until it is below 5 %, or the interval
+    of a p99 (from three trials) has the objective within it.
+    """
+    from harness.console import ConsoleObserver
+    from harness.run import run_or_go_on
+    from harness.spec import load_experiment
+    from harness.store import default_folder
+    from harness.summary import summarise
+    from tuner.objective import parse_objective
+    from tuner.saturation import find
+
+    objective = parse_objective(slo or ["p99=120ms"])
+    overrides = {"adapters": list(dict.fromkeys(adapter))} if adapter else {}
+    base = load_experiment(experiment, overrides=overrides, assignments=settings or ()).model_dump(mode="json")
+    folder = out or default_folder("saturate")
+    common = {**base, "trials": trials, "slo": {"latency_ms": objective.p99_ms}}
+    found = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ConsoleObserver(stderr()) as observer:
+
+        def cell_at(name: str, rate: float) -> dict[str, Any]:
+            scenario = {**base["scenarios"][0], "mean_rate": rate}
+            options = {key: value for key, value in base["options"].items() if key == name}
+            content = {**common, "name": "saturate", "adapters": [name], "options": options, "scenarios": [scenario]}
+            (cell,) = summarise(run_or_go_on(folder / name / f"rate-{rate:.6g}", content, observer))["cells"]
+            return dict(cell)
+
+        for name in base["adapters"]:
+            try:
+                found[name] = find(functools.partial(cell_at, name), start, objective)
+            except KeyboardInterrupt:
+                observer.note(f"interrupted; go on with the same command and --out {folder}")
+                raise typer.Exit(130) from None
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps({name: _saturation(point) for name, point in found.items()}, indent=1))
+        return
+    console = stdout()
+    table = Table()
+    for heading in ("adapter", "mean rate/s", "held", "p99 ms", "goodput/s/device", "within SLO", "verdict"):
+        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    for name, point in found.items():
+        for load in sorted(point.loads, key=lambda load: load.rate):
+            cell = load.figures
+            table.add_row(
+                name,
+                f"{load.rate:.4g}",
+                "yes" if load.held else "no",
+                _number(cell["p99_ms"]),
+                _number(cell["goodput_rps_per_device"]),
+                f"{cell['slo_attainment']:.1%}",
+                cell["verdict"],
+            )
+    console.print(table)
+    for name, point in found.items():
+        console.print(Text(f"{name} saturates at {objective.words}: {point.words}."), soft_wrap=True)
+
+
+def _saturation(point: Saturation) -> dict[str, Any]:
+    from harness.summary import jsonable
+
+    keys = ("p99_ms", "p99_ci_ms", "goodput_rps_per_device", "slo_attainment", "verdict")
+    return {
+        "holds": point.holds,
+        "fails": point.fails,
+        "ended": point.ended,
+        "loads": [
+            {"rate": load.rate, "held": load.held, **jsonable({key: load.figures[key] for key in keys})}
+            for load in point.loads
+        ],
+    }

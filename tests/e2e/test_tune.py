@@ -83,3 +83,20 @@ def test_a_sweep_runs_every_cell_at_its_own_rate(tmp_path: Path) -> None:
         assert cell["offered_rps"] == pytest.approx(float(cell["scenario"].rpartition("-")[2]), rel=0.35)
         assert cell["tuning"]["replicas"] == int(cell["scenario"].split(".")[1].removeprefix("replicas-"))
     assert run.complete
+
+
+def test_the_saturation_point_of_one_replica(tmp_path: Path) -> None:
+    """One replica serves 267 requests a second at most, in full batches."""
+    done = tailrace(
+        "saturate", "smoke", "--adapter", "triton", "--slo", "p99=400ms", "--start", "120", "--format", "json",
+        "--set", "trace={name: steady, params: {duration_s: 5, rate: 120}}", "--set", "warmup.duration_s=1",
+        "--set", "tuning={max_batch: 16, batch_window_ms: 5, replicas: 1}", "--set", "devices=1", "--out", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    point = json.loads(done.stdout)["triton"]
+    assert point["holds"] < point["fails"] <= 480
+    assert point["holds"] < 330, "what the device can do, and the backlog that five seconds may build up within 400 ms"
+    assert [load["held"] for load in sorted(point["loads"], key=lambda load: load["rate"])] != [True] * len(
+        point["loads"]
+    )

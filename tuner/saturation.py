@@ -1,0 +1,95 @@
+"""The saturation point: the highest load at which an objective still holds, by bracketing and then bisection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.errors import InputError
+from tuner.objective import Objective
+
+MAX_STEPS = 24
+STEPS_DOWN = 6
+"""So often a first rate is halved that does not hold; then nothing holds."""
+
+Ended = Literal["narrow", "undecided", "nothing holds", "steps"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One rate that was tried."""
+
+    rate: float
+    held: bool
+    undecided: bool
+    """Whether the interval of its p99 has the objective within it."""
+    figures: Mapping[str, Any]
+    """Its cell, as in ``summary.json``."""
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Between the highest rate that held and the lowest that did not (arrivals/s; ``None``: there was none)."""
+
+    holds: float | None
+    fails: float | None
+    ended: Ended
+    loads: tuple[Load, ...]
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        if self.holds is None:
+            return f"not even {self.loads[-1].rate:.4g}/s holds"
+        if self.fails is None:
+            return f"at least {self.holds:.4g}/s: more was not tried"
+        why = {
+            "undecided": ", where the interval of the p99 has the objective within it: more trials would narrow it",
+            "steps": f", after {len(self.loads)} loads",
+        }.get(self.ended, "")
+        return f"between {self.holds:.4g} and {self.fails:.4g}/s{why}"
+
+
+def find(
+    measure: Callable[[float], Mapping[str, Any]], start: float, objective: Objective, *, tolerance: float = 0.05
+) -> Saturation:
+    """Double the rate from ``start`` until the objective does not hold (never further: a saturated machine says nothing more
+    at ten times the load), or halve it until it does; then halve the ratio between both, until they are within
+    ``tolerance``, or a p99 cannot be told from the objective. ``measure`` gives a cell for a mean rate. Raises
+    :class:`InputError` where no p99 can be claimed."""
+    loads: list[Load] = []
+    holds = fails = None
+    rate = start
+    while len(loads) < MAX_STEPS:
+        load = _tried(rate, measure(rate), objective)
+        loads.append(load)
+        if load.held:
+            holds = rate
+        else:
+            fails = rate
+        if holds is None and len(loads) > STEPS_DOWN:
+            return Saturation(None, fails, "nothing holds", tuple(loads))
+        if holds is None or fails is None:
+            rate = rate * 2 if fails is None else rate / 2
+            continue
+        if load.undecided:
+            return Saturation(holds, fails, "undecided", tuple(loads))
+        if fails / holds <= 1 + tolerance:
+            return Saturation(holds, fails, "narrow", tuple(loads))
+        rate = math.sqrt(holds * fails)
+    return Saturation(holds, fails, "steps", tuple(loads))
+
+
+def _tried(rate: float, cell: Mapping[str, Any], objective: Objective) -> Load:
+    if cell["p99_ms"] is None:
+        raise InputError(
+            f"at {rate:.4g}/s there are too few arrivals to claim a p99: {cell['arrivals']}",
+            remedy="use a longer trace, more trials, or begin at a higher rate (--start)",
+        )
+    ends = cell["p99_ci_ms"]
+    undecided = (
+        ends is not None and ends[0] <= objective.p99_ms <= ends[1] and cell["p99_ci_ms_source"] == "across-trials"
+    )
+    return Load(rate, objective.met(cell), undecided, cell)
