@@ -291,6 +291,16 @@ AXES = {
 """The four axes on which people compare serving frameworks, in words."""
 
 
+NEEDS: Mapping[str, str] = {
+    "hosted": "somebody else runs the servers",
+    "scale-to-zero": "no replica, and no cost, while nobody asks; on Kubernetes",
+    "canary": "a new version gets a share of the traffic first; on Kubernetes",
+    "python-pipeline": "several models and business rules, composed in Python",
+    "one-model": "one optimised model, as much throughput for each device as can be had",
+}
+"""What may decide for a framework before any figure does."""
+
+
 class Adapter(ABC):
     """One serving framework."""
 
@@ -311,6 +321,8 @@ class Adapter(ABC):
     traits: ClassVar[Mapping[str, str]] = {}
     """Where the framework stands on each of :data:`AXES`, a sentence each. A claim: what a machine shows stands beside it
     (:mod:`harness.observations`)."""
+    serves_needs: ClassVar[Mapping[str, str]] = {}
+    """Of :data:`NEEDS`, those for which the framework is the usual choice, and why: what `tailrace recommend` goes by."""
     approximate: ClassVar[Mapping[str, str]] = {}
     """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""

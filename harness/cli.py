@@ -20,7 +20,7 @@ from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import calibrate, plan_app, simulate, validate_sim
-from tuner.commands import pareto, saturate, tune
+from tuner.commands import pareto, recommend, saturate, tune
 
 if TYPE_CHECKING:
     from harness.spec import Experiment
@@ -44,6 +44,7 @@ app.command()(calibrate)
 app.command()(tune)
 app.command()(pareto)
 app.command()(saturate)
+app.command()(recommend)
 app.command(name="validate-sim")(validate_sim)
 
 

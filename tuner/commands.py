@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -447,3 +448,41 @@ def _saturation(point: Saturation) -> dict[str, Any]:
             for load in point.loads
         ],
     }
+
+
+# ---------------------------------------------------------------- recommend
+
+
+def recommend(
+    run: Annotated[
+        Path, typer.Argument(help="A run of the frameworks that are to choose from, on your model and traffic.")
+    ],
+    need: Annotated[
+        list[str] | None,
+        typer.Option(help="hosted, scale-to-zero, canary, python-pipeline or one-model; may be given again."),
+    ] = None,
+    slo: Annotated[
+        list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; default: the run's own.")
+    ] = None,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Say which framework to take, why, and what the second choice would cost.
+
+    First what decides before any figure does (--need), then the figures of the run: within the objective, then goodput per
+    device, then p99.
+    """
+    from harness.registry import all_adapters
+    from harness.store import RunFolder
+    from harness.summary import summarise
+    from tuner.objective import parse_objective
+    from tuner.recommend import recommend as decide
+
+    objective = parse_objective(slo) if slo else None
+    answer = decide(summarise(RunFolder.open(run)), all_adapters(), need or [], objective)
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps(asdict(answer), indent=1))
+        return
+    console = stdout()
+    console.print(Text(answer.framework or "nothing that was measured", style="bold"))
+    for reason in answer.reasons:
+        console.print(Text(f"- {reason}"), soft_wrap=True)

@@ -157,6 +157,10 @@ class KServe(Adapter):
         "server_timeout_s": "the Python model server lets every request run to its end; timeouts are the control plane's",
         "autoscale": "control plane only",
     }
+    serves_needs: ClassVar[Mapping[str, str]] = {
+        "scale-to-zero": "its control plane scales to zero; what is measured here is its model server alone",
+        "canary": "its control plane splits traffic between revisions; what is measured here is its model server alone",
+    }
     traits: ClassVar[Mapping[str, str]] = {
         "batching": "none in the Python model server, each request is one call of the model; the control plane can put a "
         "batcher in front of it as a sidecar",

@@ -276,6 +276,9 @@ class RayServe(Adapter):
         "autoscale": "autoscaling_config",
     }
     refused: ClassVar[Mapping[str, str]] = {}
+    serves_needs: ClassVar[Mapping[str, str]] = {
+        "python-pipeline": "deployments are Python classes that call each other, each scaled by itself",
+    }
     traits: ClassVar[Mapping[str, str]] = {
         "batching": "in each replica: @serve.batch around a method of the user's class, up to `max_batch_size` or until "
         "`batch_wait_timeout_s` has passed; off by default",

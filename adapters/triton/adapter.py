@@ -248,6 +248,9 @@ class Triton(Adapter):
         "server_timeout_s": "dynamic_batching.default_queue_policy.default_timeout_microseconds",
     }
     refused: ClassVar[dict[str, str]] = {"autoscale": "external scaler only"}
+    serves_needs: ClassVar[dict[str, str]] = {
+        "one-model": "its batcher and backends are native code, and one server holds several instances on a device",
+    }
     traits: ClassVar[dict[str, str]] = {
         "batching": "in the server, per model: the dynamic batcher gathers requests up to `max_batch_size`, or until the "
         "oldest has waited its delay; off by default",

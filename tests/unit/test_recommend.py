@@ -1,0 +1,98 @@
+"""The decision procedure, on runs whose figures are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.adapter import NEEDS
+from harness.errors import InputError
+from harness.registry import all_adapters
+from harness.summary import summarise
+from tests.conftest import tailrace
+from tests.synthetic import make_run
+from tuner.objective import Objective
+from tuner.recommend import recommend
+
+ADAPTERS = all_adapters()
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Triton, Ray Serve and KServe: each with more overhead than the one before it, three trials."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return summarise(make_run(folder, adapters=("triton", "ray_serve", "kserve"), trials=3))
+
+
+def test_without_a_need_the_figures_decide(summary: dict[str, Any]) -> None:
+    answer = recommend(summary, ADAPTERS, [], None)
+    calm = [cell for cell in summary["cells"] if cell["scenario"] == "no-fault"]
+    best = max(calm, key=lambda cell: (cell["goodput_rps_per_device"], -cell["p99_ms"]))
+    assert answer.framework == best["adapter"]
+    assert answer.second not in (None, answer.framework)
+    text = " ".join(answer.reasons)
+    assert f"{best['goodput_rps_per_device']:.4g} good answers/s per emulated device" in text
+    assert "kill_replica" in text, "what a fault did to it is told"
+    assert "the p99" in text
+    assert "[" in text, "with an interval, for there are three blocks"
+
+
+def test_a_need_decides_before_the_figures(summary: dict[str, Any]) -> None:
+    for need, framework in (("python-pipeline", "ray_serve"), ("one-model", "triton"), ("canary", "kserve")):
+        answer = recommend(summary, ADAPTERS, [need], None)
+        assert answer.framework == framework
+        assert f"usual choice for {need}" in answer.reasons[0]
+
+
+def test_needs_that_nobody_meets_together_leave_it_to_the_figures(summary: dict[str, Any]) -> None:
+    answer = recommend(summary, ADAPTERS, ["one-model", "canary"], None)
+    assert "No framework is the usual choice for all of that" in answer.reasons[0]
+    assert answer.framework == recommend(summary, ADAPTERS, [], None).framework
+
+
+def test_hosted_comes_first(summary: dict[str, Any]) -> None:
+    answer = recommend(summary, ADAPTERS, ["one-model", "hosted"], None)
+    assert answer.framework is None
+    assert answer.reasons[0].startswith("Hosted")
+    assert any(reason.startswith("Measured, triton") for reason in answer.reasons)
+
+
+def test_what_was_not_measured_is_not_recommended(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton", "ray_serve"), scenarios=("no-fault",))
+    answer = recommend(summarise(run), ADAPTERS, ["canary"], None)
+    assert answer.framework is None
+    assert any("kserve was not measured" in reason for reason in answer.reasons)
+
+
+def test_one_framework_has_no_second(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",))
+    answer = recommend(summarise(run), ADAPTERS, [], Objective(1))
+    assert (answer.framework, answer.second) == ("triton", None)
+    assert any("not within p99 ≤ 1 ms" in reason for reason in answer.reasons)
+
+
+def test_a_run_with_faults_alone_says_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", scenarios=("kill-replica",))
+    with pytest.raises(InputError, match="nothing to go by"):
+        recommend(summarise(run), ADAPTERS, [], None)
+
+
+def test_every_need_that_an_adapter_claims_is_known() -> None:
+    for adapter in ADAPTERS.values():
+        assert adapter.serves_needs.keys() <= NEEDS.keys()
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", scenarios=("no-fault",), trials=3)
+    done = tailrace("recommend", "run", "--slo", "p99=500ms", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {told["framework"], told["second"]} == {"triton", "ray_serve"}
+    assert told["framework"] in tailrace("recommend", "run", cwd=tmp_path).stdout
+    for arguments, word in ((("run", "--need", "cheap"), "--need 'cheap'"), (("nowhere",), "nowhere")):
+        refused = tailrace("recommend", *arguments, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert word in refused.stderr

@@ -1,0 +1,124 @@
+"""Which framework to take: first what decides before any figure does, then the figures of the user's own run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.adapter import NEEDS, Adapter
+from harness.comparison import blocks, paired_ratio
+from harness.console import fault_sentence
+from harness.errors import InputError
+from tuner.objective import Objective
+
+HOSTED = "hosted"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """An answer with its reasons, and what the obvious second choice would cost; ``framework`` is ``None`` where nothing that
+    was measured can be recommended."""
+
+    framework: str | None
+    reasons: tuple[str, ...]
+    second: str | None = None
+
+
+def recommend(
+    summary: Mapping[str, Any], adapters: Mapping[str, Adapter], needs: Sequence[str], objective: Objective | None
+) -> Recommendation:
+    """The decision procedure. ``summary`` is that of a run; ``adapters`` are all that are known, by name.
+
+    Hosted comes first, for then nobody asks which server it is; then the needs that a framework is the usual choice for; what
+    is left is ranked by the run: within the objective first, then goodput per device, then p99. Cells under faults do not
+    rank, they are told. Raises :class:`InputError` for an unknown need and a run that has nothing to compare.
+    """
+    for need in needs:
+        if need not in NEEDS:
+            raise InputError(f"--need {need!r} is not known", remedy=f"one of {', '.join(NEEDS)}")
+    if HOSTED in needs:
+        return Recommendation(
+            None,
+            (
+                "Hosted: take a managed endpoint, whose server is its operator's affair. None is measured here yet; what a "
+                "framework gives on your own machines is the figure that its price has to beat.",
+                *_measured_reasons(_calm(summary), summary, objective),
+            ),
+        )
+    calm = _calm(summary)
+    reasons = []
+    fit = [name for name in adapters if all(need in adapters[name].serves_needs for need in needs)] if needs else []
+    for name in fit:
+        reasons += [f"{name} is the usual choice for {need}: {adapters[name].serves_needs[need]}." for need in needs]
+    if needs and not fit:
+        usual = {need: [n for n in adapters if need in adapters[n].serves_needs] for need in needs}
+        told = "; ".join(f"{need}: {', '.join(names) or 'none'}" for need, names in usual.items())
+        reasons.append(f"No framework is the usual choice for all of that ({told}); the figures decide.")
+    ranked = sorted(calm, key=lambda cell: _rank(cell, objective), reverse=True)
+    candidates = [cell for cell in ranked if cell["adapter"] in fit] if fit else ranked
+    if not candidates:
+        missing = ", ".join(fit)
+        reasons.append(f"{missing} was not measured in this run, or is INVALID there: run it before you take it.")
+        return Recommendation(None, (*reasons, *_measured_reasons(calm, summary, objective)))
+    best = candidates[0]
+    seconds = [cell for cell in ranked if cell["adapter"] != best["adapter"]]
+    reasons += _measured_reasons([best], summary, objective)
+    if not seconds:
+        reasons.append("No other framework was measured in this run, so that nothing can be said of a second choice.")
+        return Recommendation(str(best["adapter"]), tuple(reasons))
+    reasons.append(_cost(best, seconds[0], summary["trials"]))
+    return Recommendation(str(best["adapter"]), tuple(reasons), str(seconds[0]["adapter"]))
+
+
+def _calm(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells that may rank: without a fault and not INVALID, of each framework under each scenario."""
+    faulty = {trial["cell"] for trial in summary["trials"] if trial["faults"]}
+    cells = [
+        cell
+        for cell in summary["cells"]
+        if cell["cell"] not in faulty and cell["verdict"] != "INVALID" and cell["arrivals"] > 0
+    ]
+    if not cells:
+        raise InputError("this run has no cell without a fault that is not INVALID: there is nothing to go by")
+    return cells
+
+
+def _rank(cell: Mapping[str, Any], objective: Objective | None) -> tuple[bool, float, float]:
+    limit = objective or Objective(float(cell["slo_ms"]))
+    p99 = cell["p99_ms"]
+    return limit.met(cell), float(cell["goodput_rps_per_device"] or 0), -(float("inf") if p99 is None else float(p99))
+
+
+def _measured_reasons(
+    cells: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], objective: Objective | None
+) -> list[str]:
+    reasons = []
+    for cell in cells:
+        limit = objective or Objective(float(cell["slo_ms"]))
+        p99 = "not claimed" if cell["p99_ms"] is None else f"{cell['p99_ms']:.4g} ms"
+        kind = "emulated device" if cell["emulated"] else "device"
+        reasons.append(
+            f"Measured, {cell['adapter']} under {cell['scenario']}: {cell['goodput_rps_per_device']:.4g} good answers/s per "
+            f"{kind}, p99 {p99} ({'within' if limit.met(cell) else 'not within'} {limit.words}), cold start "
+            f"{'–' if cell['cold_start_s'] is None else format(cell['cold_start_s'], '.2g')} s, {cell['verdict']}."
+        )
+        for trial in summary["trials"]:
+            if trial["adapter"] == cell["adapter"]:
+                reasons += [f"Measured, {trial['trial']}: {fault_sentence(fault)}." for fault in trial["faults"]]
+    return list(dict.fromkeys(reasons))
+
+
+def _cost(best: Mapping[str, Any], second: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> str:
+    """What taking the second would cost, as ratios over blocks."""
+    of = {cell["cell"]: [t for t in trials if t["cell"] == cell["cell"]] for cell in (best, second)}
+    words = []
+    for figure, name in (("goodput_rps_per_device", "goodput per device"), ("p99_ms", "p99")):
+        ratio = paired_ratio(blocks(of[second["cell"]], of[best["cell"]], figure))
+        if ratio is None:
+            words.append(f"{name} not comparable")
+            continue
+        ends = "" if ratio.ends is None else f" [{ratio.ends[0]:.3g}, {ratio.ends[1]:.3g}]"
+        sure = "" if ratio.settled else ", no difference shown"
+        words.append(f"{ratio.value:.3g}×{ends} the {name}{sure}")
+    return f"The second choice, {second['adapter']} under {second['scenario']}, has {' and '.join(words)}."
