@@ -408,7 +408,8 @@ def _group(title: str, cells: Sequence[CellView]) -> Frontier:
                 np.array([trial["goodput_rps_per_device"] for trial in cell.repetitions], dtype=np.float64),
             )
             for cell in chosen
-        ]
+        ],
+        paired=len({(cell.run, *(trial["number"] for trial in cell.repetitions)) for cell in chosen}) == 1,
     )
     on = non_dominated(
         np.array([c.summary["p99_ms"] for c in chosen], dtype=np.float64),
@@ -516,7 +517,7 @@ def _frontier_note(group: Frontier) -> str:
             + (f"; not settled: {listing(unsettled)}." if unsettled else ".")
         )
     elif len(cells) > 1:
-        told.append(f"How sure that is takes {MIN_TRIALS} finite trials of every cell to say.")
+        told.append(f"How sure that is takes {MIN_TRIALS} trials of every cell to say.")
     if any(c.summary["p99_ms"] == math.inf for c in cells):
         told.append(
             "In the ∞ strip: cells in which more than 1\u202f% of requests failed, so that their p99 has no end."

@@ -140,9 +140,9 @@ def pareto(
         best = outcome.best(name, objective)
         console.print(
             Text(
-                f"{name}: no cell keeps {objective.words}."
+                f"{name}: of no cell does the whole interval keep {objective.words}."
                 if best is None
-                else f"{name}: most goodput within {objective.words}: {best.scenario}, "
+                else f"{name}: most goodput with the whole interval within {objective.words}: {best.scenario}, "
                 f"{_number(best.cell['goodput_rps_per_device'])}/s per device."
             ),
             soft_wrap=True,

@@ -66,11 +66,16 @@ class Outcome:
     cells: tuple[Measured, ...]
 
     def best(self, adapter: str, objective: Objective) -> Measured | None:
-        """The cell of a framework with the most goodput per device within the objective, of those that are not INVALID."""
+        """The cell of a framework with the most goodput per device within the objective, of those that are not INVALID and
+        whose p99 is within it up to the upper end of its interval."""
         within = [
             cell
             for cell in self.cells
-            if cell.adapter == adapter and cell.cell["verdict"] != "INVALID" and objective.met(cell.cell)
+            if cell.adapter == adapter
+            and cell.cell["verdict"] != "INVALID"
+            and objective.met(cell.cell)
+            and cell.cell["p99_ci_ms"] is not None
+            and cell.cell["p99_ci_ms"][1] <= objective.p99_ms
         ]
         return max(within, key=lambda cell: float(cell.cell["goodput_rps_per_device"]), default=None)
 

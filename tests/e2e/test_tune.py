@@ -59,10 +59,10 @@ def test_the_frontier_is_measured_where_the_simulator_picks(tmp_path: Path) -> N
         if cell.predicted is not None:
             assert cell.cell["offered_rps"] == pytest.approx(cell.predicted["arrived"] / 6, rel=0.2)
     best = outcome.best("triton", OBJECTIVE)
-    assert best is not None
-    assert best.cell["goodput_rps_per_device"] == max(
-        cell.cell["goodput_rps_per_device"] for cell in outcome.cells if OBJECTIVE.met(cell.cell)
-    )
+    sure = [cell for cell in outcome.cells if (cell.cell["p99_ci_ms"] or [0, 1e9])[1] <= OBJECTIVE.p99_ms]
+    goodputs = [cell.cell["goodput_rps_per_device"] for cell in sure if cell.cell["verdict"] != "INVALID"]
+    assert (best is None) == (not goodputs)
+    assert best is None or best.cell["goodput_rps_per_device"] == max(goodputs)
     assert "on the frontier" in build([outcome.run]).lower()
 
 
