@@ -94,7 +94,8 @@ def accounting(
 
 
 def pair(trials: Sequence[dict[str, Any]]) -> None:
-    """Set beside every trial with faults the one that met the same arrivals without: same framework, seed and tuning."""
+    """Set beside every trial with faults the one that met the same arrivals without: same framework, seed,
+    rate and tuning."""
     for trial in trials:
         calm = next(
             (
@@ -102,7 +103,7 @@ def pair(trials: Sequence[dict[str, Any]]) -> None:
                 for other in trials
                 if trial["faults"]
                 and not other["faults"]
-                and all(other[key] == trial[key] for key in ("adapter", "number", "tuning", "protocol"))
+                and all(other[key] == trial[key] for key in ("adapter", "number", "tuning", "protocol", "mean_rate"))
                 and other["state"] == trial["state"] == "done"
             ),
             None,

@@ -85,7 +85,7 @@ def _values(several: Any, where: str) -> list[Any]:
         return _range(several, where)
     if not several:
         raise InputError(f"{where} is an empty list", remedy="give at least one value, or leave the knob out")
-    texts = [json.dumps(value, sort_keys=True) for value in several]
+    texts = [json.dumps(value, sort_keys=True, default=str) for value in several]
     if len(set(texts)) < len(texts):
         raise InputError(f"{where} holds a value twice", remedy="use `trials` to repeat")
     return list(several)

@@ -76,7 +76,10 @@ def run_or_go_on(folder: Path, content: Mapping[str, Any], observer: Observer) -
     """The run in ``folder``, to its end: as it is when it is complete, gone on with when it was cut off, and else a new one of
     the experiment ``content``. For what makes several runs and may itself be cut off between them. Raises
     :class:`InputError` when the run that is there was made of another experiment."""
-    experiment = Experiment.model_validate(content)
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(explain(error, Experiment, "the experiment"))) from error
     if not (folder / "manifest.json").is_file():
         run_experiment(experiment, folder, observer)
         return RunFolder.open(folder)

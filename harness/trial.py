@@ -151,6 +151,7 @@ class Trial:
             "cell": setup.plan.cell.id,
             "adapter": setup.adapter.name,
             "scenario": setup.plan.cell.scenario.name,
+            "mean_rate": setup.plan.cell.scenario.mean_rate,
             "number": setup.plan.number,
             "seed": setup.plan.seed,
             "state": "running",

@@ -49,7 +49,10 @@ def defaults(cells: Sequence[CellView]) -> Defaults | None:
 
 
 def _same(first: CellView, second: CellView) -> bool:
-    return (first.run, first.framework, first.conditions) == (second.run, second.framework, second.conditions)
+    def basis(cell: CellView) -> tuple[object, ...]:
+        return cell.run, cell.framework, cell.conditions, cell.summary["mean_rate"]
+
+    return basis(first) == basis(second)
 
 
 def _sentence(found: Sequence[tuple[str, Ratio | None]]) -> str:

@@ -157,7 +157,7 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
         c
         for c in cells
         if c.summary["adapter"] == cell.summary["adapter"]
-        and c.summary["tuning"] == cell.summary["tuning"]
+        and all(c.summary[key] == cell.summary[key] for key in ("tuning", "mean_rate"))
         and not c.faulty
     ]
     if calm:

@@ -21,7 +21,7 @@ from harness.metrics import MEASURED_COLUMNS, Floats, Ints, measured, percentile
 from harness.records import SAMPLE_SCHEMA
 from harness.store import TrialFolder
 from harness.summary import Samples, summarise_trial
-from simulator.engine import NS_PER_S, simulate
+from simulator.engine import NS_PER_S, Simulated, simulate
 from simulator.system import Batching, Router, Service, System
 
 FITTED_QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
@@ -61,8 +61,18 @@ def read_trial(folder: TrialFolder) -> Trial:
     if requests is None:
         raise InputError(f"{folder.folder} is not done: there is nothing to calibrate on")
     figures = summarise_trial(folder, {})
-    if figures["faults"] or figures["scenario"] is None:
+    if figures["faults"]:
         raise InputError(f"{folder.folder} had faults, which a calibration would take for the system")
+    if figures["verdict"] == "INVALID":
+        codes = ", ".join(reason["code"] for reason in figures["reasons"])
+        raise InputError(f"{folder.folder} is INVALID ({codes}), and no measurement of the system")
+    if figures["nodes"] > 1:
+        raise InputError(
+            f"{folder.folder} had {figures['nodes']} nodes, and the load balancer between is not modelled",
+            remedy="calibrate on a trial of one node",
+        )
+    if any(event["event"] == "scaled" for event in folder.events):
+        raise InputError(f"{folder.folder} was scaled while it ran", remedy="calibrate on a trial without a scaler")
     trace = measured(requests)
     if len(trace) < _MIN_ARRIVALS:
         raise InputError(
@@ -173,6 +183,11 @@ def fit_error(system: System, trial: Trial) -> float:
     return math.sqrt(sum(log**2 for log in logs) / len(logs))
 
 
+def device_share(simulated: Simulated, devices: int) -> float:
+    """The share of the span in which devices computed, as :func:`harness.summary.resource_use` has it of an emulated one."""
+    return simulated.busy_ns / (simulated.span_ns * devices)
+
+
 PREDICTED = {
     "p50_ms": "p50_ms",
     "p99_ms": "p99_ms",
@@ -189,17 +204,20 @@ def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     rows = []
     for trial in trials:
         slo_ms = trial.figures["slo_ms"]
-        simulated = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns).figures(slo_ms)
+        outcome = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns)
+        simulated = {**outcome.figures(slo_ms), "utilisation": device_share(outcome, trial.figures["devices"])}
         for name, key in PREDICTED.items():
-            true = trial.figures[key]
-            known = true is not None and math.isfinite(true) and true > 0
+            # Of what computes for others too (a host's cores, a GPU's gauge) the model knows nothing.
+            emulated = trial.figures["device"] == "emulated"
+            true = trial.figures[key] if name != "utilisation" or emulated else None
+            error = None if true is None or not math.isfinite(true) or true <= 0 else simulated[name] / true - 1
             rows.append(
                 {
                     "trial": trial.id,
                     "figure": name,
                     "predicted": simulated[name],
                     "measured": true,
-                    "error": simulated[name] / true - 1 if known else None,
+                    "error": error,
                 }
             )
     return rows

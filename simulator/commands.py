@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from simulator.system import Autoscaler, Batching, Service
 
 plan_app = typer.Typer(help="Capacity: what a load needs, in closed form, checked by simulation.", no_args_is_help=True)
+MOST_REPLICAS = 1_000
 CHECKED_SEEDS = 20
 ENOUGH_SEEDS = 19
 """Of those; one may miss by chance."""
@@ -55,6 +56,8 @@ def simulate(
             raise InputError("the reference case is what it is", remedy="leave --set out, or SYSTEM")
         _reference(form)
         return
+    import numpy as np
+
     from simulator.engine import simulate as run
     from simulator.system import load_system
     from traces import catalogue
@@ -62,7 +65,19 @@ def simulate(
     chosen = load_system(system, settings or ())
     traffic = catalogue.load(trace, seed=seed)
     slo_ms = seconds(slo, "--slo") * 1e3
-    figures = run(chosen, traffic.arrivals_ns, span_ns=traffic.span_ns, seed=seed).figures(slo_ms)
+    models = traffic.model_index
+    count = 1 if models is None or not len(models) else int(models.max()) + 1
+    if beyond := [failure.model for failure in chosen.failures if failure.model >= count]:
+        raise InputError(f"`failures`: model {beyond[0]} does not exist: {trace} has {count}, which count from 0")
+    simulated = run(
+        chosen,
+        traffic.arrivals_ns,
+        span_ns=traffic.span_ns,
+        models=None if models is None else models.astype(np.uint16),
+        model_count=count,
+        seed=seed,
+    )
+    figures = simulated.figures(slo_ms)
     if form is TableOrJson.JSON:
         told = {"simulated": True, "trace": trace, "seed": seed, "slo_ms": slo_ms}
         typer.echo(json.dumps({**told, "system": chosen.model_dump(mode="json"), "figures": plain(figures)}, indent=1))
@@ -125,24 +140,37 @@ def warm_pool(
     the closed form. p99: simulated, its median and range over 20 seeds, of which 19 must meet the SLO.
     """
     from simulator.capacity import Ramp, replica_rps, shortfalls
-    from simulator.system import Autoscaler, Batching, Service
+    from simulator.system import Autoscaler, validated
 
     if to_rps <= from_rps:
         raise InputError(f"--to {to_rps:g} is not above --from {from_rps:g}: there is no ramp to be ready for")
     given = assignments(service, "--service", ("base", "per_item"))
-    times = Service(
-        base_ms=seconds(given.get("base", "0ms"), "--service base") * 1e3,
-        per_item_ms=seconds(given.get("per_item", "0ms"), "--service per_item") * 1e3,
+    ramp_s = seconds(ramp, "--ramp")
+    if ramp_s <= 0:
+        raise InputError("--ramp 0s is no ramp", remedy="give the time from one rate to the other: --ramp 9s")
+    system = validated(
+        {
+            "service": {
+                "base_ms": seconds(given.get("base", "0ms"), "--service base") * 1e3,
+                "per_item_ms": seconds(given.get("per_item", "0ms"), "--service per_item") * 1e3,
+            },
+            "batching": {"max_batch": max_batch, "window_ms": seconds(window, "--window") * 1e3},
+            "autoscaler": {
+                "period_s": seconds(period, "--period"),
+                "up_above": up_above,
+                "down_below": down_below,
+                "max": MOST_REPLICAS,
+                "cold_start_s": seconds(cold_start, "--cold-start"),
+            },
+        },
+        "plan",
     )
-    batching = Batching(max_batch=max_batch, window_ms=seconds(window, "--window") * 1e3)
-    scaler = Autoscaler(
-        period_s=seconds(period, "--period"),
-        up_above=up_above,
-        down_below=down_below,
-        max=10_000,
-        cold_start_s=seconds(cold_start, "--cold-start"),
-    )
-    load = Ramp(from_rps, to_rps, seconds(ramp, "--ramp"))
+    times, batching, scaler = system.service, system.batching, system.autoscaler or Autoscaler()
+    if to_rps > MOST_REPLICAS * replica_rps(times, batching):
+        raise InputError(
+            f"--to {to_rps:g} needs more than {MOST_REPLICAS:,} replicas of {replica_rps(times, batching):.4g}/s each"
+        )
+    load = Ramp(from_rps, to_rps, ramp_s)
     slo_ms = seconds(slo, "--slo") * 1e3
     rows = []
     by_closed_form = by_simulation = None
@@ -318,6 +346,7 @@ def validate_sim(
     Without RUN, the surge is run on real servers first (experiment `simulator`).
     """
     from harness.store import RunFolder
+    from harness.summary import jsonable
     from simulator.calibration import calibrate as fit
     from simulator.calibration import predict, read_trial
 
@@ -341,7 +370,7 @@ def validate_sim(
             for row in predict(fitted.system, others)
         ]
     if form is TableOrJson.JSON:
-        typer.echo(json.dumps({"run": str(opened.folder), "rows": rows}, indent=1))
+        typer.echo(json.dumps(jsonable({"run": str(opened.folder), "rows": rows}), indent=1))
         return
     table = Table()
     for heading in ("trial", "fitted as", "figure", "predicted", "measured", "error"):

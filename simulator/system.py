@@ -167,6 +167,11 @@ def load_system(source: str | None, assignments: Sequence[str] = ()) -> System:
         raise InputError(f"{where}: a system is a mapping of keys, this is a {type(content).__name__}")
     for assignment in assignments:
         assign(content, assignment)
+    return validated(content, where)
+
+
+def validated(content: object, where: str) -> System:
+    """A system from plain values. Raises :class:`InputError` that names ``where``, the key and what is wrong with it."""
     try:
         return System.model_validate(content)
     except ValidationError as error:

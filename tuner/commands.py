@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tuner.search import Found
 
 SHOWN_STEPS = 12
+EXIT_INVALID = 3
+CONNECTIONS = 32_768
+"""At the least, of a search that doubles the load: a slow server's backlog is not to be booked as our drop."""
 CASE_COLUMNS = (
     *("max batch", "window ms", "up above", "warm pool", "replicas"),
     *("p99 ms", "throughput/s", "used", "mean replicas", "other seeds"),
@@ -47,7 +50,7 @@ def tune(
     simulator: Annotated[
         bool, typer.Option("--simulator", help="Start no server: search the simulator's own knobs on the trace.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of trace and search.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of trace and search.")] = 7,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="--simulator: draw the frontier here.")] = None,
     out: Annotated[Path | None, typer.Option(help="The search's folder; one that was cut off goes on.")] = None,
     form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
@@ -93,7 +96,7 @@ def pareto(
     devices: Annotated[int, typer.Option(min=1, help="Devices; up to one replica on each.")] = 3,
     slo: Annotated[str, typer.Option(metavar="DURATION", help="The objective of one request.")] = "120ms",
     trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of every cell.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Everything random follows from it.")] = 7,
     out: Annotated[Path | None, typer.Option(help="The folder of both runs; one that was cut off goes on.")] = None,
 ) -> None:
     """Draw the frontier of goodput per device against the tail: a short surge at several loads and settings.
@@ -102,15 +105,14 @@ def pareto(
     queue limit, load); those and the frameworks' defaults are run, interleaved. The last line is the report's path.
     """
     from harness.console import ConsoleObserver, print_summary
-    from harness.quantities import seconds
     from harness.store import default_folder
     from harness.summary import summarise
     from reports.report import write
-    from tuner.objective import Objective
+    from tuner.objective import parse_objective
     from tuner.pareto import measure
 
     names = list(dict.fromkeys(adapter or ["triton", "ray_serve"]))
-    objective = Objective(seconds(slo, "--slo") * 1e3)
+    objective = parse_objective([f"p99={slo}"])
     folder = out or default_folder("pareto")
     base = {"workload": workload, "devices": devices, "seed": seed, "trace": SHORT_SURGE}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -148,6 +150,8 @@ def pareto(
             soft_wrap=True,
         )
     typer.echo(write([outcome.run], outcome.run.folder / "report.html").resolve())
+    if any(cell.cell["verdict"] == "INVALID" for cell in outcome.cells):
+        raise typer.Exit(EXIT_INVALID)
 
 
 SHORT_SURGE = {"name": "surge", "params": {"duration_s": 20, "peak_at_s": 10, "half_width_s": 6, "fault_at_s": None}}
@@ -174,12 +178,12 @@ def _on_servers(
     from tuner.grid import knobs
     from tuner.search import Search, told
 
+    chosen = {name: get_adapter(name) for name in adapters}
     folder = out or default_folder("tune")
     answers = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ConsoleObserver(stderr()) as observer:
-        for name in dict.fromkeys(adapters):
-            adapter = get_adapter(name)
+        for name, adapter in chosen.items():
             space = knobs(adapter, adapter.Options(), adapter.protocols[0], base["devices"])
             (folder / name).mkdir(parents=True, exist_ok=True)
             search = Search(
@@ -199,13 +203,16 @@ def _on_servers(
                 raise typer.Exit(130) from None
     if form is TableOrJson.JSON:
         typer.echo(json.dumps({name: told(found, objective) for name, found in answers.items()}, indent=1))
-        return
     for name, found in answers.items():
+        if form is TableOrJson.JSON:
+            break
         _print_search(name, found, objective)
         if found.confirmation is not None:
             path = write([found.confirmation], found.confirmation.folder / "report.html")
             stdout().print(Text(f"report: {path.resolve()}"), soft_wrap=True)
             stdout().print(Text(f"configuration to copy: {folder / name / 'best-configuration'}"), soft_wrap=True)
+    if any(cell["verdict"] == "INVALID" for found in answers.values() for cell in found.confirmed.values()):
+        raise typer.Exit(EXIT_INVALID)
 
 
 def _print_search(name: str, found: Found, objective: Objective) -> None:
@@ -236,14 +243,37 @@ def _number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else "∞" if math.isinf(value) else f"{value:.1f}"
 
 
+def _confirmed(found: Found, objective: Objective) -> list[str]:
+    """What the best did when it was measured afresh: the best of many was partly lucky."""
+    cell = found.confirmed.get("best")
+    if cell is None:
+        return ["It was not measured afresh."]
+    if any(told["verdict"] == "INVALID" for told in found.confirmed.values()):
+        return ["Measured afresh, a trial was INVALID: nothing is claimed of it."]
+    ends = cell["p99_ci_ms"]
+    interval = "" if ends is None else f" [{_number(ends[0])}, {_number(ends[1])}]"
+    verdict = (
+        "did not keep it"
+        if not objective.met(cell)
+        else "kept it, with the whole interval"
+        if ends is not None and ends[1] <= objective.p99_ms
+        else "kept it, but its interval reaches beyond"
+    )
+    return [
+        f"Measured afresh in {cell['trials']} trials, its p99 was {_number(cell['p99_ms'])} ms{interval}: it {verdict}."
+    ]
+
+
 def sentences(found: Found, objective: Objective) -> list[str]:
     """What a search found, in words that claim no more than its intervals allow."""
     if found.best is None:
         lines = [f"No setting that was tried keeps {objective.words}."]
     else:
-        lines = [f"Best within {objective.words}: {found.best.name}."]
+        lines = [f"Best within {objective.words} in the search: {found.best.name}.", *_confirmed(found, objective)]
         for figure, word in (("p99_ms", "p99"), ("goodput_rps_per_device", "goodput per device")):
-            ratio = found.ratios.get(figure)
+            if figure not in found.ratios:
+                continue
+            ratio = found.ratios[figure]
             if ratio is None:
                 lines.append(f"Defaults against best, {word}: not compared (not claimed, or ∞, in some trial).")
                 continue
@@ -279,11 +309,12 @@ def _tight_case(objective: Objective, trace: str, seed: int, plot: Path | None, 
     within = [case for case in cases if objective.met(case.figures)]
     # The cheapest first; of equally cheap ones that with the better tail.
     within.sort(key=lambda case: (round(case.mean_replicas, 2), case.figures["p99_ms"]))
+    drawn = catalogue.entry(trace).kind == "generator"  # a trace that is a file has no other seeds to be tried under
     seeds = range(seed + 1, seed + 1 + CHECKED_SEEDS)
     held: dict[int, int] = {}
-    chosen = None
-    for position, case in enumerate(within):
-        held[position] = held_seeds(case.system, trace, seeds, objective.p99_ms)
+    chosen = None if drawn or not within else 0
+    for position, case in enumerate(within if drawn else []):
+        held[position] = held_seeds(case.system, trace, seeds, objective)
         if held[position] >= ENOUGH_SEEDS:
             chosen = position
             break
@@ -302,7 +333,7 @@ def _tight_case(objective: Objective, trace: str, seed: int, plot: Path | None, 
             "simulated": True,
             "tried": len(cases),
             "within_objective": [_case(case) for case in within],
-            "chosen": None if chosen is None else {**_case(within[chosen]), "held_seeds": held[chosen]},
+            "chosen": None if chosen is None else {**_case(within[chosen]), "held_seeds": held.get(chosen)},
             "cheapest_of_all": _case(cheapest),
         }
         typer.echo(json.dumps(answer, indent=1))
@@ -322,7 +353,7 @@ def _tight_case(objective: Objective, trace: str, seed: int, plot: Path | None, 
         table.add_row(*_row(case, traffic.span_s), f"{held[position]} of {CHECKED_SEEDS}" if position in held else "")
     table.add_row(*_row(cheapest, traffic.span_s), "")
     console.print(table)
-    console.print(Text(_cost_of_the_tail(within, chosen, cheapest, objective)), soft_wrap=True)
+    console.print(Text(_cost_of_the_tail(within, chosen, cheapest, objective, drawn)), soft_wrap=True)
 
 
 def _row(case: Case, span_s: float) -> list[str]:
@@ -336,7 +367,7 @@ def _row(case: Case, span_s: float) -> list[str]:
     ]
 
 
-def _cost_of_the_tail(within: list[Case], chosen: int | None, cheapest: Case, objective: Objective) -> str:
+def _cost_of_the_tail(within: list[Case], chosen: int | None, cheapest: Case, objective: Objective, drawn: bool) -> str:
     if not within:
         return f"No setting keeps {objective.words}; the row is the cheapest of all."
     if chosen is None:
@@ -346,10 +377,15 @@ def _cost_of_the_tail(within: list[Case], chosen: int | None, cheapest: Case, ob
         )
     best = within[chosen]
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in best.settings.items())
+    why = (
+        f"under {ENOUGH_SEEDS} of {CHECKED_SEEDS} other seeds too"
+        if drawn
+        else "on these very arrivals, and there are no others to try it on"
+    )
     return (
-        f"Chosen: {settings}; it is the cheapest that keeps {objective.words} under {ENOUGH_SEEDS} of {CHECKED_SEEDS} other "
-        f"seeds too. The tail costs {best.mean_replicas / cheapest.mean_replicas - 1:.0%} more replicas than the cheapest "
-        f"setting of all (last row), whose p99 is {_number(cheapest.figures['p99_ms'])} ms."
+        f"Chosen: {settings}; it is the cheapest that keeps {objective.words} {why}. The tail costs "
+        f"{best.mean_replicas / cheapest.mean_replicas - 1:.0%} more replicas than the cheapest setting of all (last row), "
+        f"whose p99 is {_number(cheapest.figures['p99_ms'])} ms."
     )
 
 
@@ -402,6 +438,10 @@ def saturate(
             scenario = {**base["scenarios"][0], "mean_rate": rate}
             options = {key: value for key, value in base["options"].items() if key == name}
             content = {**common, "name": "saturate", "adapters": [name], "options": options, "scenarios": [scenario]}
+            content["client"] = {
+                **base["client"],
+                "max_connections": max(CONNECTIONS, base["client"]["max_connections"]),
+            }
             (cell,) = summarise(run_or_go_on(folder / name / f"rate-{rate:.6g}", content, observer))["cells"]
             return dict(cell)
 
@@ -413,7 +453,13 @@ def saturate(
                 raise typer.Exit(130) from None
     if form is TableOrJson.JSON:
         typer.echo(json.dumps({name: _saturation(point) for name, point in found.items()}, indent=1))
-        return
+    else:
+        _print_saturation(found, objective)
+    if any(point.ended == "stopped" for point in found.values()):
+        raise typer.Exit(1)
+
+
+def _print_saturation(found: dict[str, Saturation], objective: Objective) -> None:
     console = stdout()
     table = Table()
     for heading in ("adapter", "mean rate/s", "held", "p99 ms", "goodput/s/device", "within SLO", "verdict"):
@@ -443,6 +489,7 @@ def _saturation(point: Saturation) -> dict[str, Any]:
         "holds": point.holds,
         "fails": point.fails,
         "ended": point.ended,
+        "stopped_by": point.stopped_by,
         "loads": [
             {"rate": load.rate, "held": load.held, **jsonable({key: load.figures[key] for key in keys})}
             for load in point.loads
@@ -461,24 +508,19 @@ def recommend(
         list[str] | None,
         typer.Option(help="hosted, scale-to-zero, canary, python-pipeline or one-model; may be given again."),
     ] = None,
-    slo: Annotated[
-        list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; default: the run's own.")
-    ] = None,
     form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
 ) -> None:
     """Say which framework to take, why, and what the second choice would cost.
 
-    First what decides before any figure does (--need), then the figures of the run: within the objective, then goodput per
-    device, then p99.
+    First what decides before any figure does (--need), then the figures of the run: within its objective, then goodput per
+    device where its interval settles it, then p99.
     """
     from harness.registry import all_adapters
     from harness.store import RunFolder
     from harness.summary import summarise
-    from tuner.objective import parse_objective
     from tuner.recommend import recommend as decide
 
-    objective = parse_objective(slo) if slo else None
-    answer = decide(summarise(RunFolder.open(run)), all_adapters(), need or [], objective)
+    answer = decide(summarise(RunFolder.open(run)), all_adapters(), need or [])
     if form is TableOrJson.JSON:
         typer.echo(json.dumps(asdict(answer), indent=1))
         return

@@ -15,6 +15,7 @@ from harness.metrics import Ints
 from simulator.engine import simulate
 from simulator.system import Autoscaler, Batching, System
 from traces import catalogue
+from tuner.objective import Objective
 
 Settings = dict[str, Any]
 
@@ -91,11 +92,11 @@ CASE_KNOBS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def held_seeds(system: System, trace: str, seeds: Iterable[int], p99_ms: float) -> int:
-    """Under how many seeds of a trace a system keeps this p99."""
+def held_seeds(system: System, trace: str, seeds: Iterable[int], objective: Objective) -> int:
+    """Under how many seeds of a generated trace a system keeps an objective."""
     traces = (catalogue.load(trace, seed=seed) for seed in seeds)
     return sum(
-        simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(p99_ms)["p99_ms"] <= p99_ms
+        objective.met(simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(objective.p99_ms))
         for traffic in traces
     )
 

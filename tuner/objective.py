@@ -53,4 +53,7 @@ def parse_objective(texts: Sequence[str]) -> Objective:
     if "p99" not in found:
         raise InputError("--slo: the objective of the tail is missing", remedy="for example --slo p99=120ms")
     attained = share(found["attainment"], "--slo attainment") if "attainment" in found else None
-    return Objective(seconds(found["p99"], "--slo p99") * 1e3, attained)
+    p99_ms = seconds(found["p99"], "--slo p99") * 1e3
+    if p99_ms <= 0:
+        raise InputError("--slo: nothing is answered within p99=0", remedy="for example --slo p99=120ms")
+    return Objective(p99_ms, attained)

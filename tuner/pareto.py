@@ -127,7 +127,8 @@ def measure(
     for cell in summarise(run)["cells"]:
         chosen = picks.get(cell["scenario"])
         predicted = None
-        if chosen is not None:
+        # Where a framework ran with other knobs than its own picks have, nobody simulated what it ran.
+        if chosen is not None and not cell["left_out"] and chosen.settings.keys() == spaces[cell["adapter"]].keys():
             predicted = _predicted(systems[cell["adapter"]], measured[cell["adapter"]], chosen, objective)
         cells.append(Measured(cell["adapter"], cell["scenario"], cell, predicted))
     return Outcome(run, tuple(cells))

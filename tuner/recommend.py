@@ -25,14 +25,13 @@ class Recommendation:
     second: str | None = None
 
 
-def recommend(
-    summary: Mapping[str, Any], adapters: Mapping[str, Adapter], needs: Sequence[str], objective: Objective | None
-) -> Recommendation:
+def recommend(summary: Mapping[str, Any], adapters: Mapping[str, Adapter], needs: Sequence[str]) -> Recommendation:
     """The decision procedure. ``summary`` is that of a run; ``adapters`` are all that are known, by name.
 
     Hosted comes first, for then nobody asks which server it is; then the needs that a framework is the usual choice for; what
-    is left is ranked by the run: within the objective first, then goodput per device, then p99. Cells under faults do not
-    rank, they are told. Raises :class:`InputError` for an unknown need and a run that has nothing to compare.
+    is left is ranked by the run: within its objective first; then goodput per device, where its ratio is settled; then p99.
+    Cells under faults do not rank, they are told. Raises :class:`InputError` for an unknown need and a run that has
+    nothing to compare.
     """
     for need in needs:
         if need not in NEEDS:
@@ -43,7 +42,7 @@ def recommend(
             (
                 "Hosted: take a managed endpoint, whose server is its operator's affair. None is measured here yet; what a "
                 "framework gives on your own machines is the figure that its price has to beat.",
-                *_measured_reasons(_calm(summary), summary, objective),
+                *_measured_reasons(_calm(summary), summary),
             ),
         )
     calm = _calm(summary)
@@ -55,17 +54,22 @@ def recommend(
         usual = {need: [n for n in adapters if need in adapters[n].serves_needs] for need in needs}
         told = "; ".join(f"{need}: {', '.join(names) or 'none'}" for need, names in usual.items())
         reasons.append(f"No framework is the usual choice for all of that ({told}); the figures decide.")
-    ranked = sorted(calm, key=lambda cell: _rank(cell, objective), reverse=True)
-    candidates = [cell for cell in ranked if cell["adapter"] in fit] if fit else ranked
+    ranked = _ranked(calm, summary["trials"])
+    candidates = _ranked([c for c in calm if c["adapter"] in fit] or calm, summary["trials"]) if fit else ranked
+    if fit and candidates[0]["adapter"] not in fit:
+        candidates = []
     if not candidates:
         missing = ", ".join(fit)
         reasons.append(f"{missing} was not measured in this run, or is INVALID there: run it before you take it.")
-        return Recommendation(None, (*reasons, *_measured_reasons(calm, summary, objective)))
+        return Recommendation(None, (*reasons, *_measured_reasons(calm, summary)))
     best = candidates[0]
-    seconds = [cell for cell in ranked if cell["adapter"] != best["adapter"]]
-    reasons += _measured_reasons([best], summary, objective)
+    # Beside it under the same scenario, for only there did both meet the same arrivals.
+    seconds = [c for c in ranked if c["adapter"] != best["adapter"] and c["scenario"] == best["scenario"]]
+    reasons += _measured_reasons([best], summary)
     if not seconds:
-        reasons.append("No other framework was measured in this run, so that nothing can be said of a second choice.")
+        reasons.append(
+            "No other framework was measured under the same scenario, so that nothing can be said of a second choice."
+        )
         return Recommendation(str(best["adapter"]), tuple(reasons))
     reasons.append(_cost(best, seconds[0], summary["trials"]))
     return Recommendation(str(best["adapter"]), tuple(reasons), str(seconds[0]["adapter"]))
@@ -84,18 +88,40 @@ def _calm(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return cells
 
 
-def _rank(cell: Mapping[str, Any], objective: Objective | None) -> tuple[bool, float, float]:
-    limit = objective or Objective(float(cell["slo_ms"]))
-    p99 = cell["p99_ms"]
-    return limit.met(cell), float(cell["goodput_rps_per_device"] or 0), -(float("inf") if p99 is None else float(p99))
+def _ranked(cells: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Best first. By figures alone a hair of goodput would decide; so the first gives way to one whose goodput is not shown
+    to be less, under the same scenario, and whose p99 is shorter."""
+    ranked = sorted(cells, key=_rank, reverse=True)
+    first = ranked[0]
+    for other in ranked[1:]:
+        if other["scenario"] != first["scenario"] or _within(other) != _within(first):
+            continue
+        ratio = paired_ratio(blocks(_of(trials, other), _of(trials, first), "goodput_rps_per_device"))
+        if ratio is not None and not ratio.settled and _tail(other) < _tail(first):
+            first = other
+    return [first, *(cell for cell in ranked if cell is not first)]
 
 
-def _measured_reasons(
-    cells: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], objective: Objective | None
-) -> list[str]:
+def _rank(cell: Mapping[str, Any]) -> tuple[bool, float, float]:
+    return _within(cell), float(cell["goodput_rps_per_device"] or 0), -_tail(cell)
+
+
+def _within(cell: Mapping[str, Any]) -> bool:
+    return Objective(float(cell["slo_ms"])).met(cell)
+
+
+def _tail(cell: Mapping[str, Any]) -> float:
+    return float("inf") if cell["p99_ms"] is None else float(cell["p99_ms"])
+
+
+def _of(trials: Sequence[Mapping[str, Any]], cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [trial for trial in trials if trial["cell"] == cell["cell"] and trial["state"] == "done"]
+
+
+def _measured_reasons(cells: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     reasons = []
     for cell in cells:
-        limit = objective or Objective(float(cell["slo_ms"]))
+        limit = Objective(float(cell["slo_ms"]))
         p99 = "not claimed" if cell["p99_ms"] is None else f"{cell['p99_ms']:.4g} ms"
         kind = "emulated device" if cell["emulated"] else "device"
         reasons.append(
@@ -111,10 +137,9 @@ def _measured_reasons(
 
 def _cost(best: Mapping[str, Any], second: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> str:
     """What taking the second would cost, as ratios over blocks."""
-    of = {cell["cell"]: [t for t in trials if t["cell"] == cell["cell"]] for cell in (best, second)}
     words = []
     for figure, name in (("goodput_rps_per_device", "goodput per device"), ("p99_ms", "p99")):
-        ratio = paired_ratio(blocks(of[second["cell"]], of[best["cell"]], figure))
+        ratio = paired_ratio(blocks(_of(trials, second), _of(trials, best), figure))
         if ratio is None:
             words.append(f"{name} not comparable")
             continue

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.errors import InputError
+from harness.errors import TailraceError
 from tuner.objective import Objective
 
 MAX_STEPS = 24
 STEPS_DOWN = 6
 """So often a first rate is halved that does not hold; then nothing holds."""
 
-Ended = Literal["narrow", "undecided", "nothing holds", "steps"]
+Ended = Literal["narrow", "undecided", "nothing holds", "steps", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,22 @@ class Saturation:
     fails: float | None
     ended: Ended
     loads: tuple[Load, ...]
+    stopped_by: str = ""
+    """Why a load could not be tried, or says nothing."""
 
     @property
     def words(self) -> str:
         """For a sentence."""
+        stopped = f"; {self.stopped_by}" if self.stopped_by else ""
         if self.holds is None:
-            return f"not even {self.loads[-1].rate:.4g}/s holds"
+            return f"not even {self.loads[-1].rate:.4g}/s holds{stopped}" if self.loads else f"not known{stopped}"
         if self.fails is None:
-            return f"at least {self.holds:.4g}/s: more was not tried"
+            return f"at least {self.holds:.4g}/s{stopped or ': more was not tried'}"
         why = {
             "undecided": ", where the interval of the p99 has the objective within it: more trials would narrow it",
             "steps": f", after {len(self.loads)} loads",
         }.get(self.ended, "")
-        return f"between {self.holds:.4g} and {self.fails:.4g}/s{why}"
+        return f"between {self.holds:.4g} and {self.fails:.4g}/s{why}{stopped}"
 
 
 def find(
@@ -57,13 +60,16 @@ def find(
 ) -> Saturation:
     """Double the rate from ``start`` until the objective does not hold (never further: a saturated machine says nothing more
     at ten times the load), or halve it until it does; then halve the ratio between both, until they are within
-    ``tolerance``, or a p99 cannot be told from the objective. ``measure`` gives a cell for a mean rate. Raises
-    :class:`InputError` where no p99 can be claimed."""
+    ``tolerance``, or a p99 cannot be told from the objective. ``measure`` gives a cell for a mean rate; where it raises
+    :class:`TailraceError`, or gives a cell that is INVALID or claims no p99, what was found until then stands."""
     loads: list[Load] = []
     holds = fails = None
     rate = start
     while len(loads) < MAX_STEPS:
-        load = _tried(rate, measure(rate), objective)
+        try:
+            load = _tried(rate, measure(rate), objective)
+        except TailraceError as error:
+            return Saturation(holds, fails, "stopped", tuple(loads), f"at {rate:.4g}/s: {error.message}")
         loads.append(load)
         if load.held:
             holds = rate
@@ -83,11 +89,10 @@ def find(
 
 
 def _tried(rate: float, cell: Mapping[str, Any], objective: Objective) -> Load:
+    if cell["verdict"] == "INVALID":
+        raise TailraceError(f"INVALID ({', '.join(cell['reasons'])}), which says nothing of the server")
     if cell["p99_ms"] is None:
-        raise InputError(
-            f"at {rate:.4g}/s there are too few arrivals to claim a p99: {cell['arrivals']}",
-            remedy="use a longer trace, more trials, or begin at a higher rate (--start)",
-        )
+        raise TailraceError(f"too few arrivals to claim a p99 ({cell['arrivals']}): use a longer trace")
     ends = cell["p99_ci_ms"]
     undecided = (
         ends is not None and ends[0] <= objective.p99_ms <= ends[1] and cell["p99_ci_ms_source"] == "across-trials"

@@ -24,7 +24,7 @@ from harness.errors import InputError, TailraceError
 from harness.observer import Observer
 from harness.run import run_or_go_on
 from harness.store import RunFolder
-from harness.summary import summarise
+from harness.summary import jsonable, summarise
 from simulator.calibration import calibrate, read_trial
 from simulator.engine import simulate
 from tuner.grid import Settings, applied, best_by, combinations, sensible
@@ -58,8 +58,10 @@ class Found:
     skipped: int = 0
     """Settings that the simulator ruled out."""
     confirmation: RunFolder | None = None
+    confirmed: dict[str, Any] = field(default_factory=dict)
+    """The confirmation's cells: ``defaults`` and ``best``, as in ``summary.json``."""
     ratios: dict[str, Ratio | None] = field(default_factory=dict)
-    """Defaults ÷ best, by figure, in the confirmation."""
+    """Defaults ÷ best, by figure, in the confirmation; empty where a trial of it is INVALID."""
     failed: list[str] = field(default_factory=list)
     """Steps that could not be measured, and why."""
 
@@ -118,6 +120,9 @@ class Search:
         content = {**self.base, "name": "tune", "trials": trials, "scenarios": scenarios}
         return summarise(run_or_go_on(folder, content, self.observer))
 
+    def _score(self, step: Step | None) -> float:
+        return 0.0 if step is None else self.objective.score(step.figures)
+
     def _by_optuna(self, budget: int, found: Found) -> None:
         """Tree-structured Parzen estimation over the knobs' values; a setting that was run is not run again."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -135,8 +140,7 @@ class Search:
         for earlier in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):  # of a search that was cut off
             settings = sensible(earlier.params, self.space)
             if _name(settings) not in scores:
-                self._measure(_name(settings), settings, found)
-                scores[_name(settings)] = float(earlier.values[0])
+                scores[_name(settings)] = self._score(self._measure(_name(settings), settings, found))
         for asked in range(20 * budget):  # it may ask for the same setting again
             if len(scores) >= budget or len(scores) >= len(list(combinations(self.space))):
                 return
@@ -147,8 +151,7 @@ class Search:
             key = _name(settings)
             if key not in scores:
                 self.observer.note(f"step {len(scores) + 1} of {budget} (asked {asked + 1} times): {key}")
-                step = self._measure(key, settings, found)
-                scores[key] = 0.0 if step is None else self.objective.score(step.figures)
+                scores[key] = self._score(self._measure(key, settings, found))
             study.tell(trial, scores[key])
 
     def _by_simulation(self, budget: int, found: Found) -> None:
@@ -185,17 +188,22 @@ class Search:
     # ------------------------------------------------------------ the end
 
     def _confirm(self, found: Found, best: Step, trials: int) -> None:
-        folder = self.folder / "confirmation"
+        # Named after the best, for a search that goes on may find another one.
+        folder = self.folder / f"confirmation.{best.name}"
         candidates: list[tuple[str, Settings | None]] = [("defaults", None), ("best", best.settings)]
-        summary = self._summary(folder, candidates, trials)
-        by_scenario = {
-            name: [trial for trial in summary["trials"] if trial["scenario"] == name and trial["state"] == "done"]
-            for name, _ in candidates
-        }
+        try:
+            summary = self._summary(folder, candidates, trials)
+        except InputError:
+            raise
+        except TailraceError as error:
+            found.failed.append(f"confirmation: {error.message}")
+            return
         found.confirmation = RunFolder.open(folder)
-        for figure in ("p99_ms", "goodput_rps_per_device"):
-            pairs = blocks(by_scenario["defaults"], by_scenario["best"], figure)
-            found.ratios[figure] = paired_ratio(pairs)
+        found.confirmed = {cell["scenario"]: cell for cell in summary["cells"]}
+        if all(cell["verdict"] != "INVALID" for cell in found.confirmed.values()):
+            of = {name: [t for t in summary["trials"] if t["scenario"] == name] for name, _ in candidates}
+            for figure in ("p99_ms", "goodput_rps_per_device"):
+                found.ratios[figure] = paired_ratio(blocks(of["defaults"], of["best"], figure))
         self._keep_configuration(found.confirmation)
 
     def _keep_configuration(self, run: RunFolder) -> None:
@@ -223,7 +231,7 @@ def _nearest(wanted: Any, values: tuple[Any, ...]) -> Any:
 
 def told(found: Found, objective: Objective) -> dict[str, Any]:
     """The outcome for JSON."""
-    return {
+    answer = {
         "objective": vars(objective),
         "steps": [
             {
@@ -238,12 +246,18 @@ def told(found: Found, objective: Objective) -> dict[str, Any]:
         ],
         "best": None if found.best is None else found.best.settings,
         "skipped_by_simulation": found.skipped,
+        "confirmed": {
+            name: {"within_objective": objective.met(cell), **{key: cell[key] for key in (*SHOWN, "p99_ci_ms")}}
+            for name, cell in found.confirmed.items()
+        },
         "defaults_to_best": {
             figure: None if ratio is None else {"ratio": ratio.value, "interval": ratio.ends, "pairs": ratio.pairs}
             for figure, ratio in found.ratios.items()
         },
         "failed": found.failed,
     }
+    plain: dict[str, Any] = jsonable(answer)
+    return plain
 
 
 SHOWN = ("p99_ms", "p50_ms", "goodput_rps_per_device", "slo_attainment", "utilization", "batch_size_mean", "verdict")

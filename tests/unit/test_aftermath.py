@@ -94,13 +94,15 @@ def test_accounts_close_and_bound_what_was_done_twice(
 def test_a_trial_is_paired_with_the_one_that_met_the_same_arrivals_without_a_fault() -> None:
     def trial(name: str, number: int, faults: list[Any], **more: Any) -> dict[str, Any]:
         basis = {"adapter": "a", "tuning": {"replicas": 2}, "protocol": "http", "state": "done", "p99_ms": 1.0}
+        basis["mean_rate"] = None
         figures = {"slo_attainment": 0.9, "goodput_rps": 5.0, "ok": 9}
         return {"trial": name, "number": number, "faults": faults, **basis, **figures, **more}
 
     calm, other_seed = trial("calm", 1, []), trial("calm-2", 2, [])
     other_tuning = trial("defaults", 1, [], tuning={})
     faulty, alone = trial("faulty", 1, [{}]), trial("alone", 3, [{}])
-    pair([other_tuning, other_seed, faulty, alone, calm])
+    other_rate = trial("twice as fast", 1, [], mean_rate=100.0)
+    pair([other_tuning, other_seed, other_rate, faulty, alone, calm])
     assert faulty["without_fault"]["trial"] == "calm"
     assert alone["without_fault"] is None
     assert calm["without_fault"] is None

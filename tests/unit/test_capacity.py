@@ -105,6 +105,11 @@ def test_an_objective_out_of_reach_is_told(tmp_path: Path, more: tuple[str, ...]
     [
         (("--to", "30"), "no ramp"),
         (("--ramp", "9"), "--ramp"),
+        (("--ramp", "0s"), "no ramp"),
+        (("--period", "0s"), "autoscaler.period_s"),
+        (("--up-above", "2"), "down_below (3) is not below up_above (2)"),
+        (("--service", "base=0ms"), "no time"),
+        (("--to", "1e9"), "more than 1,000 replicas"),
         (("--service", "base=12"), "--service base"),
         (("--service", "setup=12ms"), "base, per_item"),
         (("--service", "base=12ms,base=13ms"), "twice"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import InputError
+from harness.errors import TailraceError
 from tests.conftest import tailrace
 from tuner.objective import Objective
 from tuner.saturation import STEPS_DOWN, find
@@ -31,6 +31,7 @@ def saturating_at(point: float, *, noise: float = 0.0) -> Callable[[float], Mapp
             "p99_ci_ms_source": "across-trials" if noise else "within-trial",
             "slo_attainment": 1.0,
             "arrivals": 1000,
+            "verdict": "VALID",
         }
 
     return measure
@@ -72,12 +73,27 @@ def test_everything_holds() -> None:
     assert "at least" in found.words
 
 
-def test_without_a_p99_there_is_no_point() -> None:
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        ({"p99_ms": None, "p99_ci_ms": None}, "too few arrivals"),
+        ({"verdict": "INVALID", "reasons": ["generator-saturated"]}, "generator-saturated"),
+        (None, "did not come up"),
+    ],
+)
+def test_where_a_load_says_nothing_what_was_found_until_then_stands(broken: dict[str, Any] | None, word: str) -> None:
     def measure(rate: float) -> Mapping[str, Any]:
-        return {"p99_ms": None, "p99_ci_ms": None, "p99_ci_ms_source": None, "arrivals": 12, "slo_attainment": 1.0}
+        if rate <= 100:
+            return saturating_at(1000)(rate)
+        if broken is None:
+            raise TailraceError("the server did not come up")
+        return {**saturating_at(1000)(rate), **broken}
 
-    with pytest.raises(InputError, match="too few arrivals"):
-        find(measure, 1, OBJECTIVE)
+    found = find(measure, 50, OBJECTIVE)
+    assert (found.holds, found.fails, found.ended) == (100, None, "stopped")
+    assert "at least 100/s; at 200/s" in found.words
+    assert word in found.words
+    assert find(measure, 200, OBJECTIVE).words.startswith("not known; at 200/s")
 
 
 def test_bad_input_is_one_message(tmp_path: Path) -> None:

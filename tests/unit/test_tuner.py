@@ -125,7 +125,12 @@ class MadeUp:
                         "batch_size_mean": figures["mean_batch"],
                     }
                 )
-        return {"trials": trials}
+        cells = [
+            {**max(of, key=lambda trial: trial["p99_ms"]), "trials": len(of), "p99_ci_ms": None}
+            for scenario in content["scenarios"]
+            if (of := [trial for trial in trials if trial["scenario"] == scenario["name"]])
+        ]
+        return {"trials": trials, "cells": cells}
 
 
 def searching(folder: Path) -> Search:
@@ -153,11 +158,11 @@ class TestTheSearch:
     ) -> None:
         servers = MadeUp(monkeypatch)
         first = searching(tmp_path / "s").run(5, simulate_first=False, trials=3)
-        steps = [name for name in servers.asked if name != "confirmation"]
+        steps = [name for name in servers.asked if not name.startswith("confirmation")]
         assert len(steps) == 1 + 5
         again = searching(tmp_path / "s").run(8, simulate_first=False, trials=3)
         assert [step.name for step in again.steps][:6] == [step.name for step in first.steps]
-        assert len([name for name in servers.asked if name != "confirmation"]) == 1 + 8
+        assert len([name for name in servers.asked if not name.startswith("confirmation")]) == 1 + 8
 
     def test_a_step_that_cannot_be_measured_is_told_and_the_others_go_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +213,27 @@ def test_a_control_that_beats_all_is_a_miss_of_the_simulator() -> None:
     assert "none was better" in sentences(found, OBJECTIVE)[-1]
 
 
+def confirmed(p99_ms: float, low: float, high: float, verdict: str = "VALID") -> Found:
+    step = Step("max_batch-4", {"max_batch": 4}, {"p99_ms": 110.0, "slo_attainment": 1.0})
+    cell = {"p99_ms": p99_ms, "p99_ci_ms": [low, high], "slo_attainment": 1.0, "verdict": verdict, "trials": 3}
+    return Found(steps=[step], best=step, confirmed={"best": cell, "defaults": {**cell, "verdict": "VALID"}})
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (confirmed(110, 105, 115), "kept it, with the whole interval"),
+        (confirmed(110, 95, 130), "its interval reaches beyond"),
+        (confirmed(150, 140, 160), "did not keep it"),
+        (confirmed(110, 105, 115, "INVALID"), "nothing is claimed"),
+    ],
+)
+def test_the_best_of_the_search_is_not_said_to_keep_what_it_did_not(found: Found, words: str) -> None:
+    lines = sentences(found, OBJECTIVE)
+    assert words in lines[1]
+    assert len(lines) == 2, "no ratio where none was made"
+
+
 class TestThePicksOfTheFrontier:
     def test_one_has_the_most_goodput_and_one_the_shortest_tail(self) -> None:
         picks = choose(TRUE, measured_trial(TRUE, 1), SPACE, OBJECTIVE, 3)
@@ -249,6 +275,8 @@ def test_the_tight_case_on_the_command_line(tmp_path: Path) -> None:
         ((), "--adapter"),
         (("--adapter", "triton", "--plot", "x.svg"), "--plot goes with --simulator"),
         (("--adapter", "triton", "--slo", "p50=1s"), "--slo"),
+        (("--adapter", "triton", "--slo", "p99=0ms"), "--slo"),
+        (("--adapter", "triton", "--adapter", "trtion"), "trtion"),
         (("--adapter", "trtion"), "trtion"),
     ],
 )
