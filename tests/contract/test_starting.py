@@ -82,13 +82,20 @@ def test_a_busy_port_is_named(adapter: Adapter, bench: Bench) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start(adapter: Adapter, bench: Bench) -> None:
-    deployment = bench.deploy(bench.request(Tuning(replicas=1), broken=["alpha"]))
-    try:
-        with pytest.raises(TailraceError) as refused:
-            bench.wait_ready(deployment)
-    finally:
-        deployment.stop()
-    assert "the weights of alpha are not there" in str(refused.value)
+    """And the model's own words are told. A server may crash while it cleans up, before it has written them (Triton's Python
+    backend now and then removes a folder twice at once); not every time."""
+    told = ""
+    for _ in range(3):
+        deployment = bench.deploy(bench.request(Tuning(replicas=1), broken=["alpha"]))
+        try:
+            with pytest.raises(TailraceError) as refused:
+                bench.wait_ready(deployment)
+        finally:
+            deployment.stop()
+        told = str(refused.value)
+        if "the weights of alpha are not there" in told:
+            return
+    pytest.fail(told)
 
 
 def test_a_missing_dependency_is_named(adapter: Adapter, bench: Bench, tmp_path: Path) -> None:
