@@ -58,6 +58,7 @@ def simulate(
         return
     import numpy as np
 
+    from harness.summary import jsonable
     from simulator.engine import simulate as run
     from simulator.system import load_system
     from traces import catalogue
@@ -80,7 +81,9 @@ def simulate(
     figures = simulated.figures(slo_ms)
     if form is TableOrJson.JSON:
         told = {"simulated": True, "trace": trace, "seed": seed, "slo_ms": slo_ms}
-        typer.echo(json.dumps({**told, "system": chosen.model_dump(mode="json"), "figures": plain(figures)}, indent=1))
+        typer.echo(
+            json.dumps({**told, "system": chosen.model_dump(mode="json"), "figures": jsonable(figures)}, indent=1)
+        )
         return
     _show(f"simulated, not measured: {trace}, seed {seed}, SLO {slo_ms:g} ms", figures)
 
@@ -94,11 +97,6 @@ def _reference(form: TableOrJson) -> None:
         return
     _show("the reference case as it was published", asdict(published))
     _show("what came to pass in it", asdict(actual))
-
-
-def plain(figures: Mapping[str, float]) -> dict[str, float | str | None]:
-    """Figures for JSON: ``"inf"`` where the rank falls among failures, ``null`` of nothing."""
-    return {key: None if math.isnan(value) else "inf" if math.isinf(value) else value for key, value in figures.items()}
 
 
 def _show(title: str, figures: Mapping[str, Any]) -> None:

@@ -390,9 +390,9 @@ def _cost_of_the_tail(within: list[Case], chosen: int | None, cheapest: Case, ob
 
 
 def _case(case: Case) -> dict[str, Any]:
-    from simulator.commands import plain
+    from harness.summary import jsonable
 
-    return {"settings": case.settings, "mean_replicas": case.mean_replicas, "figures": plain(case.figures)}
+    return {"settings": case.settings, "mean_replicas": case.mean_replicas, "figures": jsonable(case.figures)}
 
 
 # ---------------------------------------------------------------- saturation

@@ -22,6 +22,8 @@ Settings = dict[str, Any]
 MAX_BATCH = (1, 2, 4, 8, 16, 32)
 WINDOW_MS = (0, 1, 2, 5, 10, 20)
 QUEUE_LIMIT = (None, 16, 64, 256)
+CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
+"""What the simulator is calibrated on before it is asked about the others; with one replica for each device."""
 
 
 def knobs(adapter: Adapter, options: BaseModel, protocol: WireProtocol, devices: int) -> dict[str, tuple[Any, ...]]:

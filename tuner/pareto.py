@@ -22,10 +22,9 @@ from simulator.calibration import Trial, calibrate, read_trial
 from simulator.engine import simulate
 from simulator.system import System
 from traces.trace import Trace, rescale
-from tuner.grid import Settings, applied, combinations, knobs
+from tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs
 from tuner.objective import Objective
 
-CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Mean rates that are tried, as multiples of the trace's own."""
 PICKS = 2

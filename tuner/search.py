@@ -27,12 +27,11 @@ from harness.store import RunFolder
 from harness.summary import jsonable, summarise
 from simulator.calibration import calibrate, read_trial
 from simulator.engine import simulate
-from tuner.grid import Settings, applied, best_by, combinations, sensible
+from tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible
 from tuner.objective import Objective
 
 CONTROLS = 2
 """Settings that the simulator would have skipped and that are run all the same, to see what it misses."""
-_CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,9 @@ class Search:
             settings = sensible(earlier.params, self.space)
             if _name(settings) not in scores:
                 scores[_name(settings)] = self._score(self._measure(_name(settings), settings, found))
+        most = min(budget, len(list(combinations(self.space))))
         for asked in range(20 * budget):  # it may ask for the same setting again
-            if len(scores) >= budget or len(scores) >= len(list(combinations(self.space))):
+            if len(scores) >= most:
                 return
             trial = study.ask()
             settings = sensible(
@@ -156,7 +156,7 @@ class Search:
 
     def _by_simulation(self, budget: int, found: Found) -> None:
         """One run to calibrate on; then those that the calibrated simulator ranks highest, and some that it does not."""
-        first = {name: _nearest(_CALIBRATED_ON.get(name), values) for name, values in self.space.items()}
+        first = {name: _nearest(CALIBRATED_ON.get(name), values) for name, values in self.space.items()}
         step = self._measure(_name(first), first, found)
         if step is None:
             raise TailraceError(
