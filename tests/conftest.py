@@ -21,6 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--adapter", action="append", default=[], help="contract suite: this adapter; may be given again")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What starts real servers is asked once more when it fails, for they share two noisy cores with another test: the
+    summary lists it as RERUN, and a promise that is broken every time still fails. Unit tests have no such excuse."""
+    if config.pluginmanager.hasplugin("rerunfailures"):
+        for item in items:
+            if "unit" not in item.path.parts:
+                item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither see nor change the user's traces and ledgers; the cache of environments is shared on purpose."""

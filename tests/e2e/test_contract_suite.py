@@ -101,7 +101,15 @@ def test_a_liar_is_caught_by_each_promise_that_it_breaks(tmp_path: Path) -> None
     (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: liar\nVersion: 1.0\n")
     (distribution / "entry_points.txt").write_text("[tailrace.adapters]\nliar = liar:ADAPTER\n")
     command = [sys.executable, "-m", "pytest", "tests/contract", "--adapter", "liar", "-rA", "-q", "--tb=no"]
-    quick = ["-k", "not every_workload", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'basetemp'}"]
+    quick = [
+        "-k",
+        "not every_workload",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:rerunfailures",
+        f"--basetemp={tmp_path / 'basetemp'}",
+    ]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "TAILRACE_CONTRACT_PATIENCE_S": "3"}
     try:
         done = subprocess.run(

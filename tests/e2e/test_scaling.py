@@ -68,7 +68,8 @@ def test_a_node_may_have_to_load_its_model_alone(tmp_path: Path) -> None:
 def test_replicas_are_added_by_the_framework_itself(tmp_path: Path) -> None:
     trial = scaled(
         tmp_path,
-        *("--adapter", "torchserve", "--set", "devices=2"),
+        # One request at a time takes 15 ms: the wave is more than one worker can serve, on a quick machine too.
+        *("--adapter", "torchserve", "--set", "devices=2", "--set", "tuning={max_batch: 1, replicas: 1}"),
         scaler={"of": "replicas", "max": 2, "up_above": 1, "down_below": 0.1},
     )
     assert (1, 2) in changes(trial)
