@@ -29,12 +29,19 @@ _POLL_S = 0.02
 
 
 class Autoscale(BaseModel):
-    """Scaling by queue depth: keep about ``target_ongoing`` requests per replica, within ``min`` and ``max`` replicas."""
+    """Scaling by queue depth: keep about ``target_ongoing`` requests per replica, within ``min`` and ``max`` replicas.
+
+    How quickly: requests are averaged over ``averaged_over_s``, and one replica more or fewer must have been wanted for
+    ``up_after_s`` or ``down_after_s``; ``None`` leaves the framework's own default alone.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     min: int = Field(ge=0)
     max: int = Field(ge=1)
     target_ongoing: float = Field(gt=0)
+    up_after_s: float | None = Field(default=None, ge=0)
+    down_after_s: float | None = Field(default=None, ge=0)
+    averaged_over_s: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Autoscale:

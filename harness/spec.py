@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -199,7 +199,8 @@ class ScalerChoice(_Strict):
 
 
 class Scenario(_Strict):
-    """Named conditions; every adapter runs under every scenario. A sweep makes one for each combination of its values."""
+    """Named conditions; every adapter runs under every scenario, unless that names its own. A sweep makes one for each
+    combination of its values."""
 
     name: str = Field(description="Short name, used in folder names and in the report.")
     faults: Faults = Field(
@@ -214,6 +215,9 @@ class Scenario(_Strict):
     )
     mean_rate: float | None = Field(
         default=None, gt=0, description="Mean arrivals/s in place of `trace.mean_rate`; left out: the experiment's."
+    )
+    adapters: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Only these of the experiment's frameworks; left out: all of them."
     )
 
     @property
@@ -347,6 +351,16 @@ class Experiment(_Strict):
             twice = {name for name in names if list(names).count(name) > 1}
             if twice:
                 raise ValueError(f"{field}: {', '.join(sorted(twice))} is listed twice; use `trials` to repeat")
+        for scenario in self.scenarios:
+            for name in scenario.adapters or ():
+                if name not in self.adapters:
+                    raise ValueError(
+                        f"scenarios: {scenario.name} is for {name!r}, which is not among the adapters {list(self.adapters)}"
+                    )
+        if idle := [
+            name for name in self.adapters if all(s.adapters and name not in s.adapters for s in self.scenarios)
+        ]:
+            raise ValueError(f"scenarios: none is for {', '.join(idle)}; leave it out of `adapters`")
         for name in self.options:
             if name not in self.adapters:
                 raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")
@@ -392,8 +406,12 @@ class TrialPlan:
 
 
 def cells(experiment: Experiment) -> list[Cell]:
-    """The matrix: every adapter under every scenario."""
-    return [Cell(a, s) for a, s in itertools.product(experiment.adapters, experiment.scenarios)]
+    """The matrix: every adapter under every scenario that is for it."""
+    return [
+        Cell(adapter, scenario)
+        for adapter, scenario in itertools.product(experiment.adapters, experiment.scenarios)
+        if scenario.adapters is None or adapter in scenario.adapters
+    ]
 
 
 def interleave(experiment: Experiment) -> list[TrialPlan]:
@@ -435,6 +453,8 @@ def load_experiment(
     if overrides and "adapters" in overrides and isinstance(content.get("options"), dict):
         # Options of an adapter that was not chosen have nothing to say.
         content["options"] = {k: v for k, v in content["options"].items() if k in overrides["adapters"]}
+    if overrides and "adapters" in overrides and isinstance(content.get("scenarios"), list):
+        content["scenarios"] = list(_narrowed(content["scenarios"], overrides["adapters"]))
     if trace is not None:
         former = content.get("trace")
         kept = {k: v for k, v in former.items() if k not in ("params", "window_s")} if isinstance(former, dict) else {}
@@ -446,6 +466,16 @@ def load_experiment(
         return Experiment.model_validate(content)
     except ValidationError as error:
         raise InputError("\n".join(explain(error, Experiment, str(path)))) from error
+
+
+def _narrowed(scenarios: Sequence[Any], chosen: Sequence[str]) -> Iterator[Any]:
+    """The scenarios without the adapters that were not chosen, and without those that were for none of the chosen."""
+    for scenario in scenarios:
+        named = scenario.get("adapters") if isinstance(scenario, dict) else None
+        if not isinstance(named, list):
+            yield scenario
+        elif kept := [name for name in named if name in chosen]:
+            yield {**scenario, "adapters": kept}
 
 
 def builtin_experiments() -> dict[str, Path]:

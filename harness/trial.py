@@ -594,7 +594,10 @@ def _work_done(deployment: Deployment) -> float | None:
 
 
 def _same_setting(reported: Any, asked: Any) -> bool:
-    """Whether a server applied what was asked for; times may be rounded to the server's own unit."""
+    """Whether a server applied what was asked for; times may be rounded to the server's own unit, and of a knob with
+    several parts it may report more than was asked for."""
+    if isinstance(reported, dict) and isinstance(asked, dict):
+        return all(key in reported and _same_setting(reported[key], value) for key, value in asked.items())
     if isinstance(reported, float) or isinstance(asked, float):
         return math.isclose(float(reported), float(asked), rel_tol=1e-3, abs_tol=1e-3)
     return bool(reported == asked)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,22 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class ColdStart:
+    """How long the trial's server took to come up; NaN where its trial did not say."""
+
+    server_s: float
+    """From nothing to the first right answer."""
+    model_s: float
+    """From the port that opens to readiness: what the first replica of a framework that runs already has to do."""
+
+    @classmethod
+    def of(cls, phases: Mapping[str, float] | None) -> ColdStart:
+        known = phases or {}
+        port, ready, first = (known.get(name, math.nan) for name in ("port_open_s", "ready_s", "first_answer_s"))
+        return cls(first, ready - port)
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """The system that fits a trial best."""
 
@@ -53,6 +69,7 @@ class Calibrated:
     """Where the service times come from."""
     others: tuple[tuple[str, float], ...]
     """The other mechanisms that were tried, with their errors, best first."""
+    cold_start_s: ColdStart
 
 
 def read_trial(folder: TrialFolder) -> Trial:
@@ -128,6 +145,7 @@ def calibrate(trial: Trial) -> Calibrated:
         error=best[0],
         service_from="the device's counters" if counted else "the fit",
         others=tuple((name, error) for error, name, _ in found[1:]),
+        cold_start_s=ColdStart.of(trial.figures["cold_start_phases_s"]),
     )
 
 

@@ -282,6 +282,7 @@ def calibrate(
     predicts others is another question: tailrace validate-sim.
     """
     from harness.store import RunFolder
+    from harness.summary import jsonable
     from simulator.system import write_system
 
     opened = RunFolder.open(run)
@@ -294,7 +295,12 @@ def calibrate(
     if out is not None:
         write_system(fitted.system, out)
     if form is TableOrJson.JSON:
-        told = {"trial": folder.id, "error": fitted.error, "service_from": fitted.service_from}
+        told = {
+            "trial": folder.id,
+            "error": fitted.error,
+            "service_from": fitted.service_from,
+            "cold_start": jsonable(asdict(fitted.cold_start_s)),
+        }
         others = [{"mechanism": name, "error": error} for name, error in fitted.others]
         typer.echo(json.dumps({**told, "system": fitted.system.model_dump(mode="json"), "others": others}, indent=1))
         return
@@ -309,6 +315,8 @@ def calibrate(
             "cycle ms": system.cycle_ms,
             "router": system.router,
             "window opens": system.batching.window_opens,
+            "cold start s": fitted.cold_start_s.server_s,
+            "of that, its first replica's s": fitted.cold_start_s.model_s,
             "error": fitted.error,
         },
     )

@@ -100,18 +100,13 @@ def simulate(
     ``models`` names each arrival's model by number; every model has ``system.replicas`` replicas of its own. ``seed`` is
     for the routers that draw. Failures come to pass at their instants; past the span the system drains for at most an hour.
     """
-    scaler = system.autoscaler
+    scaler = system.autoscaler or system.tracking
     window_ns = round(system.batching.window_ms * NS_PER_MS)
     most = max(system.replicas, scaler.max if scaler else 0)
     slots = most * model_count + len(system.failures)
     failures = sorted(system.failures, key=lambda failure: failure.at_s)
     replaced = [NEVER if f.replaced_after_s is None else round(f.replaced_after_s * NS_PER_S) for f in failures]
-    thresholds = (float(scaler.up_above), float(scaler.down_below)) if scaler else (0.0, 0.0)
-    scaling = (
-        [round(scaler.period_s * NS_PER_S), scaler.min + scaler.warm_pool, most, round(scaler.cold_start_s * NS_PER_S)]
-        if scaler
-        else [0, 0, 0, 0]
-    )
+    scaling, thresholds = _scaling(system, most)
     outcome, started, done, batches, busy, ready, samples = _run(
         np.array(arrivals_ns, np.int64),  # copies: the loop is compiled once, for arrays that may be written
         np.zeros(len(arrivals_ns), np.uint16) if models is None else np.array(models, np.uint16),
@@ -136,6 +131,22 @@ def simulate(
         seed,
     )
     return Simulated(arrivals_ns, done, started, outcome, batches, busy, ready, samples, span_ns, system)
+
+
+def _scaling(system: System, most: int) -> tuple[list[int], tuple[float, float]]:
+    """For the loop: period, fewest, most and cold start; then for how long more and fewer must have been wanted, and over how
+    many looks requests are averaged (0 for thresholds). And the two thresholds, or the target twice."""
+    if queue := system.autoscaler:
+        times_s = [queue.period_s, queue.cold_start_s]
+        period, cold_start = (round(time_s * NS_PER_S) for time_s in times_s)
+        return [period, queue.min + queue.warm_pool, most, cold_start, 0, 0, 0], (queue.up_above, queue.down_below)
+    if tracking := system.tracking:
+        times_s = [tracking.period_s, tracking.cold_start_s, tracking.up_after_s, tracking.down_after_s]
+        period, cold_start, up_after, down_after = (round(time_s * NS_PER_S) for time_s in times_s)
+        looks = max(1, round(tracking.averaged_over_s / tracking.period_s))
+        target = tracking.target_ongoing
+        return [period, tracking.min, most, cold_start, up_after, down_after, looks], (target, target)
+    return [0] * 7, (0.0, 0.0)
 
 
 @njit(cache=True)
@@ -165,7 +176,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     np.random.seed(seed)
     n = len(arrivals)
     max_batch = len(service) - 1
-    period, floor, most, cold_start = scaling
+    period, floor, most, cold_start, up_after, down_after, looks = scaling
     shared = router == _SHARED
     queues = model_count if shared else slots
 
@@ -211,6 +222,11 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     failure = 0
     next_tick = np.int64(0) if period > 0 else NEVER
     next_sample = np.int64(0)
+    # Of each model: the requests that were seen at the last looks, and since when more or fewer replicas are wanted.
+    seen = np.zeros((model_count, max(looks, 1)), np.int64)
+    looked = 0
+    wanted_more = np.full(model_count, NEVER, np.int64)
+    wanted_fewer = np.full(model_count, NEVER, np.int64)
     changed = np.int64(-1)  # the queue whose next batch must be found again; -2: all of them
     now = np.int64(0)
 
@@ -346,33 +362,54 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
                     queued = length[model]
                 there = 0
                 pending = 0
+                in_hand = np.int64(0)
                 for r in range(slots):
                     if alive[r] and model_of[r] == model:
                         if ready_at[r] <= now:
                             there += 1
                         else:
                             pending += 1
+                        if done_at[r] > now:
+                            in_hand += batch_size[r]
                         if not shared:
                             queued += length[r]
-                depth = queued / max(1, there)
-                if depth > up_above and pending == 0 and there < most:
-                    for r in range(slots):
-                        if not alive[r]:
-                            alive[r] = True
-                            model_of[r] = model
-                            ready_at[r] = now + cold_start
-                            free_at[r] = ready_at[r]
-                            done_at[r] = 0
-                            break
+                more = 0
+                fewer = 0
+                if looks == 0:
+                    depth = queued / max(1, there)
+                    if depth > up_above and pending == 0 and there < most:
+                        more = 1
+                    elif depth < down_below and there > floor:
+                        fewer = 1
+                else:
+                    seen[model, looked % looks] = queued + in_hand
+                    requests = seen[model].sum() / min(looked + 1, looks)
+                    wanted_count = min(max(np.int64(np.ceil(requests / up_above)), floor), most)
+                    missing = wanted_count - there - pending
+                    wanted_more[model] = min(wanted_more[model], now) if missing > 0 else NEVER
+                    wanted_fewer[model] = min(wanted_fewer[model], now) if missing < 0 else NEVER
+                    if missing > 0 and now - wanted_more[model] >= up_after:
+                        more = missing
+                        wanted_more[model] = NEVER
+                    elif missing < 0 and now - wanted_fewer[model] >= down_after:
+                        fewer = -missing  # those that are busy are asked again at the next look
+                if more > 0 or fewer > 0:
                     changed = np.int64(-2)
-                elif depth < down_below and there > floor:
-                    for r in range(slots):
-                        idle = alive[r] and model_of[r] == model and ready_at[r] <= now and free_at[r] <= now
-                        if idle and (shared or length[r] == 0):
-                            alive[r] = False
-                            ready += min(now, span) - min(ready_at[r], span)
-                            break
-                    changed = np.int64(-2)
+                for r in range(slots):
+                    if more > 0 and not alive[r]:
+                        alive[r] = True
+                        model_of[r] = model
+                        ready_at[r] = now + cold_start
+                        free_at[r] = ready_at[r]
+                        done_at[r] = 0
+                        more -= 1
+                        continue
+                    idle = alive[r] and model_of[r] == model and ready_at[r] <= now and free_at[r] <= now
+                    if fewer > 0 and idle and (shared or length[r] == 0):
+                        alive[r] = False
+                        ready += min(now, span) - min(ready_at[r], span)
+                        fewer -= 1
+            looked += 1
             next_tick += period
 
         else:

@@ -91,6 +91,26 @@ class Autoscaler(_Part):
         return self
 
 
+class TargetTracking(_Part):
+    """Keeps about so many requests for each replica, waiting ones and those in hand, as Ray Serve does: what it wants is the
+    mean number of requests ÷ the target, rounded up; all that are missing come at once, and idle ones go."""
+
+    target_ongoing: float = Field(gt=0, description="Requests for each replica.")
+    min: int = Field(default=1, ge=1, description="The fewest.")
+    max: int = Field(default=64, ge=1, le=10_000, description="The most.")
+    period_s: float = Field(default=0.1, gt=0, description="How often it looks.")
+    averaged_over_s: float = Field(default=30, gt=0, description="Over how long requests are averaged.")
+    up_after_s: float = Field(default=30, ge=0, description="How long more must have been wanted.")
+    down_after_s: float = Field(default=600, ge=0, description="How long fewer must have been wanted.")
+    cold_start_s: float = Field(default=0.8, ge=0, description="From the decision until the new one is ready.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TargetTracking:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class Failure(_Part):
     """The first ready replica dies, and what it has in hand with it."""
 
@@ -128,6 +148,9 @@ class System(_Part):
     autoscaler: Autoscaler | None = Field(
         default=None, description="Changes the replicas (keys below); left out: none."
     )
+    tracking: TargetTracking | None = Field(
+        default=None, description="Changes them by another rule, in place of `autoscaler` (keys below)."
+    )
     failures: tuple[Failure, ...] = Field(default=(), description="What dies (keys below).")
     overhead_ms: float = Field(
         default=0.0, ge=0, description="What every answer takes beyond queue and batch: network, (de)serialising."
@@ -143,10 +166,12 @@ class System(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> System:
-        scaler = self.autoscaler
+        if self.autoscaler and self.tracking:
+            raise ValueError("autoscaler and tracking: two would work against each other; give one of them")
+        scaler = self.autoscaler or self.tracking
         if scaler and not scaler.min <= self.replicas <= scaler.max:
             raise ValueError(
-                f"replicas ({self.replicas}) is not between the autoscaler's min ({scaler.min}) and max ({scaler.max})"
+                f"replicas ({self.replicas}) is not between the scaler's min ({scaler.min}) and max ({scaler.max})"
             )
         return self
 

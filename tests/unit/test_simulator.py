@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from harness.errors import InputError
 from harness.metrics import Ints
 from simulator import reference
 from simulator.engine import ANSWERED, LOST, NS_PER_S, QUEUED, SHED, Simulated, simulate
-from simulator.system import Autoscaler, Batching, Failure, Service, System, load_system, write_system
+from simulator.system import Autoscaler, Batching, Failure, Service, System, TargetTracking, load_system, write_system
 from tests.conftest import tailrace
 
 ONE_BY_ONE = Batching(max_batch=1, window_ms=0)
@@ -207,6 +208,53 @@ class TestMechanisms:
         decided = simulated.samples[np.argmax(waiting > 3), 0]
         assert first_seen - decided == pytest.approx(0.5 * NS_PER_S, abs=0.1 * NS_PER_S)
         assert ready[-1] == 1
+
+    def test_target_tracking_adds_what_is_missing_at_once_and_waits_before_it_does(self) -> None:
+        tracking = TargetTracking(
+            target_ongoing=2, max=4, averaged_over_s=0.5, up_after_s=1, down_after_s=2, cold_start_s=0.5
+        )
+        system = System(service=Service(base_ms=100, per_item_ms=0), batching=ONE_BY_ONE, tracking=tracking)
+        arrivals = np.arange(0, 4000, 40) * 1_000_000  # 25/s for replicas of 10/s: three are needed, and a queue grows
+        simulated = simulate(system, arrivals, span_ns=12 * NS_PER_S)
+        when_s, ready = simulated.samples[:, 0] / NS_PER_S, simulated.samples[:, 2]
+        first_more_s = when_s[np.argmax(ready > 1)]
+        assert ready[np.argmax(ready > 1)] > 2, "all that are missing come together"
+        # Above 2 requests from about 0.2 s on, in the mean of half a second a little later; then 1 s and a cold start.
+        assert 1.6 <= first_more_s <= 2.4
+        assert ready.max() == 4
+        gone_s = when_s[np.flatnonzero(ready > 1)[-1]]
+        assert gone_s >= first_more_s + 2, "those too many are kept for as long as it says"
+        assert ready[-1] == 1
+
+    def test_target_tracking_that_is_slower_than_the_trace_changes_nothing(self) -> None:
+        system = System(batching=ONE_BY_ONE, tracking=TargetTracking(target_ongoing=1, max=8))
+        fixed = System(batching=ONE_BY_ONE)
+        arrivals = poisson(100, 1000)
+        assert (run(system, arrivals).done_ns == run(fixed, arrivals).done_ns).all()
+
+    @given(st.integers(1, 6), st.integers(0, 6), st.floats(0.5, 20), st.integers(0, 2**32 - 1))
+    def test_target_tracking_stays_within_its_limits(self, least: int, more: int, target: float, seed: int) -> None:
+        tracking = TargetTracking(
+            target_ongoing=target,
+            min=least,
+            max=least + more,
+            averaged_over_s=0.3,
+            up_after_s=0,
+            down_after_s=0,
+            cold_start_s=0.1,
+        )
+        system = System(replicas=least, tracking=tracking)
+        arrivals = np.sort(np.random.default_rng(seed).integers(0, 3 * NS_PER_S, 600))
+        simulated = simulate(system, arrivals, span_ns=5 * NS_PER_S)
+        assert simulated.samples[:, 2].min() >= least
+        assert simulated.samples[:, 2].max() <= least + more
+        assert simulated.count(ANSWERED) == 600, "who scales down drops nothing"
+
+    def test_one_scaler_at_a_time(self) -> None:
+        with pytest.raises(ValidationError, match="two would work against each other"):
+            System(autoscaler=Autoscaler(), tracking=TargetTracking(target_ongoing=1))
+        with pytest.raises(ValidationError, match=r"not between the scaler's min \(2\)"):
+            System(tracking=TargetTracking(target_ongoing=1, min=2))
 
     def test_the_warm_pool_is_never_retired(self) -> None:
         system = System(replicas=3, autoscaler=Autoscaler(min=1, warm_pool=2))

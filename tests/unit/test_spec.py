@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -23,6 +24,7 @@ from harness.spec import (
     TraceChoice,
     Warmup,
     builtin_experiments,
+    cells,
     interleave,
     load_experiment,
 )
@@ -60,6 +62,7 @@ def test_every_built_in_experiment_is_valid(name: str) -> None:
         ("client.timeout_s=.inf", "finite"),
         ("slo.latency_ms=.nan", "finite"),
         ("tuning.batch_window_ms=.inf", "finite"),
+        ("scenarios.0.adapters=[kserve]", "no-fault is for 'kserve', which is not among the adapters"),
         ("trials", "write it as key=value"),
         ("trials=[", "not valid YAML"),
     ],
@@ -93,6 +96,19 @@ def test_command_line_overrides() -> None:
     assert chosen.adapters == ("null",)
     assert chosen.trials == 2
     assert chosen.trace == TraceChoice(name="bursty", mean_rate=12.5, tail_s=20)
+
+
+def test_a_scenario_may_be_for_some_adapters_only(tmp_path: Path) -> None:
+    experiment = minimal(adapters=["a", "b"], scenarios=[{"name": "s"}, {"name": "t", "adapters": ["b"]}])
+    assert [cell.id for cell in cells(experiment)] == ["a--s", "b--s", "b--t"]
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
+    assert [cell.id for cell in cells(load_experiment(str(path), overrides={"adapters": ["a"]}))] == ["a--s"]
+    only_b = load_experiment(str(path), overrides={"adapters": ["b", "c"]})
+    assert [cell.id for cell in cells(only_b)] == ["b--s", "b--t", "c--s"]
+    assert only_b.scenarios[1].adapters == ("b",)
+    with pytest.raises(ValueError, match="none is for a; leave it out of `adapters`"):
+        minimal(adapters=["a", "b"], scenarios=[{"name": "t", "adapters": ["b"]}])
 
 
 def test_another_trace_leaves_the_parameters_of_the_former_behind() -> None:

@@ -15,16 +15,17 @@ from harness.errors import InputError, TailraceError
 from harness.observer import Observer
 from harness.registry import get_adapter
 from harness.store import RunFolder
-from simulator.engine import simulate
+from simulator.calibration import calibrate
+from simulator.engine import Simulated, simulate
 from simulator.system import Service, System
 from tests.conftest import tailrace
 from tests.simulated import TRUE, measured_trial
 from traces import catalogue
 from tuner import search
 from tuner.commands import sentences
-from tuner.grid import applied, best_by, combinations, knobs
+from tuner.grid import TARGET_ONGOING, applied, best_by, combinations, knobs, targets, tuning
 from tuner.objective import Objective, parse_objective
-from tuner.pareto import choose
+from tuner.pareto import Pick, choose, choose_scaled
 from tuner.search import Found, Search, Step, told
 
 OBJECTIVE = Objective(120)
@@ -75,6 +76,25 @@ class TestTheGrid:
             for settings in combinations(values):
                 tuning = Tuning.model_validate({knob: value for knob, value in settings.items() if value is not None})
                 assert adapter.expressible(tuning, adapter.Options(), adapter.protocols[0])[1] == {}
+
+    def test_only_who_scales_itself_has_targets(self) -> None:
+        for name, expected in (("ray_serve", TARGET_ONGOING), ("triton", ()), ("torchserve", ()), ("kserve", ())):
+            adapter = get_adapter(name)
+            assert targets(adapter, adapter.Options(), adapter.protocols[0], 3) == expected
+            assert targets(adapter, adapter.Options(), adapter.protocols[0], 1) == (), "there is nowhere to go"
+
+    def test_a_target_becomes_the_knob(self) -> None:
+        settings = {"max_batch": 8, "queue_limit": None, "replicas": None, "target_ongoing": 4}
+        asked = Tuning.model_validate(tuning(settings, 3))
+        assert asked.max_batch == 8
+        assert asked.replicas is asked.queue_limit is None
+        assert asked.autoscale is not None
+        assert (asked.autoscale.min, asked.autoscale.max, asked.autoscale.target_ongoing) == (1, 3, 4)
+        system = applied(TRUE, settings, 0.7)
+        assert system.tracking is not None
+        assert (system.replicas, system.tracking.max, system.tracking.cold_start_s) == (1, TRUE.replicas, 0.7)
+        assert system.tracking.up_after_s == asked.autoscale.up_after_s
+        assert applied(system, {"replicas": 2}).tracking is None
 
     def test_batches_of_one_have_no_window(self) -> None:
         assert len(list(combinations(SPACE))) == 3 + 2 * 2 * 3
@@ -244,6 +264,23 @@ class TestThePicksOfTheFrontier:
             "a quarter more is too much for it"
         )
         assert all(pick.settings["replicas"] == 3 for pick in picks)
+
+    def test_who_scales_itself_gets_the_cheapest_that_keeps_the_objective(self) -> None:
+        fitted = calibrate(measured_trial(TRUE, 1))
+        assert fitted.cold_start_s.model_s == pytest.approx(0.8)
+        trial = measured_trial(TRUE, 1)
+
+        def simulated(pick: Pick) -> Simulated:
+            system = applied(fitted.system, pick.settings, fitted.cold_start_s.model_s)
+            return simulate(system, trial.arrivals_ns, span_ns=trial.span_ns)
+
+        relaxed = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(5_000))
+        strict = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(1_000))
+        assert relaxed.settings["replicas"] is None
+        assert Objective(1_000).met(simulated(strict).figures(1_000))
+        assert simulated(relaxed).ready_ns <= simulated(strict).ready_ns < 3 * trial.span_ns
+        hopeless = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(5))
+        assert hopeless.settings["target_ongoing"] in (4, 16)
 
     def test_where_nothing_keeps_the_objective_there_is_still_a_pick(self) -> None:
         slow = System(service=Service(base_ms=300, per_item_ms=10), replicas=3, devices=3)
