@@ -141,6 +141,11 @@ def run(
         if dry_run:
             _print_cells(chosen)
             return
+        if chosen.load is not None:
+            from tuner.commands import find_saturation
+
+            find_saturation(chosen, out or default_folder(chosen.name))
+            return
         folder = out or default_folder(chosen.name)
         carry_out = functools.partial(run_experiment, chosen, folder)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -185,6 +190,9 @@ def _print_cells(experiment: Experiment) -> None:
         table.add_row(*(Text(value) for value in row))
     stdout().print(table)
     stdout().print(Text(size_in_words(checked)), soft_wrap=True)
+    if experiment.load is not None:
+        searched = f"so many times for each rate that is tried, from {experiment.load.start:g}/s on, until each cell is saturated"
+        stdout().print(Text(searched), soft_wrap=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -27,7 +27,9 @@ def multiplied_out(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     ``load: {rates: […]}`` is the mean rate of every scenario. Raises :class:`InputError` that names file, key and remedy.
     """
     content = dict(content)
-    rates: list[float | None] = [*_rates(content.pop("load", None), where)]
+    load = content.get("load")
+    searched = isinstance(load, dict) and "find" in load
+    rates: list[float | None] = [] if searched else [*_rates(content.pop("load", None), where)]
     tuning = content.get("tuning")
     scenarios = content.get("scenarios", [{"name": "no-fault"}])
     if not isinstance(scenarios, list) or not all(isinstance(s, dict) and "name" in s for s in scenarios):
@@ -115,7 +117,10 @@ def _rates(load: Any, where: str) -> list[float]:
     if load is None:
         return []
     if not isinstance(load, dict) or load.keys() != {"rates"}:
-        raise InputError(f"{where}: `load` has one key, `rates`", remedy="for example load: {rates: [100, 200, 400]}")
+        raise InputError(
+            f"{where}: `load` has one key, `rates`, or `find` with its `slo`",
+            remedy="for example load: {rates: [100, 200, 400]} or load: {find: saturation, slo: {p99_ms: 120}}",
+        )
     rates = load["rates"]
     rates = _values(rates, f"{where}: `load.rates`") if _is_several(rates) else rates
     if not isinstance(rates, list) or not all(

@@ -39,6 +39,10 @@ def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> 
     first failure. :class:`KeyboardInterrupt` passes through once everything is stopped and what there is
     has been written.
     """
+    if experiment.load is not None:
+        raise InputError(
+            "`load` asks for a search, and that is several runs", remedy="use `tailrace run` or `tailrace saturate`"
+        )
     checked = check(experiment)
     cleaned = _clean(observer)
     # The manifest comes first, so that whatever stops the run leaves word of what it was to be.

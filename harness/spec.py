@@ -234,6 +234,21 @@ class Scenario(_Strict):
         return name
 
 
+class TailObjective(_Strict):
+    """What a search for the saturation point holds a load to."""
+
+    p99_ms: float = Field(gt=0, description="The p99 may be this at most; an answer within it is a good one.")
+    attainment: float | None = Field(default=None, gt=0, le=1, description="The share of arrivals with a good answer.")
+
+
+class LoadSearch(_Strict):
+    """In place of the trace's own rate: the highest mean rate at which the objective still holds, found by search."""
+
+    find: Literal["saturation"]
+    slo: TailObjective = Field(description="The objective.")
+    start: float = Field(default=50.0, gt=0, description="The first mean rate, arrivals/s.")
+
+
 class Client(_Strict):
     """How requests are sent."""
 
@@ -314,6 +329,10 @@ class Experiment(_Strict):
     rate_by_workload: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
         description="Mean arrivals/s (as `trace.mean_rate`) for workloads that need another rate than the trace's own.",
+    )
+    load: LoadSearch | None = Field(
+        default=None,
+        description="`{find: saturation, slo: {p99_ms: 120}}`: search every cell's highest rate (keys below).",
     )
     tuning: TuningChoice = Field(default=Tuning(), description="Neutral knobs, or `defaults` for the framework's own.")
     when_refused: Literal["stop", "leave_out"] = Field(

@@ -19,6 +19,7 @@ from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import CHECKED_SEEDS, ENOUGH_SEEDS
 
 if TYPE_CHECKING:
+    from harness.spec import Experiment
     from tuner.grid import Case
     from tuner.objective import Objective
     from tuner.saturation import Saturation
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SHOWN_STEPS = 12
 EXIT_INVALID = 3
+DEFAULT_P99_MS = 120.0
 CONNECTIONS = 32_768
 """At the least, of a search that doubles the load: a slow server's backlog is not to be booked as our drop."""
 CASE_COLUMNS = (
@@ -399,12 +401,17 @@ def _case(case: Case) -> dict[str, Any]:
 
 
 def saturate(
-    experiment: Annotated[str, typer.Argument(help="A built-in experiment or a YAML file; its first scenario is run.")],
+    experiment: Annotated[
+        str, typer.Argument(help="A built-in experiment or a YAML file; each of its cells is searched.")
+    ],
     adapter: Annotated[list[str] | None, typer.Option(help="Of this framework; may be given again.")] = None,
     slo: Annotated[
-        list[str] | None, typer.Option(metavar="p99=…|attainment=…", help="The objective; p99=120ms.")
+        list[str] | None,
+        typer.Option(metavar="p99=…|attainment=…", help="The objective; its `load`'s, else p99=120ms."),
     ] = None,
-    start: Annotated[float, typer.Option(min=0.01, help="The first mean rate, arrivals/s.")] = 50.0,
+    start: Annotated[
+        float | None, typer.Option(min=0.01, help="The first mean rate, arrivals/s; its `load`'s, else 50.")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, max=100, help="Trials of every rate.")] = 1,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the experiment, in YAML.")
@@ -415,39 +422,59 @@ def saturate(
     """Find the saturation point: the highest mean rate of the trace at which the objective still holds.
 
     The rate is doubled until it does not hold, and no further; then the gap is halved until it is below 5 %, or the interval
-    of a p99 (from three trials) has the objective within it.
+    of a p99 (from three trials) has the objective within it. The same as the key `load` of an experiment that is run.
     """
+    from harness.spec import LoadSearch, TailObjective, load_experiment
+    from harness.store import default_folder
+    from tuner.objective import parse_objective
+
+    overrides: dict[str, Any] = {"trials": trials}
+    if adapter:
+        overrides["adapters"] = list(dict.fromkeys(adapter))
+    chosen = load_experiment(experiment, overrides=overrides, assignments=settings or ())
+    load = chosen.load or LoadSearch(find="saturation", slo=TailObjective(p99_ms=DEFAULT_P99_MS))
+    if slo:
+        load = load.model_copy(update={"slo": TailObjective(**asdict(parse_objective(slo)))})
+    if start is not None:
+        load = load.model_copy(update={"start": start})
+    find_saturation(chosen.model_copy(update={"load": load}), out or default_folder("saturate"), form)
+
+
+def find_saturation(experiment: Experiment, folder: Path, form: TableOrJson = TableOrJson.TABLE) -> None:
+    """Search the highest rate of every cell of an experiment that has a ``load``, and tell."""
     from harness.console import ConsoleObserver
     from harness.run import run_or_go_on
-    from harness.spec import load_experiment
-    from harness.store import default_folder
+    from harness.spec import Cell, cells
+    from harness.store import RunFolder
     from harness.summary import summarise
-    from tuner.objective import parse_objective
+    from reports.report import write
+    from tuner.objective import Objective
     from tuner.saturation import find
 
-    objective = parse_objective(slo or ["p99=120ms"])
-    overrides = {"adapters": list(dict.fromkeys(adapter))} if adapter else {}
-    base = load_experiment(experiment, overrides=overrides, assignments=settings or ()).model_dump(mode="json")
-    folder = out or default_folder("saturate")
-    common = {**base, "trials": trials, "slo": {"latency_ms": objective.p99_ms}}
+    load = experiment.load
+    if load is None:
+        raise ValueError("the experiment has no load to search")
+    objective = Objective(load.slo.p99_ms, load.slo.attainment)
+    base = experiment.model_dump(mode="json")
+    client = {**base["client"], "max_connections": max(CONNECTIONS, base["client"]["max_connections"])}
+    common = {**base, "name": "saturate", "load": None, "slo": {"latency_ms": objective.p99_ms}, "client": client}
     found = {}
+    runs: list[RunFolder] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ConsoleObserver(stderr()) as observer:
 
-        def cell_at(name: str, rate: float) -> dict[str, Any]:
-            scenario = {**base["scenarios"][0], "mean_rate": rate}
-            options = {key: value for key, value in base["options"].items() if key == name}
-            content = {**common, "name": "saturate", "adapters": [name], "options": options, "scenarios": [scenario]}
-            content["client"] = {
-                **base["client"],
-                "max_connections": max(CONNECTIONS, base["client"]["max_connections"]),
-            }
-            (cell,) = summarise(run_or_go_on(folder / name / f"rate-{rate:.6g}", content, observer))["cells"]
-            return dict(cell)
+        def cell_at(cell: Cell, rate: float) -> dict[str, Any]:
+            scenario = {**cell.scenario.model_dump(mode="json"), "mean_rate": rate, "adapters": None}
+            options = {name: value for name, value in base["options"].items() if name == cell.adapter}
+            content = {**common, "adapters": [cell.adapter], "options": options, "scenarios": [scenario]}
+            run = run_or_go_on(folder / cell.id / f"rate-{rate:.6g}", content, observer)
+            runs.append(run)
+            (measured,) = summarise(run)["cells"]
+            return dict(measured)
 
-        for name in base["adapters"]:
+        for cell in cells(experiment):
             try:
-                found[name] = find(functools.partial(cell_at, name), start, objective)
+                found[cell.id] = find(functools.partial(cell_at, cell), load.start, objective)
             except KeyboardInterrupt:
                 observer.note(f"interrupted; go on with the same command and --out {folder}")
                 raise typer.Exit(130) from None
@@ -455,6 +482,8 @@ def saturate(
         typer.echo(json.dumps({name: _saturation(point) for name, point in found.items()}, indent=1))
     else:
         _print_saturation(found, objective)
+        if runs:
+            typer.echo(write(runs, folder / "report.html").resolve())
     if any(point.ended == "stopped" for point in found.values()):
         raise typer.Exit(1)
 
@@ -462,8 +491,8 @@ def saturate(
 def _print_saturation(found: dict[str, Saturation], objective: Objective) -> None:
     console = stdout()
     table = Table()
-    for heading in ("adapter", "mean rate/s", "held", "p99 ms", "goodput/s/device", "within SLO", "verdict"):
-        table.add_column(heading, justify="left" if heading == "adapter" else "right")
+    for heading in ("cell", "mean rate/s", "held", "p99 ms", "goodput/s/device", "within SLO", "verdict"):
+        table.add_column(heading, justify="left" if heading == "cell" else "right")
     for name, point in found.items():
         for load in sorted(point.loads, key=lambda load: load.rate):
             cell = load.figures

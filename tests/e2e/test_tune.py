@@ -99,7 +99,7 @@ def test_the_saturation_point_of_one_replica(tmp_path: Path) -> None:
         cwd=tmp_path.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    point = json.loads(done.stdout)["triton"]
+    point = json.loads(done.stdout)["triton--no-fault"]
     assert point["holds"] < point["fails"] <= 480
     assert point["holds"] < 330, "what the device can do, and the backlog that eight seconds may build up within 400 ms"
     assert [load["held"] for load in sorted(point["loads"], key=lambda load: load["rate"])] != [True] * len(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,8 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import TailraceError
+from harness.errors import InputError, TailraceError
+from harness.observer import Observer
+from harness.run import run_experiment
+from harness.spec import Experiment
+from harness.terminal import TableOrJson
 from tests.conftest import tailrace
+from tuner.commands import find_saturation
 from tuner.objective import Objective
 from tuner.saturation import STEPS_DOWN, find
 
@@ -35,6 +41,46 @@ def saturating_at(point: float, *, noise: float = 0.0) -> Callable[[float], Mapp
         }
 
     return measure
+
+
+def test_an_experiment_may_ask_for_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every cell is searched under its own conditions, from the rate and for the objective that the experiment names."""
+    asked: list[Mapping[str, Any]] = []
+
+    def run_or_go_on(folder: Path, content: Mapping[str, Any], _observer: Any) -> Path:
+        asked.append(content)
+        assert Experiment.model_validate(content).load is None, "each rate is a run without a search"
+        return folder
+
+    def summarise(folder: Path) -> dict[str, Any]:
+        point = 300.0 if folder.parent.name == "triton--calm" else 150.0
+        rate = float(folder.name.removeprefix("rate-"))
+        return {"cells": [{**saturating_at(point)(rate), "goodput_rps_per_device": rate}]}
+
+    monkeypatch.setattr("harness.run.run_or_go_on", run_or_go_on)
+    monkeypatch.setattr("harness.summary.summarise", summarise)
+    experiment = Experiment.model_validate(
+        {
+            "name": "x",
+            "adapters": ["triton", "ray_serve"],
+            "trace": "steady",
+            "options": {"ray_serve": {"proxy": "python"}},
+            "scenarios": [{"name": "calm"}, {"name": "small", "adapters": ["ray_serve"], "tuning": {"replicas": 1}}],
+            "load": {"find": "saturation", "slo": {"p99_ms": 100}, "start": 40},
+        }
+    )
+    with pytest.raises(InputError, match="several runs"):
+        run_experiment(experiment, tmp_path / "run", Observer())
+    find_saturation(experiment, tmp_path, TableOrJson.JSON)
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"triton--calm", "ray_serve--calm", "ray_serve--small"}
+    for name, point in (("triton--calm", 300), ("ray_serve--calm", 150), ("ray_serve--small", 150)):
+        assert found[name]["holds"] <= point < found[name]["fails"] <= 1.06 * found[name]["holds"]
+    assert {content["scenarios"][0]["mean_rate"] for content in asked} >= {40, 80, 160}
+    assert all(content["options"] == {} for content in asked if content["adapters"] == ["triton"])
+    assert all(content["slo"] == {"latency_ms": 100} for content in asked)
 
 
 @given(point=st.floats(1, 5000), start=st.floats(1, 5000))
