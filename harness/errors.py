@@ -40,6 +40,10 @@ class EnvironmentBuildError(TailraceError):
     """The interpreter that a server or a workload runs in could not be built."""
 
 
+class TrialPrunedError(TailraceError):
+    """Whoever watches a trial has seen enough of it. What it recorded is kept, and it is no measurement."""
+
+
 class DeployError(TailraceError):
     """A server did not come up, or did not become able to answer; ``detail`` holds the tail of its log."""
 

@@ -22,7 +22,7 @@ class Observer:
         """A trial enters a stage of its life: deploy, verify, warm up, measure, drained, stop."""
 
     def progress(self, plan: TrialPlan, progress: Progress) -> None:
-        """The load generator's live figures."""
+        """The load generator's live figures. A :class:`TrialPrunedError` that is raised here ends the trial, in order."""
 
     def trial_ends(self, plan: TrialPlan, summary: dict[str, Any]) -> None:
         """A trial is over and analysed."""

@@ -135,7 +135,7 @@ def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> Summary:
         run.amend_manifest(ruler=_calibrate(checked, setups, run, observer))
         failures = []
         for position, setup in enumerate(setups, 1):
-            if run.trial(setup.plan.id).done:
+            if run.trial(setup.plan.id).settled:
                 continue
             observer.trial_begins(setup.plan, position, len(setups), setup.duration_s)
             trial = Trial(setup, run.trial(setup.plan.id), observer)
@@ -230,7 +230,7 @@ def _shown(value: Any) -> str:
 def _set_aside(run: RunFolder, observer: Observer) -> list[str]:
     """Move whatever had begun and is not done out of the way of what follows; returns where it is now."""
     begun = {trial["id"]: run.trial(trial["id"]) for trial in run.manifest["trials"]}
-    unfinished = {name: trial.folder for name, trial in begun.items() if trial.folder.exists() and not trial.done}
+    unfinished = {name: trial.folder for name, trial in begun.items() if trial.folder.exists() and not trial.settled}
     for folder in sorted((run.folder / "calibration").glob("*")):
         if not _calibrated(run, folder.name):
             unfinished[f"calibration-{folder.name}"] = folder

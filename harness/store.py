@@ -93,6 +93,11 @@ class TrialFolder:
         return self.facts_path.is_file() and self.facts["state"] == "done"
 
     @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do: the trial is done, or whoever watched it had seen enough."""
+        return self.facts_path.is_file() and self.facts["state"] in ("done", "pruned")
+
+    @property
     def server(self) -> Path:
         """The rendered configuration and the logs of the server."""
         return self.folder / "server"
@@ -279,9 +284,9 @@ class RunFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has ended with every planned trial done."""
+        """Whether the run has ended with every planned trial settled."""
         return self.manifest["state"] == "done" and all(
-            self.trial(trial["id"]).done for trial in self.manifest["trials"]
+            self.trial(trial["id"]).settled for trial in self.manifest["trials"]
         )
 
 

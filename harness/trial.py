@@ -43,7 +43,7 @@ from harness.collectors import (
     ServerProcesses,
 )
 from harness.emulated_device import device_environment
-from harness.errors import DeployError, ServerError, StorageError, TailraceError
+from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from harness.exchange import check_answer, exchange
 from harness.faults import Nemesis, PlannedFault
 from harness.guardian import Guardian
@@ -196,7 +196,7 @@ class Trial:
                 self._run(guardian, events)
             self.facts["state"] = "done"
         except TailraceError as error:
-            self._failed("failed", error, events)
+            self._failed("pruned" if isinstance(error, TrialPrunedError) else "failed", error, events)
             if isinstance(error, StorageError):
                 raise
         except OSError as error:
@@ -416,6 +416,7 @@ class Trial:
             port=endpoint.port,
             timeout_s=client.timeout_s,
             max_connections=client.max_connections,
+            slo_ms=setup.slo_ms,
             records=self._folder.folder / "requests",
             log=self._folder.folder / "load-generator.log",
             workers=load_workers(client),

@@ -283,13 +283,14 @@ def sentences(found: Found, objective: Objective) -> list[str]:
             sure = "" if ratio.settled else "; no difference shown"
             lines.append(f"The defaults' {word} was {ratio.value:.2f}×{ends} that of the best{sure}.")
     if found.skipped:
-        controls = [step for step in found.steps if step.control]
+        controls = [step for step in (*found.steps, *found.pruned) if step.control]
         reached = max(objective.score(step.figures) for step in found.steps if not step.control)
-        missed = [step.name for step in controls if objective.score(step.figures) > reached]
+        missed = [step.name for step in controls if not step.pruned and objective.score(step.figures) > reached]
         lines.append(
             f"The simulator saved {found.skipped} runs; of {len(controls)} that it would have skipped and that were run "
             + (f"it would have missed {', '.join(missed)}." if missed else "none was better.")
         )
+    lines += [f"Ended early, {step.name}: {step.pruned}." for step in found.pruned]
     return lines + [f"Not measured: {reason}" for reason in found.failed]
 
 

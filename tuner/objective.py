@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import InputError
+from harness.metrics import nearest_rank
 from harness.quantities import seconds, share
 
 
@@ -24,6 +25,11 @@ class Objective:
         p99 = figures["p99_ms"]
         within = p99 is not None and p99 <= self.p99_ms
         return within and (self.attainment is None or figures["slo_attainment"] >= self.attainment)
+
+    def affordable(self, arrivals: int) -> int:
+        """How many of so many arrivals may miss ``p99_ms``; with one more, whatever comes, the objective is not met."""
+        missed = arrivals - nearest_rank(arrivals, 0.99) if arrivals else 0
+        return missed if self.attainment is None else min(missed, math.floor(arrivals * (1 - self.attainment) + 1e-9))
 
     def score(self, figures: Mapping[str, Any]) -> float:
         """The larger, the better: settings within the objective before all others; then by attainment, which at the same

@@ -20,9 +20,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.comparison import Ratio, blocks, paired_ratio
-from harness.errors import InputError, TailraceError
+from harness.errors import InputError, TailraceError, TrialPrunedError
 from harness.observer import Observer
+from harness.replay.driver import Progress
 from harness.run import run_or_go_on
+from harness.spec import TrialPlan
 from harness.store import RunFolder
 from harness.summary import jsonable, summarise
 from simulator.calibration import calibrate, read_trial
@@ -32,6 +34,7 @@ from tuner.objective import Objective
 
 CONTROLS = 2
 """Settings that the simulator would have skipped and that are run all the same, to see what it misses."""
+_ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,31 @@ class Step:
     """Its trial, as in ``summary.json``."""
     predicted_p99_ms: float | None = None
     control: bool = False
+    pruned: str = ""
+    """Why its trial was ended before its end, and its figures are of no use."""
+
+
+class Pruner(Observer):
+    """Ends a trial once it is lost for certain: when more arrivals have missed the objective than a p99 (or an attainment)
+    within it leaves room for. Whatever came after could not bring it back."""
+
+    def __init__(self, observer: Observer, objective: Objective) -> None:
+        self._observer = observer
+        self._objective = objective
+        self.note = observer.note  # type: ignore[method-assign]
+        self.trial_begins = observer.trial_begins  # type: ignore[method-assign]
+        self.stage = observer.stage  # type: ignore[method-assign]
+        self.trial_ends = observer.trial_ends  # type: ignore[method-assign]
+
+    def progress(self, plan: TrialPlan, progress: Progress) -> None:
+        """Pass the figures on, and judge them."""
+        self._observer.progress(plan, progress)
+        affordable = self._objective.affordable(progress.measured)
+        if progress.missed > affordable:
+            raise TrialPrunedError(
+                f"after {progress.t_s:.1f} s {progress.missed} of {progress.measured} arrivals had missed "
+                f"{self._objective.p99_ms:g} ms, and {affordable} may"
+            )
 
 
 @dataclass
@@ -61,6 +89,8 @@ class Found:
     """The confirmation's cells: ``defaults`` and ``best``, as in ``summary.json``."""
     ratios: dict[str, Ratio | None] = field(default_factory=dict)
     """Defaults ÷ best, by figure, in the confirmation; empty where a trial of it is INVALID."""
+    pruned: list[Step] = field(default_factory=list)
+    """Steps that were lost before their end; ``steps`` has the others."""
     failed: list[str] = field(default_factory=list)
     """Steps that could not be measured, and why."""
 
@@ -80,7 +110,7 @@ class Search:
     def run(self, budget: int, *, simulate_first: bool, trials: int) -> Found:
         """Run at most ``budget`` settings besides the defaults, then confirm the best in ``trials`` interleaved trials."""
         found = Found()
-        defaults = self._measure("defaults", None, found)
+        defaults = self._measure("defaults", None, found, prunes=False)
         propose = self._by_simulation if simulate_first else self._by_optuna
         propose(budget, found)
         chosen = [step for step in found.steps if step.settings is not None and self.objective.met(step.figures)]
@@ -91,11 +121,14 @@ class Search:
 
     # ------------------------------------------------------------ steps
 
-    def _measure(self, name: str, settings: Settings | None, found: Found, **more: Any) -> Step | None:
-        """Run one setting, unless an earlier attempt has; ``None`` if it could not be measured."""
-        folder = self.folder / name
+    def _measure(
+        self, name: str, settings: Settings | None, found: Found, *, prunes: bool = True, **more: Any
+    ) -> Step | None:
+        """Run one setting, unless an earlier attempt has; ``None`` if it could not be measured. With ``prunes`` it is ended
+        once it is lost."""
+        observer = Pruner(self.observer, self.objective) if prunes else self.observer
         try:
-            summary = self._summary(folder, [("candidate", settings)], 1)
+            summary = self._summary(self.folder / name, [("candidate", settings)], 1, observer)
         except InputError:
             raise
         except TailraceError as error:
@@ -103,6 +136,10 @@ class Search:
             self.observer.note(f"{name} could not be measured: {error.message}")
             return None
         (trial,) = summary["trials"]
+        if trial["state"] == "pruned":
+            step = Step(name, settings, trial, **more, pruned=trial["reasons"][0]["text"])
+            found.pruned.append(step)
+            return step
         step = Step(name, settings, trial, **more)
         if trial["verdict"] == "INVALID":
             found.failed.append(f"{name}: INVALID: {', '.join(reason['code'] for reason in trial['reasons'])}")
@@ -110,17 +147,16 @@ class Search:
         found.steps.append(step)
         return step
 
-    def _summary(self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int) -> dict[str, Any]:
+    def _summary(
+        self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int, observer: Observer
+    ) -> dict[str, Any]:
         """The summary of a run of these settings: the one that is there, or gone on with, or a new one."""
         scenarios = [
             {"name": name, "tuning": "defaults" if settings is None else tuning(settings, self.base["devices"])}
             for name, settings in candidates
         ]
         content = {**self.base, "name": "tune", "trials": trials, "scenarios": scenarios}
-        return summarise(run_or_go_on(folder, content, self.observer))
-
-    def _score(self, step: Step | None) -> float:
-        return 0.0 if step is None else self.objective.score(step.figures)
+        return summarise(run_or_go_on(folder, content, observer))
 
     def _by_optuna(self, budget: int, found: Found) -> None:
         """Tree-structured Parzen estimation over the knobs' values; a setting that was run is not run again."""
@@ -135,29 +171,33 @@ class Search:
                 direction="maximize",
                 sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=max(4, budget // 4)),
             )
-        scores: dict[str, float] = {}
-        for earlier in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):  # of a search that was cut off
+        tried: dict[str, Step | None] = {}
+        for earlier in study.get_trials(states=_ENDED):  # of a search that was cut off
             settings = sensible(earlier.params, self.space)
-            if _name(settings) not in scores:
-                scores[_name(settings)] = self._score(self._measure(_name(settings), settings, found))
+            if _name(settings) not in tried:
+                tried[_name(settings)] = self._measure(_name(settings), settings, found)
         most = min(budget, len(list(combinations(self.space))))
         for asked in range(20 * budget):  # it may ask for the same setting again
-            if len(scores) >= most:
+            if len(tried) >= most:
                 return
             trial = study.ask()
             settings = sensible(
                 {name: trial.suggest_categorical(name, values) for name, values in self.space.items()}, self.space
             )
             key = _name(settings)
-            if key not in scores:
-                self.observer.note(f"step {len(scores) + 1} of {budget} (asked {asked + 1} times): {key}")
-                scores[key] = self._score(self._measure(key, settings, found))
-            study.tell(trial, scores[key])
+            if key not in tried:
+                self.observer.note(f"step {len(tried) + 1} of {budget} (asked {asked + 1} times): {key}")
+                tried[key] = self._measure(key, settings, found)
+            step = tried[key]
+            if step is not None and step.pruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                study.tell(trial, 0.0 if step is None else self.objective.score(step.figures))
 
     def _by_simulation(self, budget: int, found: Found) -> None:
         """One run to calibrate on; then those that the calibrated simulator ranks highest, and some that it does not."""
         first = {name: _nearest(CALIBRATED_ON.get(name), values) for name, values in self.space.items()}
-        step = self._measure(_name(first), first, found)
+        step = self._measure(_name(first), first, found, prunes=False)
         if step is None:
             raise TailraceError(
                 "the setting to calibrate the simulator on could not be measured",
@@ -192,7 +232,7 @@ class Search:
         folder = self.folder / f"confirmation.{best.name}"
         candidates: list[tuple[str, Settings | None]] = [("defaults", None), ("best", best.settings)]
         try:
-            summary = self._summary(folder, candidates, trials)
+            summary = self._summary(folder, candidates, trials, self.observer)
         except InputError:
             raise
         except TailraceError as error:
@@ -241,6 +281,7 @@ def told(found: Found, objective: Objective) -> dict[str, Any]:
             for step in found.steps
         ],
         "best": None if found.best is None else found.best.settings,
+        "pruned": [{"name": step.name, "settings": step.settings, "reason": step.pruned} for step in found.pruned],
         "skipped_by_simulation": found.skipped,
         "confirmed": {
             name: {"within_objective": objective.met(cell), **{key: cell[key] for key in (*SHOWN, "p99_ci_ms")}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -26,7 +27,7 @@ from harness.machine import cpu_count
 from harness.processes import free_ports, log_tail
 from harness.records import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
 from harness.replay import wire
-from harness.schedule import Schedule
+from harness.schedule import Phase, Schedule
 from harness.tables import TableWriter
 
 START_TIMEOUT_S = 60.0
@@ -54,6 +55,10 @@ class Progress:
     """Arrivals that ended in the last whole second."""
     p99_ms: float | None
     """Of the successes' response times over about the last ten seconds; ``None`` while there are none."""
+    measured: int = 0
+    """Arrivals of the trace, the warm-up's left out, that there will be."""
+    missed: int = 0
+    """Of those, how many have failed already, or were answered later than the objective."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class LoadGenerator:
         port: int,
         timeout_s: float,
         max_connections: int,
+        slo_ms: float = math.inf,
         records: Path,
         log: Path,
         workers: Workers = Workers(),
@@ -178,7 +184,7 @@ class LoadGenerator:
             real_time=workers.local < cpu_count(),
         )
         self._plans = [wire.pack_plan(shard.part(index, workers.count), target) for index in range(workers.count)]
-        self._records = _RecordStream(records, schedule, workers.count)
+        self._records = _RecordStream(records, schedule, workers.count, slo_ms)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._progress: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
@@ -406,7 +412,7 @@ class LoadGenerator:
             self._records.errors[worker] += json.loads(payload)
         elif kind == wire.PROGRESS:
             self._latest[worker] = json.loads(payload)
-            self._progress.put(_combined(list(self._latest.values())))
+            self._progress.put(_combined(list(self._latest.values()), self._records))
         elif kind == wire.READY:
             if payload:
                 self._records.offsets_ns = json.loads(payload)
@@ -438,7 +444,7 @@ class LoadGenerator:
         self._records.close()
 
 
-def _combined(figures: list[dict[str, Any]]) -> Progress:
+def _combined(figures: list[dict[str, Any]], records: _RecordStream) -> Progress:
     """The live figures of all workers as one."""
     counts = {key: sum(each[key] for each in figures) for key in ("intended", "sent", "done", "ok", "rate_rps")}
     return Progress(
@@ -446,6 +452,8 @@ def _combined(figures: list[dict[str, Any]]) -> Progress:
         t_s=max(each["t_s"] for each in figures),
         failed=counts["done"] - counts["ok"],
         p99_ms=_largest(each["p99_ms"] for each in figures),
+        measured=records.measured,
+        missed=records.missed,
     )
 
 
@@ -456,7 +464,7 @@ def _largest(values: Iterable[float | None]) -> float | None:
 class _RecordStream:
     """Joins rows with their schedule and appends them to the table, one batch at a time."""
 
-    def __init__(self, stem: Path, schedule: Schedule, workers: int) -> None:
+    def __init__(self, stem: Path, schedule: Schedule, workers: int, slo_ms: float = math.inf) -> None:
         self.path = stem.with_name(stem.name + ".arrow")
         self.epoch_ns = 0
         self.offsets_ns = [0] * workers
@@ -464,6 +472,10 @@ class _RecordStream:
         self.errors: list[list[str]] = [[] for _ in range(workers)]
         """The error texts of each worker, which its rows number."""
         self.written = 0
+        self.measured = int(np.count_nonzero(schedule.phase == Phase.MEASURE))
+        self.missed = 0
+        """Of the measured arrivals, those that failed or were answered after ``slo_ms``."""
+        self._slo_ns = slo_ms * 1e6
         self._stem = stem
         self._schedule = schedule
         self._seen = np.zeros(len(schedule), dtype=np.bool_)
@@ -482,6 +494,10 @@ class _RecordStream:
         self._writer.append(self._batch(rows, worker))
         self._seen[rows["arrival_id"]] = True
         self.written += len(rows)
+        ids = rows["arrival_id"]
+        response_ns = rows["done_ns"] - self.epoch_ns - self.offsets_ns[worker] - self._schedule.intended_ns[ids]
+        missed = (rows["outcome"] != Outcome.OK) | (response_ns > self._slo_ns)
+        self.missed += int(np.count_nonzero(missed & (self._schedule.phase[ids] == Phase.MEASURE)))
 
     def drop_rest(self, why: str, worker: int) -> None:
         """Record every arrival of a worker that has no row as dropped, at its intended start or now, whichever is later."""

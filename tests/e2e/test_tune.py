@@ -53,6 +53,27 @@ def test_the_best_settings_are_measured_against_the_defaults_and_can_be_copied(t
         other.run(2, simulate_first=False, trials=1)
 
 
+def test_a_setting_that_is_lost_is_not_measured_to_its_end(tmp_path: Path) -> None:
+    """One replica that takes one request at a time answers 67 a second; 200 a second are lost within seconds."""
+    space: dict[str, tuple[Any, ...]] = {"max_batch": (1,), "replicas": (1,)}
+    search = Search({**base(200, 20), "adapters": ["triton"]}, space, OBJECTIVE, tmp_path, Observer(), seed=1)
+    found = search.run(1, simulate_first=False, trials=1)
+    assert (found.failed, found.best) == ([], None)
+    (lost,) = found.pruned
+    assert "arrivals had missed 500 ms" in lost.pruned
+    (trial,) = RunFolder.open(tmp_path / lost.name).trials
+    assert trial.facts["state"] == "pruned"
+    recorded = trial.request_columns("phase")
+    assert recorded is not None
+    assert 0 < len(recorded) < 0.9 * (trial.facts["arrivals"] + 200), (
+        "what had been sent is kept, the rest was never sent"
+    )
+    begun = trial.facts_path.stat().st_mtime_ns
+    again = search.run(1, simulate_first=False, trials=1)
+    assert [step.name for step in again.pruned] == [lost.name]
+    assert trial.facts_path.stat().st_mtime_ns == begun, "it is not run again"
+
+
 @measured_again
 def test_the_frontier_is_measured_where_the_simulator_picks(tmp_path: Path) -> None:
     outcome = measure(["triton"], base(120, 6), OBJECTIVE, 1, tmp_path, Observer())

@@ -144,7 +144,7 @@ def test_rows_of_a_worker_are_told_on_the_harness_clock(tmp_path: Any) -> None:
         phase=np.ones(2, np.uint8),
         models=("m",),
     )
-    stream = _RecordStream(tmp_path / "requests", schedule, 2)
+    stream = _RecordStream(tmp_path / "requests", schedule, 2, slo_ms=1.5)
     stream.epoch_ns = 5_000_000_000
     stream.offsets_ns = [0, 10**15]
     stream.open()
@@ -161,3 +161,4 @@ def test_rows_of_a_worker_are_told_on_the_harness_clock(tmp_path: Any) -> None:
     assert table["sent_ns"].to_pylist() == table["done_ns"].to_pylist() == [2_000_000, 2_000_000]
     assert table["first_byte_ns"].to_pylist() == [None, None]
     assert table["worker"].to_pylist() == [0, 1]
+    assert (stream.measured, stream.missed) == (2, 1), "one took 2 ms, the other 1, whatever its worker's clock says"

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.adapter import Tuning
-from harness.errors import InputError, TailraceError
+from harness.errors import InputError, TailraceError, TrialPrunedError
+from harness.metrics import percentile
 from harness.observer import Observer
 from harness.registry import get_adapter
+from harness.replay.driver import Progress
+from harness.spec import Cell, Scenario, TrialPlan
 from harness.store import RunFolder
 from simulator.calibration import calibrate
 from simulator.engine import Simulated, simulate
@@ -41,6 +46,16 @@ class TestTheObjective:
     def test_anything_else_is_refused(self, texts: list[str]) -> None:
         with pytest.raises(InputError, match="slo"):
             parse_objective(texts)
+
+    @given(st.integers(1, 3000), st.sampled_from([None, 0.9, 0.995, 1.0]), st.integers(0, 3000))
+    def test_what_may_miss_it_is_exactly_what_it_leaves_room_for(
+        self, arrivals: int, attainment: float | None, missed: int
+    ) -> None:
+        objective = Objective(100, attainment)
+        missed = min(missed, arrivals)
+        response = np.array([200.0] * missed + [50.0] * (arrivals - missed))
+        figures = {"p99_ms": percentile(response, 0.99), "slo_attainment": (arrivals - missed) / arrivals}
+        assert objective.met(figures) == (missed <= objective.affordable(arrivals))
 
     def test_settings_within_it_come_first(self) -> None:
         """However much a setting attains that misses it; then attainment; then the tail."""
@@ -132,14 +147,20 @@ class MadeUp:
                 tuning = scenario["tuning"]
                 settings = {"max_batch": 1, "batch_window_ms": 0, "replicas": 1} if tuning == "defaults" else tuning
                 figures = simulate(applied(TRUE, settings), trace.arrivals_ns, span_ns=trace.span_ns).figures(120)
+                state, reasons = "done", []
+                plan = TrialPlan(Cell("null", Scenario(name="x")), number, 1)
+                try:
+                    observer.progress(plan, at_the_end(figures))
+                except TrialPrunedError as error:
+                    state, reasons = "pruned", [{"code": "incomplete", "text": error.message}]
                 trials.append(
                     {
                         **figures,
                         "number": number,
                         "scenario": scenario["name"],
-                        "state": "done",
-                        "verdict": "VALID",
-                        "reasons": [],
+                        "state": state,
+                        "verdict": "INVALID" if reasons else "VALID",
+                        "reasons": reasons,
                         "goodput_rps_per_device": figures["goodput_rps"] / 3,
                         "utilization": figures["utilisation"],
                         "batch_size_mean": figures["mean_batch"],
@@ -151,6 +172,15 @@ class MadeUp:
             if (of := [trial for trial in trials if trial["scenario"] == scenario["name"]])
         ]
         return {"trials": trials, "cells": cells}
+
+
+def at_the_end(figures: Mapping[str, float]) -> Progress:
+    arrived = int(figures["arrived"])
+    missed = arrived - round(figures["slo_attainment"] * arrived)
+    return Progress(
+        t_s=30, intended=arrived, sent=arrived, done=arrived, ok=arrived, failed=0, rate_rps=0, p99_ms=None,
+        measured=arrived, missed=missed,
+    )  # fmt: skip
 
 
 def searching(folder: Path) -> Search:
@@ -173,6 +203,18 @@ class TestTheSearch:
         assert ratio.settled
         assert ratio.value < 0.5
 
+    def test_what_is_lost_is_ended_and_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        MadeUp(monkeypatch)
+        found = searching(tmp_path / "s").run(100, simulate_first=False, trials=1)
+        assert found.pruned, "one replica is not enough for the surge"
+        assert all(OBJECTIVE.met(step.figures) for step in found.steps if step.settings is not None)
+        assert not any(OBJECTIVE.met(step.figures) for step in found.pruned), "nothing is ended that would have made it"
+        assert found.steps[0].settings is None, "the defaults are measured to their end, lost or not"
+        assert not OBJECTIVE.met(found.steps[0].figures)
+        words = " ".join(sentences(found, OBJECTIVE))
+        assert f"Ended early, {found.pruned[0].name}: after 30.0 s" in words
+        assert [lost["name"] for lost in told(found, OBJECTIVE)["pruned"]] == [step.name for step in found.pruned]
+
     def test_keeps_to_its_budget_and_goes_on_where_it_stopped(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -181,7 +223,8 @@ class TestTheSearch:
         steps = [name for name in servers.asked if not name.startswith("confirmation")]
         assert len(steps) == 1 + 5
         again = searching(tmp_path / "s").run(8, simulate_first=False, trials=3)
-        assert [step.name for step in again.steps][:6] == [step.name for step in first.steps]
+        assert [step.name for step in again.steps][: len(first.steps)] == [step.name for step in first.steps]
+        assert [step.name for step in again.pruned][: len(first.pruned)] == [step.name for step in first.pruned]
         assert len([name for name in servers.asked if not name.startswith("confirmation")]) == 1 + 8
 
     def test_a_step_that_cannot_be_measured_is_told_and_the_others_go_on(
@@ -190,7 +233,7 @@ class TestTheSearch:
         MadeUp(monkeypatch, broken="defaults")
         found = searching(tmp_path / "s").run(5, simulate_first=False, trials=3)
         assert found.failed == ["defaults: the server did not come up"]
-        assert len(found.steps) == 5
+        assert len(found.steps) + len(found.pruned) == 5
         assert found.confirmation is None
         assert any("did not come up" in sentence for sentence in sentences(found, OBJECTIVE))
 
@@ -207,8 +250,9 @@ class TestTheSearch:
         found = searching(tmp_path / "s").run(6, simulate_first=True, trials=3)
         assert len(servers.asked) == 1 + 6 + 1
         assert found.skipped == len(list(combinations(SPACE))) - 6
-        assert sum(step.control for step in found.steps) == 2
-        assert sum(step.predicted_p99_ms is not None for step in found.steps) == 5
+        ran = [*found.steps, *found.pruned]
+        assert sum(step.control for step in ran) == 2
+        assert sum(step.predicted_p99_ms is not None for step in ran) == 5
         assert found.best is not None
         assert not found.best.control
         (line,) = [sentence for sentence in sentences(found, OBJECTIVE) if "saved" in sentence]
