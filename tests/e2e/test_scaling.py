@@ -53,6 +53,19 @@ def test_nodes_come_with_the_load_and_go_with_it(tmp_path: Path) -> None:
     assert "balancer-up" in names[first : names.index("node-first-answer")], "the warm node was called upon at once"
 
 
+def test_nodes_of_a_framework_without_a_scaler_come_and_go(tmp_path: Path) -> None:
+    """KServe's model server, one request at a time: the wave is more than one node can serve."""
+    trial = scaled(
+        tmp_path,
+        *("--adapter", "kserve", "--set", "nodes=2", "--set", "devices=2", "--set", "tuning={replicas: 1}"),
+        scaler={"of": "nodes", "max": 2, "up_above": 1, "down_below": 0.1, "warm_pool": 1},
+    )
+    assert (1, 2) in changes(trial)
+    names = [event["event"] for event in trial.events]
+    assert "balancer-up" in names[names.index("scale") :]
+    assert "node-died" not in names
+
+
 def test_a_node_may_have_to_load_its_model_alone(tmp_path: Path) -> None:
     trial = scaled(
         tmp_path,
