@@ -28,6 +28,7 @@ CASES: dict[str, tuple[float, System]] = {
     ),
     "1,000 replicas, 100,000/s": (100_000, fleet(1000)),
     "1,000 replicas, 100,000/s, shorter of two queues": (100_000, fleet(1000, "power_of_two")),
+    "1,000 replicas, 100,000/s, shortest queue": (100_000, fleet(1000, "shortest_queue")),
 }
 
 

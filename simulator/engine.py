@@ -106,7 +106,7 @@ def simulate(
     slots = most * model_count + len(system.failures)
     failures = sorted(system.failures, key=lambda failure: failure.at_s)
     replaced = [NEVER if f.replaced_after_s is None else round(f.replaced_after_s * NS_PER_S) for f in failures]
-    scaling, thresholds = _scaling(system, most)
+    scaling, (up_above, down_below) = _scaling(system, most)
     outcome, started, done, batches, busy, ready, samples = _run(
         np.array(arrivals_ns, np.int64),  # copies: the loop is compiled once, for arrays that may be written
         np.zeros(len(arrivals_ns), np.uint16) if models is None else np.array(models, np.uint16),
@@ -121,8 +121,8 @@ def simulate(
         _ROUTERS[system.router],
         NEVER if system.queue_limit is None else system.queue_limit,
         np.array(scaling, np.int64),
-        thresholds[0],
-        thresholds[1],
+        float(up_above),
+        float(down_below),
         np.array([round(f.at_s * NS_PER_S) for f in failures], np.int64),
         np.array([f.model for f in failures], np.int64),
         np.array(replaced, np.int64),
@@ -200,12 +200,20 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     dispatched = np.empty(n, np.int64)  # arrivals in the order in which batches took them
     taken = 0
 
-    # Queues are lists through `behind`; `start` is when the next batch of a queue starts if nothing else happens.
+    # Queues are lists through `behind`; `starts` is when the next batch of each starts if nothing else happens, as the leaves
+    # of a tree whose inner nodes are the smaller of their two children: among a thousand queues the first is found in ten steps.
     behind = np.full(n, -1, np.int64)
     head = np.full(queues, -1, np.int64)
     tail = np.full(queues, -1, np.int64)
     length = np.zeros(queues, np.int64)
-    start = np.full(queues, NEVER, np.int64)
+    leaves = 1
+    while leaves < queues:
+        leaves *= 2
+    starts = np.full(2 * leaves, NEVER, np.int64)
+    # Of each model: the replicas that are ready, how many, and until when that holds.
+    roster = np.empty((model_count, slots), np.int64)
+    listed = np.zeros(model_count, np.int64)
+    holds_until = np.full(model_count, -1, np.int64)
     waiting = 0
     turn = 0
 
@@ -232,34 +240,29 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
 
     while True:
         if changed != -1:
+            if changed == -2:
+                holds_until[:] = -1
             first, last = (0, queues) if changed == -2 else (changed, changed + 1)
             for q in range(first, last):
-                start[q] = NEVER
-                if length[q] == 0:
-                    continue
                 idle_at = NEVER
-                if shared:
+                if length[q] > 0 and shared:
                     for r in range(slots):
                         if alive[r] and model_of[r] == q:
                             idle_at = min(idle_at, max(ready_at[r], free_at[r]))
-                elif alive[q]:
+                elif length[q] > 0 and alive[q]:
                     idle_at = max(ready_at[q], free_at[q])
                 if idle_at == NEVER:
-                    continue
-                if length[q] >= max_batch:
-                    start[q] = max(now, idle_at)
+                    _put(starts, leaves, q, NEVER)
+                elif length[q] >= max_batch:
+                    _put(starts, leaves, q, max(now, idle_at))
                 else:
                     opens = max(idle_at, arrivals[head[q]]) if window_from_idle else arrivals[head[q]]
-                    start[q] = max(now, idle_at, opens + window)
+                    _put(starts, leaves, q, max(now, idle_at, opens + window))
             changed = np.int64(-1)
 
         next_arrival = arrivals[arrival] if arrival < n else NEVER
         next_failure = failure_at[failure] if failure < len(failure_at) else NEVER
-        queue = 0
-        for q in range(1, queues):
-            if start[q] < start[queue]:
-                queue = q
-        next_batch = start[queue]
+        next_batch = starts[1]
         happens = min(next_failure, next_arrival, next_batch)
         if arrival == n and waiting == 0 and min(next_failure, next_sample, next_tick) > span:
             break
@@ -305,7 +308,11 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
             wanted = np.int64(models[arrival])
             line = wanted
             if not shared:
-                line = _routed(router, turn, wanted, now, alive, model_of, ready_at, done_at, length, batch_size)
+                if now >= holds_until[wanted]:
+                    listed[wanted], holds_until[wanted] = _list_ready(
+                        roster[wanted], wanted, now, alive, model_of, ready_at
+                    )
+                line = _routed(router, turn, roster[wanted], listed[wanted], now, done_at, length, batch_size)
                 turn += 1
             if line < 0:
                 outcome[arrival] = LOST
@@ -324,6 +331,7 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
             arrival += 1
 
         elif next_batch == now:
+            queue = _first(starts, leaves)
             chosen = queue
             if shared:
                 for r in range(slots):
@@ -433,35 +441,64 @@ def _run(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
 
 
 @njit(cache=True)
-def _routed(router, turn, model, now, alive, model_of, ready_at, done_at, length, batch_size):  # type: ignore[no-untyped-def]
-    """The replica that an arrival is sent to: one of those that are ready; else the one that will be first; -1: none."""
-    slots = len(alive)
-    candidates = np.empty(slots, np.int64)
+def _put(tree, leaves, leaf, value):  # type: ignore[no-untyped-def]
+    """Give a leaf a value, and the nodes above it the smallest below each."""
+    node = leaves + leaf
+    tree[node] = value
+    while node > 1:
+        node //= 2
+        tree[node] = min(tree[2 * node], tree[2 * node + 1])
+
+
+@njit(cache=True)
+def _first(tree, leaves):  # type: ignore[no-untyped-def]
+    """The leaf with the smallest value; the first of equal ones."""
+    node = 1
+    while node < leaves:
+        node = 2 * node if tree[2 * node] <= tree[2 * node + 1] else 2 * node + 1
+    return node - leaves
+
+
+@njit(cache=True)
+def _list_ready(roster, model, now, alive, model_of, ready_at):  # type: ignore[no-untyped-def]
+    """List a model's replicas that are ready: how many, and until when there will be no more of them. Where none is, the one
+    that will be first is listed, for whoever comes now waits for it."""
     found = 0
     soonest = np.int64(-1)
-    for r in range(slots):
+    until = NEVER
+    for r in range(len(alive)):
         if alive[r] and model_of[r] == model:
             if ready_at[r] <= now:
-                candidates[found] = r
+                roster[found] = r
                 found += 1
-            elif soonest < 0 or ready_at[r] < ready_at[soonest]:
+            elif ready_at[r] < until:
+                until = ready_at[r]
                 soonest = np.int64(r)
-    if found == 0:
-        return soonest
+    if found == 0 and soonest >= 0:
+        roster[0] = soonest
+        found = 1
+    return found, until
+
+
+@njit(cache=True)
+def _routed(router, turn, roster, listed, now, done_at, length, batch_size):  # type: ignore[no-untyped-def]
+    """The replica of the roster that an arrival is sent to; -1: there is none."""
+    if listed == 0:
+        return np.int64(-1)
     if router == _ROUND_ROBIN:
-        return candidates[turn % found]
+        return roster[turn % listed]
     if router == _RANDOM:
-        return candidates[np.random.randint(found)]
+        return roster[np.random.randint(listed)]
     if router == _POWER_OF_TWO:
-        one = candidates[np.random.randint(found)]
-        other = candidates[np.random.randint(found)]
+        one = roster[np.random.randint(listed)]
+        other = roster[np.random.randint(listed)]
         ones = length[one] + (batch_size[one] if done_at[one] > now else 0)
         others = length[other] + (batch_size[other] if done_at[other] > now else 0)
         return one if ones <= others else other
-    best = candidates[0]
+    best = roster[0]
     fewest = NEVER
-    for k in range(found):
-        r = candidates[k]
+    for k in range(listed):
+        r = roster[k]
         under_way = length[r] + (batch_size[r] if done_at[r] > now else 0)
         if under_way < fewest:
             best = r
