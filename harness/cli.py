@@ -56,6 +56,16 @@ class SummaryFormat(StrEnum):
     CSV = "csv"
 
 
+class ReportFormat(StrEnum):
+    """Forms of `tailrace report`."""
+
+    HTML = "html"
+    MARKDOWN = "md"
+    CSV = "csv"
+    PARQUET = "parquet"
+    JSON = "json"
+
+
 class LoadgenProtocol(StrEnum):
     """Protocols of `tailrace loadgen`."""
 
@@ -224,20 +234,47 @@ def _report_quietly(folder: Path, console: Console) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are put side by side.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file; default RUN/report.html.")
+        Path | None,
+        typer.Option("--output", "-o", help="The file; HTML: default RUN/report.html; else left out: printed."),
     ] = None,
+    form: Annotated[
+        ReportFormat,
+        typer.Option("--format", help="html; md, for a CI job's summary; csv, parquet, json: the figures."),
+    ] = ReportFormat.HTML,
 ) -> None:
-    """Make the summary and the report of runs again, from their records alone."""
+    """Make the summary and the report of runs again, from their records alone.
+
+    csv and parquet have one line per trial, with the run's folder in front; parquet needs --output.
+    """
     from harness.store import RunFolder
     from harness.summary import write_summary
+    from reports.page import write_page
     from reports.report import write
+    from reports.tables import figures_csv, figures_json, write_parquet
 
-    if output is None and len(runs) > 1:
-        raise InputError("several runs make one report", remedy="say where it goes: -o FILE")
     opened = [RunFolder.open(folder) for folder in runs]
-    for run_folder in opened:
-        write_summary(run_folder)
-    typer.echo(write(opened, output or runs[0] / "report.html").resolve())
+    if output is None and form is ReportFormat.HTML and len(runs) > 1:
+        raise InputError("several runs make one report", remedy="say where it goes: -o FILE")
+    if output is None and form is ReportFormat.PARQUET:
+        raise InputError("Parquet is no text to be printed", remedy="say where it goes: -o FILE")
+    summaries = {str(run.folder): write_summary(run) for run in opened}
+    if form is ReportFormat.HTML:
+        typer.echo(write(opened, output or runs[0] / "report.html").resolve())
+        return
+    if form is ReportFormat.PARQUET and output is not None:
+        write_parquet(summaries, output)
+        typer.echo(output.resolve())
+        return
+    if form is ReportFormat.MARKDOWN:
+        from reports.markdown import markdown
+
+        text = markdown(opened)
+    else:
+        text = figures_csv(summaries) if form is ReportFormat.CSV else figures_json(summaries)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        typer.echo(write_page(text, output).resolve())
 
 
 @app.command()
@@ -248,15 +285,16 @@ def summary(
     ),
 ) -> None:
     """Print the figures of a run, recomputed from its records."""
-    from harness.console import print_summary, trials_csv
+    from harness.console import print_summary
     from harness.store import RunFolder
     from harness.summary import jsonable, summarise
+    from reports.tables import figures_csv
 
     content = summarise(RunFolder.open(run_folder))
     if form is SummaryFormat.JSON:
         typer.echo(json.dumps(jsonable(content), indent=1, allow_nan=False))
     elif form is SummaryFormat.CSV:
-        typer.echo(trials_csv(content["trials"]), nl=False)
+        typer.echo(figures_csv({"": content}), nl=False)
     else:
         print_summary(content, stdout())
 

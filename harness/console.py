@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -20,7 +18,7 @@ from harness.observations import TOPICS
 from harness.observer import Observer
 from harness.replay.driver import Progress as ReplayProgress
 from harness.spec import TrialPlan
-from harness.summary import Summary, jsonable
+from harness.summary import Summary
 
 VERDICT_STYLES = {"VALID": "green", "INVALID": "bold red", "UNKNOWN": "yellow"}
 
@@ -310,28 +308,3 @@ def print_faults(matrix: Mapping[str, Mapping[str, str | None]], console: Consol
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(Text(f"({number}) {reason}"), soft_wrap=True)
-
-
-def trials_csv(trials: Sequence[Summary]) -> str:
-    """One line per trial; nested values as ``key.subkey`` columns, lists joined by spaces."""
-    rows = [_flat(jsonable(trial)) for trial in trials]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
-        elif isinstance(item, list):
-            flat[prefix + key] = " ".join(
-                str(i["code"]) if isinstance(i, dict) and "code" in i else str(i) for i in item
-            )
-        else:
-            flat[prefix + key] = item
-    return flat

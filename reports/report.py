@@ -5,41 +5,35 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from harness.comparison import FIGURES
 from harness.errors import InputError
 from harness.store import RunFolder
 from reports import figures
 from reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
+from reports.answers import RATIO_HEADINGS, Answer, device_note, kicker, own_question, question, ratios, verdict
 from reports.columns import COLUMNS, fields
 from reports.conditions import differences
 from reports.contestants import left_out, profiles
 from reports.defaults import defaults
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
-from reports.headline import Headline, headline
+from reports.headline import headline
 from reports.page import render, write_page
 from reports.reproduce import Portable, reproduce
 from reports.ruler import HEADINGS, ruler
 from reports.text import (
     NOTHING,
     count,
-    interval,
     listing,
-    milliseconds,
-    significant,
 )
 
 FAILURES_PER_CELL = 5
-REASONS_SHOWN = 1
-"""Per code and remedy; the rest is folded away."""
 
 MARKER_SHAPES = (
     "M14 1.5a4.5 4.5 0 1 0 .01 0z",
@@ -72,24 +66,25 @@ def build(runs: Sequence[RunFolder]) -> str:
     frontiers = figures.frontiers(cells)
     return render(
         "report.html.j2",
-        title=_question(views),
-        kicker=_kicker(views),
-        answers=[_Answer(run.label, _own_question(run, views), headline(run)) for run in views],
-        verdict=_verdict(views),
+        title=question(views),
+        kicker=kicker(views),
+        answers=[Answer(run.label, own_question(run, views), headline(run)) for run in views],
+        verdict=verdict(views),
         differences=differences([(run.title, cell.conditions) for run in views for cell in run.cells])
         + left_out(views),
         defaults=defaults(cells),
         ruler=ruler(views),
         ruler_headings=HEADINGS,
         profiles=profiles(views),
-        device_note=_device_note(views),
+        device_note=device_note(views),
         all_emulated=bool(cells) and all(cell.summary["emulated"] for cell in cells),
         cells=cells,
         best={cell.key for group in frontiers for cell in group.best if len(group.cells) > 1},
         columns=COLUMNS,
         column_groups=[(name, len(list(group))) for name, group in itertools.groupby(c.group for c in COLUMNS)],
         fields=fields,
-        ratios=_ratios(views),
+        ratios=ratios(views),
+        ratio_headings=RATIO_HEADINGS,
         failures=_failures(cells),
         tails=figures.latency(cells),
         frontiers=figures.frontier(frontiers),
@@ -110,141 +105,7 @@ def build(runs: Sequence[RunFolder]) -> str:
     )
 
 
-# ---------------------------------------------------------------- top of the page
-
-
-@dataclass(frozen=True)
-class _Answer:
-    label: str
-    question: str
-    headline: Headline
-
-
-def _asked(run: RunView) -> str:
-    return str(run.manifest["experiment"].get("question") or "")
-
-
-def _question(views: Sequence[RunView]) -> str:
-    questions = {_asked(run) for run in views}
-    if len(questions) == 1 and (question := questions.pop()):
-        return question
-    return listing([run.title for run in views]) if len(views) <= 4 else f"{len(views)} runs side by side"
-
-
-def _own_question(run: RunView, views: Sequence[RunView]) -> str:
-    return "" if len({_asked(other) for other in views}) == 1 else _asked(run)
-
-
-def _kicker(views: Sequence[RunView]) -> list[str]:
-    """Workload, trace, device and objective, as far as all runs agree."""
-    if len(views) == 1:
-        told = views[0].manifest.get("workload") or {}
-        trace = views[0].manifest.get("trace") or {}
-        parts = [str(views[0].title), str(told.get("title") or ""), str(trace.get("name") or "")]
-    else:
-        parts = [count(len(views), "run")]
-    cells = [cell.summary for run in views for cell in run.cells]
-    if len({(c["devices"], c["device"]) for c in cells}) == 1:
-        parts.append(count(cells[0]["devices"], f"{cells[0]['device']} device"))
-    if len({c["slo_ms"] for c in cells}) == 1:
-        parts.append(f"objective {milliseconds(cells[0]['slo_ms'])}")
-    return [part for part in parts if part]
-
-
-def _device_note(views: Sequence[RunView]) -> str:
-    emulated = [cell for run in views for cell in run.cells if cell.summary["emulated"]]
-    if not emulated:
-        return ""
-    everything = all(cell.summary["emulated"] for run in views for cell in run.cells)
-    extent = "Every figure here comes" if everything else "The figures marked so come"
-    return (
-        f"{extent} from an emulated accelerator, which sleeps where a device would compute. Servers, queues, batches, "
-        "failures and recoveries are real; milliseconds and requests per second say nothing about any GPU."
-    )
-
-
-@dataclass(frozen=True)
-class _Reason:
-    code: str
-    where: str
-    text: str
-    remedy: str
-    more: tuple[str, ...]
-    details: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    word: str
-    sentence: str
-    reasons: tuple[_Reason, ...]
-
-
-def _verdict(views: Sequence[RunView]) -> _Verdict:
-    trials = [trial for run in views for trial in run.summary["trials"]]
-    planned = sum(run.summary["planned_trials"] for run in views)
-    numbers = {word: sum(t["verdict"] == word for t in trials) for word in ("VALID", "UNKNOWN", "INVALID")}
-    word = max((run.summary["verdict"] for run in views), key=list(numbers).index)
-    if numbers["VALID"] == len(trials) and trials:
-        told = ["The only trial is valid" if len(trials) == 1 else f"All {count(len(trials), 'trial')} are valid"]
-    else:
-        told = [
-            ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
-            + f" of {count(len(trials), 'trial')}"
-        ]
-    if planned > len(trials):
-        told.append(f"{planned - len(trials)} of {count(planned, 'planned trial')} never began")
-    return _Verdict(word, "; ".join(told) + ".", _reasons(views))
-
-
-def _reasons(views: Sequence[RunView]) -> tuple[_Reason, ...]:
-    """Reasons with the same code and remedy together, INVALID ones first."""
-    groups: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
-    for run in views:
-        portable = Portable(run.folder)
-        for trial in run.summary["trials"]:
-            error = run.folder.trial(trial["trial"]).facts.get("error") or {}
-            for reason in trial["reasons"]:
-                where = f"{trial['trial']}{' in ' + run.label if run.label else ''}"
-                detail = portable(str(error.get("detail") or "")) if reason["code"] == "incomplete" else ""
-                key = (reason["effect"], reason["code"], portable(str(reason["remedy"])))
-                groups.setdefault(key, []).append((where, portable(str(reason["text"])), detail))
-    return tuple(
-        _Reason(
-            code,
-            members[0][0],
-            members[0][1],
-            remedy,
-            tuple(f"{where}: {text}" for where, text, _ in members[REASONS_SHOWN:]),
-            tuple((where, detail) for where, _, detail in members if detail),
-        )
-        for (_, code, remedy), members in sorted(groups.items(), key=lambda item: item[0])
-    )
-
-
 # ---------------------------------------------------------------- tables
-
-
-def _ratios(views: Sequence[RunView]) -> list[tuple[str, ...]]:
-    """A row for every two frameworks under the same scenario of a run: the pair, its blocks, and each figure."""
-    rows = []
-    for run in views:
-        names = {cell.summary["adapter"]: cell.framework for cell in run.cells}
-        pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
-        for told in run.summary["comparisons"]:
-            pairs.setdefault((told["scenario"], told["first"], told["second"]), {})[told["figure"]] = told
-        for (scenario, first, second), figures_of in pairs.items():
-            where = " · ".join(part for part in (f"{names[first]} ÷ {names[second]}", scenario, run.label) if part)
-            blocks = str(max(told["blocks"] for told in figures_of.values()))
-            rows.append((where, blocks, *(_ratio(figures_of[figure]) for figure in FIGURES)))
-    return rows
-
-
-def _ratio(told: Mapping[str, Any]) -> str:
-    value = (
-        "" if told["ratio"] is None else f"{significant(told['ratio'])}× {interval(told['interval'])}".strip() + ": "
-    )
-    return f"{value}{told['verdict']}" + (f" ({told['reason']})" if told["reason"] else "")
 
 
 def _failures(cells: Sequence[CellView]) -> list[tuple[str, ...]]:

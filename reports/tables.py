@@ -1,0 +1,58 @@
+"""The figures of runs for people with their own plots: one row per trial, as CSV or Parquet, or whole summaries as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.errors import StorageError
+from harness.summary import Summary, jsonable
+
+
+def figures_csv(summaries: Mapping[str, Summary]) -> str:
+    """One line per trial, headings first; nested values as ``key.subkey`` columns, lists joined by spaces. ``summaries``
+    are by the name of their run, which is the first column unless there is only one without a name."""
+    # As objects: a column of counts with a gap would become one of floats.
+    return str(pd.DataFrame(_rows(summaries), dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def write_parquet(summaries: Mapping[str, Summary], path: Path) -> None:
+    """The same rows as :func:`figures_csv`, with their types. Raises :class:`StorageError`."""
+    try:
+        pd.DataFrame(_rows(summaries)).to_parquet(path, index=False)
+    except OSError as error:
+        raise StorageError.of(path, error) from error
+
+
+def figures_json(summaries: Mapping[str, Summary]) -> str:
+    """The whole summaries, by the name of their run; infinite figures are strings, as in ``summary.json``."""
+    return (
+        json.dumps({name: jsonable(summary) for name, summary in summaries.items()}, indent=1, allow_nan=False) + "\n"
+    )
+
+
+def _rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    named = len(summaries) > 1 or any(summaries)
+    return [
+        {**({"run": name} if named else {}), **_flat(trial)}
+        for name, summary in summaries.items()
+        for trial in summary["trials"]
+    ]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        elif isinstance(item, list | tuple):
+            flat[prefix + key] = " ".join(
+                str(i["code"]) if isinstance(i, dict) and "code" in i else str(i) for i in item
+            )
+        else:
+            flat[prefix + key] = item
+    return flat

@@ -1,0 +1,114 @@
+"""The report in other forms: Markdown for a CI job, rows for people with their own plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.store import RunFolder
+from harness.summary import summarise
+from reports.markdown import _safe, markdown
+from reports.tables import figures_csv, write_parquet
+from tests.conftest import tailrace
+from tests.synthetic import SCRIPT, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return make_run(tmp_path_factory.mktemp("formats") / "run", trials=3)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table as rows of cells, the line of dashes left out."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [[row for row in table if set(row) != {"---"}] for table in found if table]
+
+
+def test_markdown_says_what_the_page_says(run: RunFolder) -> None:
+    text = markdown([run])
+    cells, ratios = tables(text)
+    assert len(cells) == 1 + 4, "a row for each cell"
+    assert len({len(row) for row in cells}) == 1
+    assert ratios[0] == ["Pair", "Blocks", "p99", "p50", "Goodput per device"]
+    assert "Triton" in text
+    assert "emulated" in text
+    assert "× \\[" in text, "a ratio comes with its interval"
+    assert summarise(run)["verdict"] in text
+
+
+def test_markdown_of_several_runs_tells_them_apart(run: RunFolder, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", adapters=("kserve",), name="second", trials=3, slo_ms=100)
+    text = markdown([run, other])
+    assert len(tables(text)[0]) == 1 + 4 + 2
+    assert "kserve" in text.lower()
+    assert "objective" in text or "slo" in text.lower(), "runs under other conditions are said to be so"
+
+
+def test_hostile_text_means_nothing_in_markdown(tmp_path: Path) -> None:
+    text = markdown([make_run(tmp_path / "run", variant="hostile", trials=1)])
+    assert SCRIPT not in text
+    assert "<" not in text.replace("\\<", "")
+    assert len({len(row) for row in tables(text)[0]}) == 1
+
+
+@given(st.text())
+def test_whatever_is_said_stays_in_its_field(text: str) -> None:
+    safe = _safe(text)
+    assert "\n" not in safe
+    assert "\r" not in safe
+    for special in "|<`*[":
+        assert special not in safe.replace("\\\\", "").replace("\\" + special, "")
+
+
+def test_rows_are_one_per_trial_with_their_run(run: RunFolder, tmp_path: Path) -> None:
+    summary = summarise(run)
+    rows = list(csv.DictReader(io.StringIO(figures_csv({"results/a": summary, "results/b": summary}))))
+    assert [row["run"] for row in rows] == ["results/a"] * 12 + ["results/b"] * 12
+    for row, trial in zip(rows, summary["trials"] * 2, strict=True):
+        assert row["trial"] == trial["trial"]
+        assert int(row["arrivals"]) == trial["arrivals"]
+        assert float(row["p99_ms"]) == pytest.approx(trial["p99_ms"])
+        assert row["tuning.max_batch"] == "16"
+    path = tmp_path / "rows.parquet"
+    write_parquet({"a": summary}, path)
+    table = pd.read_parquet(path)
+    assert list(table["p99_ms"]) == pytest.approx([trial["p99_ms"] for trial in summary["trials"]])
+    assert table["arrivals"].dtype.kind == "i"
+
+
+def test_infinite_and_missing_figures_are_kept_apart(tmp_path: Path) -> None:
+    failing = summarise(make_run(tmp_path / "failing", fail_fraction=0.05, scenarios=("no-fault",)))
+    (row, *_) = csv.DictReader(io.StringIO(figures_csv({"": failing})))
+    assert row["p99_ms"] == "inf"
+    assert row["gpu_power_w"] == ""
+    assert "run" not in row
+    write_parquet({"": failing}, tmp_path / "f.parquet")
+    assert pd.read_parquet(tmp_path / "f.parquet")["p99_ms"][0] == float("inf")
+
+
+def test_on_the_command_line(run: RunFolder, tmp_path: Path) -> None:
+    folder = str(run.folder)
+    assert tailrace("report", folder, "--format", "md", cwd=tmp_path).stdout.startswith("## ")
+    told = json.loads(tailrace("report", folder, "--format", "json", cwd=tmp_path).stdout)
+    assert list(told) == [folder]
+    done = tailrace("report", folder, folder, "--format", "csv", "-o", "both.csv", cwd=tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "both.csv")
+    done = tailrace("report", folder, "--format", "parquet", "-o", "nowhere/x.parquet", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "nowhere/x.parquet could not be written" in done.stderr
+    for arguments in (["--format", "parquet"], [folder]):
+        refused = tailrace("report", folder, *arguments, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "-o FILE" in refused.stderr
