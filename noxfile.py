@@ -136,6 +136,13 @@ def bench_analysis(session: nox.Session) -> None:
     session.run("python", "benchmarks/analysis.py", *session.posargs)
 
 
+@nox.session(name="bench-gate")
+def bench_gate(session: nox.Session) -> None:
+    """Resample recorded A/A trials (`-- RUN`, of `tailrace run aa`): the gate's false alarms, and what it catches."""
+    _install(session)
+    session.run("python", "benchmarks/gate_rates.py", *session.posargs)
+
+
 @nox.session(name="coordinated-omission")
 def coordinated_omission(session: nox.Session) -> None:
     """Show what a closed loop hides: Locust's ordinary user and tailrace against a server that stalls."""

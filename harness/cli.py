@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 all trials valid, 1 failure, 2 bad usage or input, 3 some trial INVALID, 130 interrupted."""
+"""The command line. Exit codes: 0 all trials valid, 1 failure, 2 bad usage or input, 3 some trial INVALID, 130 interrupted;
+of the gate also 4 regression, 5 inconclusive."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gate.commands import baseline_app, gate
 from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
@@ -39,12 +41,14 @@ app = typer.Typer(
 traces_app = typer.Typer(help="Traffic: list, show and add traces.", no_args_is_help=True)
 app.add_typer(traces_app, name="traces")
 app.add_typer(plan_app, name="plan")
+app.add_typer(baseline_app, name="baseline")
 app.command()(simulate)
 app.command()(calibrate)
 app.command()(tune)
 app.command()(pareto)
 app.command()(saturate)
 app.command()(recommend)
+app.command()(gate)
 app.command(name="validate-sim")(validate_sim)
 
 

@@ -6,7 +6,6 @@ A run that was cut off can be gone on with: what is done stays, what had begun i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness import __version__
+from harness.differences import differences
 from harness.errors import InputError, StorageError, TailraceError
 from harness.guardian import sweep
 from harness.machine import command_line, environment_variables, git_state, hardware, software
@@ -27,9 +27,6 @@ from harness.store import RunFolder, ending, now
 from harness.summary import Summary, summarise_trial, write_summary
 from harness.trial import Trial, TrialSetup, load_workers
 from traces.statistics import describe
-
-_SAME_MEMORY = 0.01
-"""What the kernel keeps for itself changes a little from boot to boot: to this share, memory counts as the same."""
 
 
 def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> Summary:
@@ -212,15 +209,7 @@ def _refuse(run: RunFolder, differences: list[str]) -> None:
 
 def _differences(name: str, then: Any, now: Any) -> list[str]:
     """One line for every fact that is not what it was when the run began, with both values."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in sorted(then.keys() | now.keys())
-            for line in _differences(f"{name} {key}".strip(), then.get(key), now.get(key))
-        ]
-    if then == now or (name == "hardware memory_bytes" and math.isclose(then, now, rel_tol=_SAME_MEMORY)):
-        return []
-    return [f"{name}: {_shown(then)} when it began, {_shown(now)} now"]
+    return [f"{fact}: {_shown(a)} when it began, {_shown(b)} now" for fact, a, b in differences(name, then, now)]
 
 
 def _shown(value: Any) -> str:
