@@ -68,10 +68,15 @@ def _sha256(content: Mapping[str, Any]) -> str:
 
 
 def of_run(run: RunFolder) -> Baseline:
-    """What the gate needs of a run, from its records. Raises :class:`InputError` for a run that measured nothing."""
+    """What the gate needs of a run, from its records. Raises :class:`InputError` for a run that has not ended: whoever
+    looks before the end, and again later, finds by chance what an interval over all trials would not show."""
+    begun, planned = len(run.trials), len(run.manifest["trials"])
+    if begun < planned:
+        raise InputError(
+            f"{run.folder} has not ended: {begun} of {planned} trials have begun",
+            remedy=f"go on with it: tailrace run --resume {run.folder}",
+        )
     summary, manifest = summarise(run), run.manifest
-    if not summary["trials"]:
-        raise InputError(f"{run.folder} holds no trial that has begun", remedy="give a run that measured something")
     seeds = {trial["id"]: trial["seed"] for trial in manifest["trials"]}
     cells: dict[str, SavedCell] = {}
     for cell in summary["cells"]:
@@ -101,7 +106,7 @@ def _trial(trial: Summary, seed: int) -> SavedTrial:
     )
 
 
-CONDITIONS = ("hardware", "version", "workload", "trace", "devices", "nodes", "slo", "faults")
+CONDITIONS = ("hardware", "version", "workload", "trace", "client", "devices", "nodes", "slo", "faults")
 """What must be the same in both runs, by the names that ``--allow-different`` takes."""
 
 
@@ -121,8 +126,16 @@ def _conditions(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
             **({"mean_rate": rate} if rate else {}),
             "file_sha256": manifest["trace"]["provenance"].get("sha256"),
         },
+        "client": {
+            **{key: value for key, value in experiment["client"].items() if key not in ("protocol", "listen")},
+            "warmup": experiment["warmup"],
+        },
         "devices": {"device": cell["device"], "count": cell["devices"]},
-        "nodes": {"count": cell["nodes"], "supervision": cell["supervision"]},
+        "nodes": {
+            "count": cell["nodes"],
+            "supervision": cell["supervision"],
+            "restart_backoff_s": experiment["restart_backoff_s"],
+        },
         "slo": {"latency_ms": cell["slo_ms"]},
         "faults": _scenario(experiment, cell)["faults"],
     }
@@ -137,8 +150,10 @@ def _subject(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
         "packages": adapter.get("packages"),
         "options": adapter.get("options"),
         "protocol": cell["protocol"],
-        "client": manifest["experiment"]["client"],
+        "environment": manifest["experiment"]["environment"],
+        "environment_variables": manifest["environment_variables"],
         "software": manifest["software"],
+        "git": manifest["git"],
     }
 
 
@@ -176,12 +191,6 @@ def save(run: RunFolder, name: str, folder: Path) -> Path:
         raise InputError(
             f"{run.folder} holds INVALID trials: {', '.join(bad)}",
             remedy=f"`tailrace summary {run.folder}` says why; measure again",
-        )
-    begun, planned = len(run.trials), len(run.manifest["trials"])
-    if begun < planned:
-        raise InputError(
-            f"{run.folder} has not ended: {begun} of {planned} trials have begun",
-            remedy=f"go on with it: tailrace run --resume {run.folder}",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ SAME: dict[str, Any] = {
     "version": "0.1.0",
     "workload": {"name": "emulated", "artifact_sha256": "ab", "options": {}},
     "trace": {"name": "steady", "mean_rate": 80.0},
+    "client": {"timeout_s": 10.0, "warmup": {"duration_s": 3.0, "rate": None}},
     "devices": {"device": "emulated", "count": 2},
     "nodes": {"count": 1, "supervision": "none"},
     "slo": {"latency_ms": 200.0},
@@ -49,6 +50,7 @@ OTHER: dict[str, Any] = {
     "version": "0.2.0",
     "workload": {**SAME["workload"], "artifact_sha256": "cd"},
     "trace": {**SAME["trace"], "mean_rate": 90.0},
+    "client": {**SAME["client"], "warmup": {"duration_s": 0.0, "rate": None}},
     "devices": {**SAME["devices"], "count": 3},
     "nodes": {**SAME["nodes"], "count": 2},
     "slo": {"latency_ms": 100.0},
@@ -465,19 +467,29 @@ def test_a_newer_baseline_is_refused(runs: Path, tmp_path: Path, monkeypatch: py
         load(path)
 
 
-def test_an_invalid_run_and_one_that_has_not_ended_are_no_baseline(tmp_path: Path) -> None:
+def test_what_a_run_measured_under_is_read_from_its_manifest(runs: Path) -> None:
+    run = RunFolder.open(runs / "base")
+    experiment, cell = run.manifest["experiment"], of_run(run).cells["triton--no-fault"]
+    assert cell.conditions.keys() == set(CONDITIONS)
+    assert cell.conditions["client"]["timeout_s"] == experiment["client"]["timeout_s"]
+    assert cell.conditions["client"]["warmup"] == experiment["warmup"]
+    assert cell.conditions["nodes"]["restart_backoff_s"] == experiment["restart_backoff_s"]
+    assert cell.subject["git"] == run.manifest["git"]
+
+
+def test_an_invalid_run_is_no_baseline_and_one_that_has_not_ended_is_not_judged(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3, span_s=12)
     last = run.trials[-1]
     write_json(last.facts_path, {**last.facts, "state": "failed"})
     with pytest.raises(InputError, match=r"holds INVALID trials: triton--no-fault 3"):
         save(RunFolder.open(run.folder), "main", tmp_path)
     last.facts_path.unlink()
-    with pytest.raises(InputError, match="2 of 3 trials have begun"):
-        save(RunFolder.open(run.folder), "main", tmp_path)
-    for trial in run.trials:
-        trial.facts_path.unlink()
-    with pytest.raises(InputError, match="no trial that has begun"):
-        of_run(RunFolder.open(run.folder))
+    for refused in (
+        lambda: save(RunFolder.open(run.folder), "main", tmp_path),
+        lambda: find(str(run.folder), tmp_path),
+    ):
+        with pytest.raises(InputError, match="2 of 3 trials have begun"):
+            refused()
 
 
 def test_what_is_nowhere_is_refused_with_what_there_is(runs: Path, tmp_path: Path) -> None:
