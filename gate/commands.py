@@ -106,11 +106,11 @@ def gate(
         allow_different=[name.strip() for name in allow_different.split(",") if name.strip()],
         strict=strict,
     )
-    _print(_gate_report(baseline, candidate, decision), form)
-    verdict = decision.verdict
-    if verdict == "inconclusive" and inconclusive is not None:
-        verdict = "pass" if inconclusive is Taken.PASS else "fail"
-    if code := EXIT_CODES[verdict]:
+    taken = decision.verdict
+    if taken == "inconclusive" and inconclusive is not None:
+        taken = "pass" if inconclusive is Taken.PASS else "fail"
+    _print(_gate_report(baseline, candidate, decision, taken), form)
+    if code := EXIT_CODES[taken]:
         raise typer.Exit(code)
 
 
@@ -159,14 +159,15 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*[]<>|#" else c for c in " ".join(text.split()))
 
 
-def _gate_report(baseline: str, candidate: str, decision: Decision) -> _Report:
+def _gate_report(baseline: str, candidate: str, decision: Decision, taken: Verdict) -> _Report:
+    """``taken`` is what the verdict is taken for, which makes the exit code."""
     from harness.summary import jsonable
 
     content = {
         "baseline": baseline,
         "candidate": candidate,
         "verdict": decision.verdict,
-        "exit_code": EXIT_CODES[decision.verdict],
+        "exit_code": EXIT_CODES[taken],
         "findings": [_finding(finding) for finding in decision.findings],
         "allowed": decision.allowed,
         "changed": decision.changed,
@@ -175,6 +176,8 @@ def _gate_report(baseline: str, candidate: str, decision: Decision) -> _Report:
     headings = ("cell", "rule", "candidate ÷ baseline", "95 % interval", "noise", "trials", "arrivals", "verdict")
     title = f"{WORDS[decision.verdict]}: {candidate} against {baseline}"
     report = _Report(title, headings, jsonable(content), STYLES[decision.verdict])
+    if taken != decision.verdict:
+        report.lines.append(f"taken for a {taken}: --inconclusive {taken}")
     for finding in decision.findings:
         found = finding.against
         report.rows.append(
