@@ -74,7 +74,9 @@ def gate(
         bool,
         typer.Option("--plan", help="Judge nothing: say how many trials each rule takes, by the noise of BASELINE."),
     ] = False,
-    effect: Annotated[float, typer.Option(min=1.0, help="--plan: the regression to catch, as a factor.")] = 1.15,
+    effect: Annotated[
+        float, typer.Option(min=1.0, max=100.0, help="--plan: the regression to catch, as a factor.")
+    ] = 1.15,
     power: Annotated[float, typer.Option(min=0.01, max=0.999, help="--plan: how surely.")] = 0.9,
     folder: Folder = DEFAULT_FOLDER,
     form: Annotated[GateFormat, typer.Option("--format", help="table, json or md.")] = GateFormat.TABLE,
@@ -91,6 +93,11 @@ def gate(
 
     rules = parse_rules(rule or DEFAULT_RULES)
     if plan:
+        if allow_different or inconclusive or strict:
+            raise InputError(
+                "--plan judges nothing: --allow-different, --inconclusive and --strict have no place beside it",
+                remedy="leave them out; a second run shows the noise where both were measured alike",
+            )
         again = None if candidate is None else find(candidate, folder)
         rows = planned(find(baseline, folder), rules, again, effect=effect, wanted=power)
         _print(_plan_report(baseline, candidate, rows, effect, power), form)

@@ -83,11 +83,11 @@ def decide(
 
 
 def _comparable(
-    baseline: Baseline, candidate: Baseline, allow_different: Collection[str]
+    baseline: Baseline, candidate: Baseline, allow_different: Collection[str] | None
 ) -> tuple[list[str], dict[str, list[str]]]:
     """The cells that both have, and by condition what differs there, a line each. Raises :class:`InputError` where no cell
-    is common, where both are the same run, and for differences that are not allowed."""
-    for name in allow_different:
+    is common, where both are the same run, and for differences that are not allowed; with ``None`` none can be."""
+    for name in allow_different or ():
         if name not in CONDITIONS:
             near = nearest(name, CONDITIONS)
             raise InputError(
@@ -116,12 +116,17 @@ def _comparable(
         )
         for name in CONDITIONS
     }
-    refused = [line for name, lines in different.items() if name not in allow_different for line in lines]
+    refused = [line for name, lines in different.items() if name not in (allow_different or ()) for line in lines]
     if refused:
-        names = [name for name, lines in different.items() if lines]
+        names = ",".join(name for name, lines in different.items() if lines)
         raise InputError(
             "baseline and candidate were measured under different conditions:\n" + "\n".join(refused),
-            remedy=f"measure both alike; or, if that is what you mean to compare: --allow-different {','.join(names)}",
+            remedy="measure both alike"
+            + (
+                ""
+                if allow_different is None
+                else f"; or, if that is what you mean to compare: --allow-different {names}"
+            ),
         )
     return common, different
 
@@ -238,7 +243,7 @@ def plan(
                 f"--effect {effect:g} is no regression under `{rule}`",
                 remedy="give an effect that the rule does not allow",
             )
-    cells = list(baseline.cells) if again is None else _comparable(baseline, again, ())[0]
+    cells = list(baseline.cells) if again is None else _comparable(baseline, again, None)[0]
     planned = []
     for cell in cells:
         for rule in rules:

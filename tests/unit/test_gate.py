@@ -389,8 +389,9 @@ def test_a_second_run_of_the_same_thing_shows_what_pairs_differ_by() -> None:
     assert paired.needed == MIN_TRIALS
     (none,) = plan(before, [P99], record(trials([INF] * 3)))
     assert (none.needed, none.reason) == (None, "∞ or 0 in every trial of one run")
-    with pytest.raises(InputError, match="different conditions"):
+    with pytest.raises(InputError, match="different conditions") as refused:
         plan(before, [P99], record(trials([101] * 3), **{"slo": OTHER["slo"]}))
+    assert refused.value.remedy == "measure both alike", "a plan allows no differences, and so offers no option for it"
 
 
 def test_an_effect_that_the_rule_allows_cannot_be_planned_for() -> None:
@@ -563,6 +564,9 @@ def test_input_errors_end_with_two_and_regressions_with_four_in_a_process_of_the
         (("before",), "Missing argument CANDIDATE"),
         (("before", "before", "--plan"), "are the same run"),
         (("before", "--plan", "--effect", "1.05"), "no regression under"),
+        (("before", "--plan", "--strict"), "--plan judges nothing"),
+        (("before", "--plan", "--inconclusive", "pass"), "--plan judges nothing"),
+        (("before", "--plan", "--allow-different", "hardware"), "--plan judges nothing"),
         (("before", "before"), "are the same run"),
     ],
 )
