@@ -63,7 +63,7 @@ class Baseline(_Strict):
 
 def _sha256(content: Mapping[str, Any]) -> str:
     """Of the content, whatever its whitespace and the order of its keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

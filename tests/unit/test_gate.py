@@ -451,7 +451,13 @@ def test_a_name_is_a_name(runs: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "not valid JSON"), ("[]", "has no `sha256`"), ('{"schema_version": 1}', "no `sha256`")]
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "has no `sha256`"),
+        ('{"schema_version": 1}', "no `sha256`"),
+        ('{"sha256": "ab", "schema_version": NaN}', "was changed"),
+    ],
 )
 def test_what_is_no_baseline_is_refused(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "x.json"
