@@ -305,6 +305,12 @@ class Experiment(_Strict):
     devices: int = Field(
         default=1, ge=1, description="How many devices all nodes together may use; goodput is divided by it."
     )
+    device_price_per_hour: float | None = Field(
+        default=None,
+        gt=0,
+        description="What one device costs in an hour, US dollars: your own price, for nothing is assumed; left out: no figure "
+        "per dollar.",
+    )
     nodes: int = Field(
         default=1,
         ge=1,

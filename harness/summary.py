@@ -92,6 +92,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         span_s = min(span_s, math.ceil(float(trace.intended_ns[-1]) / NS_PER_S + 1e-9) or 1.0)
     response, service, lag = trace.response_ms(), trace.service_ms(), trace.send_lag_ms()
     good = int(np.count_nonzero(response <= slo_ms))
+    price = facts.get("device_price_per_hour")
     arrivals = len(trace)
     p50, p90, p99 = (claim_percentile(response, q) for q in (0.50, 0.90, 0.99))
     usage = resource_use(facts, samples, span_s)
@@ -110,6 +111,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "device": facts["device"],
         "emulated": facts["device"] == "emulated",
         "devices": devices,
+        "device_price_per_hour": price,
         "protocol": facts["protocol"],
         "tuning": {knob: value for knob, value in (facts.get("tuning") or {}).items() if value is not None},
         "left_out": facts.get("left_out") or {},
@@ -120,6 +122,8 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "throughput_rps": trace.count(Outcome.OK) / span_s,
         "goodput_rps": good / span_s,
         "goodput_rps_per_device": good / span_s / devices,
+        "goodput_per_dollar": goodput_per_dollar(good / span_s, devices, price),
+        "goodput_per_joule": goodput_per_joule(good / span_s, gpus_power_w(samples, devices, span_s)),
         "slo_attainment": good / arrivals if arrivals else math.nan,
         "p50_ms": p50.value,
         "p50_ci_ms": _interval(p50),
@@ -166,6 +170,24 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "verdict": verdict,
         "reasons": [vars(reason) for reason in reasons],
     }
+
+
+def goodput_per_dollar(goodput_rps: float, devices: int, price_per_hour: float | None) -> float | None:
+    """Good requests per US dollar, from those per second and the price of one device for an hour; ``None`` without one."""
+    return None if price_per_hour is None else goodput_rps * 3600 / (devices * price_per_hour)
+
+
+def goodput_per_joule(goodput_rps: float, power_w: float | None) -> float | None:
+    """Good requests per joule, from those per second and the mean power in watts; ``None`` where none was drawn or read."""
+    return goodput_rps / power_w if power_w else None
+
+
+def gpus_power_w(samples: Samples, devices: int, span_s: float) -> float | None:
+    """Mean power of all GPUs together over the trace, watts; ``None`` unless each of them told its own, for a part of the
+    power would flatter."""
+    means = [samples.mean("gpu", "power_w", span_s, scope) for scope in samples.scopes("gpu", "power_w")]
+    known = [mean for mean in means if mean is not None]
+    return sum(known) if len(known) == devices else None
 
 
 def cold_copies(samples: Samples, span_s: float) -> int | None:
@@ -295,6 +317,7 @@ _SHARED = (
     "device",
     "emulated",
     "devices",
+    "device_price_per_hour",
     "nodes",
     "supervision",
     "protocol",
@@ -307,6 +330,8 @@ _AVERAGED = (
     "throughput_rps",
     "goodput_rps",
     "goodput_rps_per_device",
+    "goodput_per_dollar",
+    "goodput_per_joule",
     "slo_attainment",
     "utilization",
     "cold_start_s",
@@ -333,6 +358,9 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
                 **{key: _largest(trial[key] for trial in whole) for key in _LARGEST},
                 **{key: sum(trial[key] for trial in members) for key in _COUNTED},
                 **_across(whole, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),
+                **_across(whole, "goodput_per_dollar", "goodput_per_dollar_ci", log=False),
+                **_across(whole, "goodput_per_joule", "goodput_per_joule_ci", log=False),
+                **_across(whole, "slo_attainment", "slo_attainment_ci", log=False, within=(0.0, 1.0)),
                 **_percentile_across(whole, "p50_ms", "p50_ci_ms"),
                 **_percentile_across(whole, "p99_ms", "p99_ci_ms"),
                 "send_lag_p99_ms": max(lags, default=math.nan),
@@ -352,9 +380,19 @@ def _largest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _across(members: Sequence[Summary], key: str, ci_key: str, *, log: bool) -> Summary:
+def _across(
+    members: Sequence[Summary],
+    key: str,
+    ci_key: str,
+    *,
+    log: bool,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Summary:
+    """A mean of a cell with its interval over trials, cut to what the figure can be; no interval where there is none."""
     interval = over_trials(np.array([trial[key] for trial in members], dtype=np.float64), log=log)
-    return {ci_key: None} if interval is None else {key: interval.centre, ci_key: list(interval.ends)}
+    if interval is None:
+        return {ci_key: None}
+    return {key: interval.centre, ci_key: np.clip(interval.ends, *within).tolist()}
 
 
 def _percentile_across(members: Sequence[Summary], key: str, ci_key: str) -> Summary:

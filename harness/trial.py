@@ -161,6 +161,7 @@ class Trial:
             "transient": setup.transient,
             "device": setup.workload.device,
             "devices": setup.devices,
+            "device_price_per_hour": setup.experiment.device_price_per_hour,
             "protocol": setup.protocol,
             "slo_ms": setup.slo_ms,
             "span_s": setup.span_s,

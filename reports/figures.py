@@ -13,12 +13,13 @@ from markupsafe import Markup
 from harness.comparison import MIN_TRIALS
 from harness.metrics import Floats
 from reports import svg
+from reports.benefits import ATTAINMENT, GOODPUT, Benefit, others
 from reports.columns import optimistic
 from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
 from reports.frontier import frontier_probabilities, non_dominated
-from reports.text import humanly, interval, listing, milliseconds, per_second, seconds, share, significant
+from reports.text import humanly, interval, listing, milliseconds, seconds, share, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -383,12 +384,16 @@ class Frontier:
     """What sets the conditions apart from those of other cells; empty when there are no others."""
     cells: tuple[CellView, ...]
     best: tuple[CellView, ...]
+    own: tuple[tuple[CellView, ...], ...]
+    """Of each framework with several cells those that none of its own beats, where there is another framework."""
     probability: dict[str, float]
     """By key: how probable it is that a cell is on the frontier; empty where the trials do not say."""
+    benefit: Benefit = GOODPUT
+    """What is set against p99."""
 
 
 def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
-    """The frontier of each group of cells under the same conditions, for only those compare."""
+    """The frontier of goodput per device in each group of cells under the same conditions, for only those compare."""
     groups: dict[Conditions, list[CellView]] = {}
     for cell in cells:
         if cell.summary["arrivals"] > 0:
@@ -396,7 +401,7 @@ def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
     return [_group(distinction(conditions, list(groups)), members) for conditions, members in groups.items()]
 
 
-def _group(title: str, cells: Sequence[CellView]) -> Frontier:
+def _group(title: str, cells: Sequence[CellView], benefit: Benefit = GOODPUT) -> Frontier:
     """Best are the comparable cells with a finite p99 that none of the others beats on both axes."""
     chosen = [
         c for c in cells if c.comparable and c.summary["p99_ms"] is not None and math.isfinite(c.summary["p99_ms"])
@@ -405,31 +410,51 @@ def _group(title: str, cells: Sequence[CellView]) -> Frontier:
         [
             (
                 np.array([trial["p99_ms"] for trial in cell.repetitions], dtype=np.float64),
-                np.array([trial["goodput_rps_per_device"] for trial in cell.repetitions], dtype=np.float64),
+                np.array([trial[benefit.key] for trial in cell.repetitions], dtype=np.float64),
             )
             for cell in chosen
         ],
         paired=len({(cell.run, *(trial["number"] for trial in cell.repetitions)) for cell in chosen}) == 1,
     )
-    on = non_dominated(
-        np.array([c.summary["p99_ms"] for c in chosen], dtype=np.float64),
-        np.array([c.summary["goodput_rps_per_device"] for c in chosen], dtype=np.float64),
-    )
+    frameworks: dict[str, list[CellView]] = {}
+    for cell in chosen:
+        frameworks.setdefault(cell.summary["adapter"], []).append(cell)
+    several = [own for own in frameworks.values() if len(own) > 1] if len(frameworks) > 1 else []
     return Frontier(
         title,
         tuple(cells),
-        tuple(cell for cell, member in zip(chosen, on, strict=True) if member),
+        _unbeaten(chosen, benefit),
+        tuple(_unbeaten(own, benefit) for own in several),
         {cell.key: share for cell, share in zip(chosen, probabilities or [], strict=False)},
+        benefit,
     )
 
 
+def _unbeaten(cells: Sequence[CellView], benefit: Benefit) -> tuple[CellView, ...]:
+    on = non_dominated(
+        np.array([c.summary["p99_ms"] for c in cells], dtype=np.float64),
+        np.array([benefit.value(c.summary) for c in cells], dtype=np.float64),
+    )
+    return tuple(cell for cell, member in zip(cells, on, strict=True) if member)
+
+
 def frontier(groups: Sequence[Frontier]) -> list[Figure]:
-    """Goodput per device against p99, one figure per group."""
-    return [_frontier(group, f"frontier{i}") for i, group in enumerate(groups)]
+    """One figure per group of goodput per device against p99, and one for each other benefit that tells more."""
+    told = [each for group in groups for each in (group, *_further(group))]
+    return [_frontier(each, f"frontier{i}") for i, each in enumerate(told)]
+
+
+def _further(group: Frontier) -> list[Frontier]:
+    """The same cells by other benefits, without those of which that is not known: INVALID ones alone."""
+    found = []
+    for benefit in others([cell.summary for cell in group.cells if cell.comparable]):
+        title = " · ".join(part for part in (f"{benefit.title} against p99", group.title) if part)
+        found.append(_group(title, [cell for cell in group.cells if benefit.known(cell.summary)], benefit))
+    return found
 
 
 def _frontier(group: Frontier, name: str) -> Figure:
-    cells, best = group.cells, group.best
+    cells, best, benefit = group.cells, group.best, group.benefit
     styles = _Styles.of(cells)
     claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
     unclaimed = [cell for cell in cells if cell.summary["p99_ms"] is None]
@@ -445,31 +470,35 @@ def _frontier(group: Frontier, name: str) -> Figure:
         scale = _LogAxis.fit(
             ax, ends, horizontal=True, most_ticks=6, strip=0.17 if 2 * len(infinite) <= len(claimed) else 0.6
         )
-        goodputs = [c.summary["goodput_rps_per_device"] for c in cells]
-        goodputs += [end for c in cells for end in c.summary["goodput_rps_per_device_ci"] or []]
-        ax.set_ylim(*_around(goodputs))
+        low, high = _around([end for c in cells for end in (benefit.value(c.summary), *benefit.ends(c.summary))])
+        ax.set_ylim(low, min(high, benefit.most))
         for objective in sorted({float(cell.summary["slo_ms"]) for cell in cells}):
             ax.axvline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
-        _frontier_line(ax, best)
+        for own in group.own:
+            _staircase(ax, own, benefit, svg.colour(own[0].slot), width=0.8)
+        if best:
+            _staircase(ax, best, benefit, svg.MUTED, width=1.2)
         for cell in claimed:
             if cell in infinite:
                 x = scale.within_strip((infinite.index(cell) + 1) / (len(infinite) + 1))
             else:
                 x = cell.summary["p99_ms"]
-            _point(ax, cell, x, styles.index(cell), scale, _opacity(group, cell))
+            _point(ax, cell, benefit, x, styles.index(cell), scale, _opacity(group, cell))
         beside = ax if not claimed else canvas.add_axes((0.985 - aside, 0.17, aside, 0.745), sharey=ax) if aside else ax
         if unclaimed:
-            _unclaimed(beside, unclaimed, styles, alone=not claimed)
-        _heading(canvas, ax, "Goodput per device, requests/s")
+            _unclaimed(beside, unclaimed, benefit, styles, alone=not claimed)
+        _heading(canvas, ax, benefit.heading)
         ax.set_xlabel("p99 response time, ms (log scale)", labelpad=3)
-        alt = "Goodput per device against p99. " + " ".join(_point_words(cell, group) for cell in cells)
+        alt = f"{benefit.title} against p99. " + " ".join(_point_words(cell, group) for cell in cells)
         alt += f" On the frontier: {listing([c.label for c in best]) or 'none'}."
+        alt += "".join(f" On {own[0].framework}'s own: {listing([c.label for c in own])}." for own in group.own)
         _stamp(canvas, cells)
         drawn = svg.inline(
             canvas, name=name, alt=alt, tooltips={f"tip-{cell.key}": _point_words(cell, group) for cell in cells}
         )
     keys = _marker_keys(cells, styles)
     keys += [Key("frontier: nobody is better on both")] if best else []
+    keys += [Key("thin, in its colour: a framework's own frontier", group.own[0][0].slot)] if group.own else []
     keys += [Key("objective", kind="objective")]
     return Figure(group.title, drawn, tuple(keys), _frontier_note(group))
 
@@ -526,40 +555,39 @@ def _frontier_note(group: Frontier) -> str:
         told.append("Apart: cells with too few arrivals to claim a p99.")
     if any(not c.comparable for c in cells):
         told.append("Hollow: INVALID cells, which cannot be on the frontier.")
+    told += [note] if (note := group.benefit.note([cell.summary for cell in cells])) else []
     return " ".join(told)
 
 
-def _frontier_line(ax: Axes, best: Sequence[CellView]) -> None:
-    """The staircase of what can be had: at least this p99 for that goodput."""
-    if not best:
-        return
-    points = sorted((c.summary["p99_ms"], c.summary["goodput_rps_per_device"]) for c in best)
+def _staircase(ax: Axes, best: Sequence[CellView], benefit: Benefit, colour: str, *, width: float) -> None:
+    """What can be had: at least this p99 for that benefit."""
+    points = sorted((c.summary["p99_ms"], benefit.value(c.summary)) for c in best)
     x, y = np.array(points, dtype=np.float64).T
     ax.plot(
         np.r_[x[0], x, ax.get_xlim()[1]],
         np.r_[ax.get_ylim()[0], y, y[-1]],
-        color=svg.MUTED,
-        lw=1.2,
+        color=colour,
+        lw=width,
         drawstyle="steps-post",
     )
 
 
-def _point(ax: Axes, cell: CellView, x: float, style: int, scale: _LogAxis, opacity: float) -> None:
+def _point(ax: Axes, cell: CellView, benefit: Benefit, x: float, style: int, scale: _LogAxis, opacity: float) -> None:
     s = cell.summary
-    y, colour = s["goodput_rps_per_device"], svg.colour(cell.slot)
+    y, colour = benefit.value(s), svg.colour(cell.slot)
     if s["p99_ci_ms"] and math.isfinite(s["p99_ms"]):
         low, high = scale.place(np.array(s["p99_ci_ms"], dtype=np.float64))
         ax.plot([low, high], [y, y], color=colour, lw=1.3, alpha=0.8 * opacity)
-    if s["goodput_rps_per_device_ci"]:
-        ax.plot([x, x], s["goodput_rps_per_device_ci"], color=colour, lw=1.3, alpha=0.8 * opacity)
-    _marker(ax, cell, x, style, opacity)
+    if ends := benefit.ends(s):
+        ax.plot([x, x], ends, color=colour, lw=1.3, alpha=0.8 * opacity)
+    _marker(ax, cell, x, y, style, opacity)
 
 
-def _marker(ax: Axes, cell: CellView, x: float, style: int, opacity: float = 1.0) -> None:
+def _marker(ax: Axes, cell: CellView, x: float, y: float, style: int, opacity: float = 1.0) -> None:
     colour = svg.colour(cell.slot)
     (mark,) = ax.plot(
         [x],
-        [cell.summary["goodput_rps_per_device"]],
+        [y],
         MARKERS[style % len(MARKERS)],
         ms=8,
         color=colour,
@@ -573,8 +601,8 @@ def _marker(ax: Axes, cell: CellView, x: float, style: int, opacity: float = 1.0
     mark.set_gid(f"tip-{cell.key}")
 
 
-def _unclaimed(ax: Axes, cells: Sequence[CellView], styles: _Styles, *, alone: bool) -> None:
-    """Cells without a p99, at their goodput, side by side."""
+def _unclaimed(ax: Axes, cells: Sequence[CellView], benefit: Benefit, styles: _Styles, *, alone: bool) -> None:
+    """Cells without a p99, at their benefit, side by side."""
     if not alone:
         ax.tick_params(labelleft=False)
     ax.set_xscale("linear")
@@ -583,18 +611,18 @@ def _unclaimed(ax: Axes, cells: Sequence[CellView], styles: _Styles, *, alone: b
     ax.grid(False, axis="x")
     ax.axvspan(0, len(cells) + 1, color=svg.MUTED, alpha=0.08, lw=0, zorder=0)
     for i, cell in enumerate(cells):
-        _marker(ax, cell, i + 1, styles.index(cell))
+        _marker(ax, cell, i + 1, benefit.value(cell.summary), styles.index(cell))
 
 
 def _point_words(cell: CellView, group: Frontier) -> str:
     s = cell.summary
     p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
     p99 = f"{p99} {optimistic(s, 'p99_ci_ms')}".strip()
-    goodput = f"{per_second(s['goodput_rps_per_device'])} {interval(s['goodput_rps_per_device_ci'])}".strip()
+    within = "" if group.benefit is ATTAINMENT else f", {share(s['slo_attainment'])} within SLO"
     verdict = "" if s["verdict"] == "VALID" else f", {s['verdict']}"
     probability = group.probability.get(cell.key)
     sure = "" if probability is None else f", on the frontier with probability {share(probability)}"
-    return f"{cell.label}: goodput {goodput} per device, p99 {p99}, {share(s['slo_attainment'])} within SLO{sure}{verdict}."
+    return f"{cell.label}: {group.benefit.said(s)}, p99 {p99}{within}{sure}{verdict}."
 
 
 # ---------------------------------------------------------------- cold start

@@ -177,7 +177,7 @@ def _adapt(element: ET.Element, name: str, references: set[str], tooltips: Mappi
             element.set(key, f"url(#{name}-{value[5:]}")
         elif key == f"{{{_XLINK}}}href":
             element.set(key, f"#{name}-{value[1:]}")
-    if element.tag != f"{{{_SVG}}}text":
+    if element.tag not in (f"{{{_SVG}}}text", f"{{{_SVG}}}title"):
         element.text = None
     element.tail = None
 

@@ -463,11 +463,12 @@ def _write_samples(
         rows += [(t, "device", f"device-{d}", "busy_s_total", busy / 2, "s") for d in (0, 1)]
     elif facts["device"] == "cuda":
         share = np.clip(np.gradient(busy, t) / 2, 0, 1)
-        rows += [
-            (t, "gpu", "gpu-0", "utilization", share, "1"),
-            (t, "gpu", "gpu-0", "memory_bytes", np.full_like(t, 3e9), "B"),
-            (t, "gpu", "gpu-0", "power_w", 70 + 200 * share, "W"),
-        ]
+        for gpu in ("gpu-0", "gpu-1"):
+            rows += [
+                (t, "gpu", gpu, "utilization", share, "1"),
+                (t, "gpu", gpu, "memory_bytes", np.full_like(t, 3e9), "B"),
+                (t, "gpu", gpu, "power_w", 70 + 200 * share, "W"),
+            ]
     rows += [
         (t, "server-process", "tree", "cpu_s_total", 0.5 * (t + 6) + 0.1 * busy, "s"),
         (t, "server-process", "tree", "memory_bytes", np.full_like(t, 4e8), "B"),

@@ -24,12 +24,13 @@ from harness.comparison import paired_ratio
 from harness.errors import InputError, StorageError
 from harness.metrics import measured, percentile, samples_needed
 from harness.store import RunFolder, write_json
+from reports.benefits import ATTAINMENT, GOODPUT, PER_DOLLAR, PER_JOULE, others
 from reports.columns import COLUMNS, fields
 from reports.contestants import UNSEEN, left_out, profiles
 from reports.defaults import defaults
 from reports.downsample import largest_triangles
-from reports.evidence import NINES, Band, FaultWindow, view
-from reports.figures import DASHES, MARKERS, cold_starts, frontiers, timelines
+from reports.evidence import NINES, Band, CellView, FaultWindow, view
+from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, timelines
 from reports.frontier import non_dominated
 from reports.headline import headline, pair, ratio_words
 from reports.report import MARKER_SHAPES, build, write
@@ -255,6 +256,135 @@ def test_runs_under_the_same_conditions_share_a_frontier_without_a_note(
     (group,) = frontiers([cell for seen in view([pair_of_trials, other]) for cell in seen.cells])
     assert group.title == "" and len(group.cells) == 4
     assert "do not read across" not in build([pair_of_trials, other])
+
+
+# ---------------------------------------------------------------- what the frontier is of
+
+
+@given(st.lists(st.tuples(st.floats(50, 60), st.none() | st.floats(1, 9), st.none() | st.floats(1, 9)), max_size=4))
+def test_a_further_frontier_needs_every_cell_and_attainment_different_loads(
+    cells: list[tuple[float, float | None, float | None]],
+) -> None:
+    summaries = [
+        {"offered_rps": rate, "slo_attainment": 0.9, "goodput_per_dollar": dollar, "goodput_per_joule": joule}
+        for rate, dollar, joule in cells
+    ]
+    rates, dollars, joules = (list(values) for values in zip(*cells, strict=True)) if cells else ([], [], [])
+    expected = [ATTAINMENT] if cells and max(rates) / min(rates) > 1.05 else []
+    expected += [PER_DOLLAR] if cells and None not in dollars else []
+    expected += [PER_JOULE] if cells and None not in joules else []
+    assert others(summaries) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "price", "loads_differ", "told"),
+    [
+        ("emulated", None, False, []),
+        ("emulated", None, True, [ATTAINMENT]),
+        ("emulated", 2.5, False, [PER_DOLLAR]),
+        ("cuda", 2.5, True, [ATTAINMENT, PER_DOLLAR, PER_JOULE]),
+    ],
+)
+def test_each_benefit_that_tells_more_has_a_figure(
+    tmp_path: Path, device: Any, price: float | None, loads_differ: bool, told: list[Any]
+) -> None:
+    run = make_run(tmp_path / "run", scenarios=("no-fault", "calm"), device=device, span_s=12, fault_at=99)
+    run = with_facts(run, lambda facts: {"device_price_per_hour": price})
+    if loads_differ:
+        run = with_facts(run, lambda facts: {"span_s": 10.0} if facts["scenario"] == "calm" else {})
+    html = build([run])
+    page = Page(html)
+    drawn = [a["aria-label"] for a in page.of("svg") if " against p99. " in a.get("aria-label", "")]
+    assert [alt.partition(" against p99. ")[0] for alt in drawn] == [b.title for b in (GOODPUT, *told)]
+    captions = re.findall("<figcaption>(.*) against p99</figcaption>", html)
+    assert captions == [benefit.title for benefit in told]
+    assert all(benefit.heading in page.text for benefit in told)
+    assert ("At 2.50 US dollars per device and hour" in page.text) == (price is not None)
+    assert _tagged(html) == _best([run]), "the table marks goodput per device"
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_cell_out_of_the_race_leaves_only_the_figures_that_it_has_no_value_for(tmp_path: Path) -> None:
+    """A framework that never came up read no power; it stands in the figure of goodput, hollow, and not in that of joules."""
+    run = make_run(tmp_path / "run", scenarios=("no-fault",), device="cuda", span_s=12)
+    cells = [cell for seen in view([run]) for cell in seen.cells]
+    broken = {**cells[0].summary, "verdict": "INVALID", "goodput_per_joule": None}
+    goodput, joule = frontier(frontiers([replace(cells[0], summary=broken), cells[1]]))
+    assert cells[0].label in goodput.svg and cells[0].label not in joule.svg
+    assert cells[1].label in joule.svg
+    valid = {**broken, "verdict": "VALID"}
+    assert len(frontier(frontiers([replace(cells[0], summary=valid), cells[1]]))) == 1
+
+
+@pytest.fixture(scope="module")
+def measured_cell(pair_of_trials: RunFolder) -> CellView:
+    return view([pair_of_trials])[0].cells[0]
+
+
+def test_who_is_on_the_frontier_and_how_surely_is_judged_by_what_is_drawn(measured_cell: CellView) -> None:
+    """The greedy one has more goodput for a longer tail, and less of it from every joule."""
+
+    def cell(name: str, p99_ms: float, goodput_rps: float, per_joule: float) -> CellView:
+        figures = {"p99_ms": p99_ms, "goodput_rps_per_device": goodput_rps, "goodput_per_joule": per_joule}
+        trials = tuple({**measured_cell.trials[0], **figures, "number": number} for number in (1, 2, 3))
+        summary = {**measured_cell.summary, **figures, "scenario": name, "goodput_per_joule_ci": None}
+        return replace(measured_cell, key=name, summary=summary, trials=trials)
+
+    frugal, greedy = cell("frugal", 50.0, 100.0, 2.0), cell("greedy", 60.0, 200.0, 1.0)
+    goodput, joule = frontier(frontiers([frugal, greedy]))
+    assert goodput.note.startswith(f"On the frontier: {frugal.label} and {greedy.label}.")
+    assert joule.note.startswith(f"On the frontier: {frugal.label}.")
+    assert goodput.svg.count("with probability 100\u202f%") == 2 * 2, "in the words for all and in those of each mark"
+    assert joule.svg.count("with probability 100\u202f%") == joule.svg.count("with probability 0.0\u202f%") == 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=12
+    )
+)
+def test_each_framework_has_the_frontier_of_its_own_cells(
+    measured_cell: CellView, points: list[tuple[str, int, int, bool]]
+) -> None:
+    """Among several frameworks, of each that has two comparable cells; what nobody beats, none of its own beats either."""
+    cells = [
+        replace(
+            measured_cell,
+            key=f"cell-{i}",
+            framework=name,
+            summary={
+                **measured_cell.summary,
+                "adapter": name,
+                "p99_ms": float(p99),
+                "goodput_rps_per_device": float(goodput),
+                "verdict": "VALID" if comparable else "INVALID",
+            },
+        )
+        for i, (name, p99, goodput, comparable) in enumerate(points)
+    ]
+    (group,) = frontiers(cells)
+    chosen = [cell for cell in cells if cell.comparable]
+    own = {members[0].framework: members for members in group.own}
+    names = Counter(cell.framework for cell in chosen)
+    assert set(own) == ({name for name, number in names.items() if number > 1} if len(names) > 1 else set())
+    for name, members in own.items():
+        (alone,) = frontiers([cell for cell in chosen if cell.framework == name])
+        assert members == alone.best
+        assert {cell.key for cell in group.best if cell.framework == name} <= {cell.key for cell in members}
+
+
+def test_a_frameworks_own_frontier_is_drawn_and_told(pair_of_trials: RunFolder) -> None:
+    cells = view([pair_of_trials])[0].cells
+    (plain,) = frontier(frontiers(cells))
+    assert not any("own frontier" in key.label for key in plain.keys)
+    slow = replace(
+        cells[0], key="slow", summary={**cells[0].summary, "scenario": "slow", "goodput_rps_per_device": 1.0}
+    )
+    (figure,) = frontier(frontiers([*cells, slow]))
+    assert [key.slot for key in figure.keys if "own frontier" in key.label] == [cells[0].slot]
+    assert f"On {cells[0].framework}'s own: {cells[0].label}." in figure.svg.replace("&#39;", "'")
+    assert f"On {cells[1].framework}'s own" not in figure.svg
 
 
 # ---------------------------------------------------------------- trials that did not finish

@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.comparison import t_interval
 from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder, write_json
-from harness.summary import Samples, jsonable, summarise, write_summary
+from harness.summary import (
+    Samples,
+    goodput_per_dollar,
+    goodput_per_joule,
+    gpus_power_w,
+    jsonable,
+    summarise,
+    write_summary,
+)
 from tests.synthetic import make_run
 
 
@@ -28,6 +36,75 @@ def test_counts_close_and_rates_follow_from_them(tmp_path: Path) -> None:
         assert trial["goodput_rps_per_device"] == pytest.approx(trial["goodput_rps"] / trial["devices"])
         assert trial["slo_attainment"] == pytest.approx(trial["good"] / trial["arrivals"])
         assert trial["good"] <= trial["ok"]
+
+
+@given(st.floats(0, 1e5), st.integers(1, 16), st.floats(0.01, 1e3), st.floats(1, 1e4))
+def test_what_an_hour_costs_and_draws_gives_back_what_it_answered(
+    goodput_rps: float, devices: int, price: float, power_w: float
+) -> None:
+    """Good requests per dollar times the dollars of an hour, and per joule times its joules, are the hour's good requests."""
+    per_dollar, per_joule = goodput_per_dollar(goodput_rps, devices, price), goodput_per_joule(goodput_rps, power_w)
+    assert per_dollar is not None and per_joule is not None
+    assert per_dollar * devices * price == pytest.approx(goodput_rps * 3600)
+    assert per_joule * power_w * 3600 == pytest.approx(goodput_rps * 3600)
+    assert goodput_per_dollar(goodput_rps, devices, None) is goodput_per_joule(goodput_rps, None) is None
+
+
+@settings(deadline=None)  # the first table of a process takes longer than all others
+@given(st.lists(st.floats(1, 700), min_size=1, max_size=4))
+def test_power_is_of_all_gpus_together_or_not_known(watts: list[float]) -> None:
+    """However often each was read, and whatever was read before the trace."""
+    readings = [(second, f"gpu-{i}", w) for i, w in enumerate(watts) for second in range(1, 3 + i)]
+    readings += [(-2, f"gpu-{i}", 1e6) for i in range(len(watts))]
+    columns = {
+        "t_ns": [second * 10**9 for second, _, _ in readings],
+        "source": ["gpu"] * len(readings),
+        "scope": [scope for _, scope, _ in readings],
+        "metric": ["power_w"] * len(readings),
+        "value": [value for _, _, value in readings],
+        "unit": ["W"] * len(readings),
+    }
+    samples = Samples(pa.table(columns, schema=SAMPLE_SCHEMA))
+    assert gpus_power_w(samples, len(watts), 10.0) == pytest.approx(sum(watts))
+    assert gpus_power_w(samples, len(watts) + 1, 10.0) is None, "one of them told nothing"
+    assert gpus_power_w(samples, len(watts), 0.5) is None, "nothing was read in the trace"
+
+
+def test_dollars_and_joules_are_told_where_price_and_power_are_known(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run",
+        adapters=("triton",),
+        scenarios=("no-fault",),
+        trials=3,
+        span_s=12,
+        fail_fraction=0.001,
+        device="cuda",
+    )
+    (cell,) = summarise(run)["cells"]
+    assert cell["goodput_per_dollar"] is cell["goodput_per_dollar_ci"] is cell["device_price_per_hour"] is None
+    for trial in run.trials:
+        write_json(trial.facts_path, {**trial.facts, "device_price_per_hour": 2.5})
+    summary = summarise(RunFolder.open(run.folder))
+    (cell,) = summary["cells"]
+    assert cell["device_price_per_hour"] == 2.5
+    assert cell["goodput_per_dollar"] == pytest.approx(cell["goodput_rps_per_device"] * 3600 / 2.5)
+    ends = [end * 3600 / 2.5 for end in cell["goodput_rps_per_device_ci"]]
+    assert cell["goodput_per_dollar_ci"] == pytest.approx(ends)
+    for trial in summary["trials"]:
+        both_w = 2 * trial["gpu_power_w"]  # two GPUs, of which the mean is kept
+        assert trial["goodput_per_joule"] == pytest.approx(trial["goodput_rps"] / both_w)
+    low, high = cell["goodput_per_joule_ci"]
+    assert low < cell["goodput_per_joule"] < high
+    for key in ("goodput_per_dollar", "goodput_per_joule", "slo_attainment"):
+        assert cell[key] == pytest.approx(np.mean([trial[key] for trial in summary["trials"]]))
+    low, high = cell["slo_attainment_ci"]
+    assert low < cell["slo_attainment"] < high <= 1
+
+
+def test_without_a_gpu_nothing_is_said_per_joule(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3, span_s=12)
+    (cell,) = summarise(run)["cells"]
+    assert cell["goodput_per_joule"] is cell["goodput_per_joule_ci"] is None
 
 
 def test_a_killed_run_is_summarised_as_far_as_it_went(tmp_path: Path) -> None:
