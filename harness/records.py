@@ -8,7 +8,7 @@ import pyarrow as pa
 
 
 class Outcome(IntEnum):
-    """What became of an arrival; exactly one for each (see ``results/README.md``)."""
+    """What became of an arrival; exactly one for each (see ``docs/record.md``)."""
 
     OK = 0
     ERROR = 1

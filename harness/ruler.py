@@ -278,7 +278,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure the generator against the null server with an experiment's own requests, at its own rates and beyond.
 
-    The rows are kept as ``folder/requests.parquet``. Returns the figures of ``calibration.json`` (results/README.md).
+    The rows are kept as ``folder/requests.parquet``. Returns the figures of ``calibration.json`` (docs/record.md).
     Raises what building the null server's environment or starting it raises.
     """
     try:

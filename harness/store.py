@@ -1,6 +1,6 @@
 """The run folder: staged writes, so that whatever ends a run leaves files that can be read.
 
-The layout is documented for readers in ``results/README.md``. Everything here is either a *source* (manifest,
+The layout is documented for readers in ``docs/record.md``. Everything here is either a *source* (manifest,
 trial facts, events, requests, samples, server configuration and logs) or *derived* (summary, report) and can be made
 again from the sources.
 """

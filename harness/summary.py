@@ -33,7 +33,7 @@ Summary = dict[str, Any]
 
 
 def summarise(run: RunFolder) -> Summary:
-    """The summary of a run, with ``inf`` as floats; see ``results/README.md`` for every key."""
+    """The summary of a run, with ``inf`` as floats; see ``docs/record.md`` for every key."""
     ruler = run.manifest.get("ruler") or {}
     trials = [summarise_trial(trial, ruler) for trial in run.trials]
     pair(trials)

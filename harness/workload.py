@@ -41,7 +41,7 @@ class Tolerance(BaseModel):
 
 
 class WorkloadSpec(BaseModel):
-    """The contents of ``workload.yaml``; the field documentation is in CONTRIBUTING.md, «add a workload»."""
+    """The contents of ``workload.yaml``; the field documentation is in docs/extend.md, «add a workload»."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

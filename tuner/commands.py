@@ -116,7 +116,7 @@ def pareto(
     names = list(dict.fromkeys(adapter or ["triton", "ray_serve"]))
     objective = parse_objective([f"p99={slo}"])
     folder = out or default_folder("pareto")
-    base = {"workload": workload, "devices": devices, "seed": seed, "trace": SHORT_SURGE}
+    base = {"workload": workload, "devices": devices, "seed": seed, "trace": SHORT_SURGE, "warmup": CALM}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ConsoleObserver(stderr()) as observer:
         try:
@@ -156,6 +156,9 @@ def pareto(
         raise typer.Exit(EXIT_INVALID)
 
 
+CALM = {"rate": 40}
+"""The warm-up's rate is the surge's own first one: a scaler that had been woken by more would begin with replicas that it is
+about to retire."""
 SHORT_SURGE = {"name": "surge", "params": {"duration_s": 20, "peak_at_s": 10, "half_width_s": 6, "fault_at_s": None}}
 
 

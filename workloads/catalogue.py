@@ -130,7 +130,7 @@ def _folder(name_or_folder: str) -> Path:
     for needed in ("workload.yaml", "model.py", "build.py"):
         if not (folder / needed).is_file():
             raise InputError(
-                f"{folder} is no workload folder: it has no {needed}", remedy="see CONTRIBUTING.md, «add a workload»"
+                f"{folder} is no workload folder: it has no {needed}", remedy="see docs/extend.md, «add a workload»"
             )
     return folder.resolve()
 
@@ -140,14 +140,14 @@ def _read_spec(folder: Path) -> WorkloadSpec:
     try:
         return WorkloadSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: {error}", remedy="see CONTRIBUTING.md, «add a workload»") from error
+        raise InputError(f"{path}: {error}", remedy="see docs/extend.md, «add a workload»") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         near = difflib.get_close_matches(field, WorkloadSpec.model_fields, n=1)
         hint = f"; did you mean `{near[0]}`?" if first["type"] == "extra_forbidden" and near else ""
         raise InputError(
-            f"{path}: `{field}`: {first['msg']}{hint}", remedy="see CONTRIBUTING.md, «add a workload»"
+            f"{path}: `{field}`: {first['msg']}{hint}", remedy="see docs/extend.md, «add a workload»"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""An adapter that lives outside tailrace: what CONTRIBUTING.md says, done."""
+"""An adapter that lives outside tailrace: what docs/extend.md says, done."""
