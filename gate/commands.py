@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,8 @@ from harness.errors import InputError
 from harness.terminal import TableOrJson, stderr, stdout
 
 if TYPE_CHECKING:
-    from gate.decision import Decision, Finding, Planned, Verdict
+    from gate.decision import Beside, Decision, Finding, Planned, Verdict
+    from gate.ratios import Against
     from gate.rules import Rule
 
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "invalid": 3, "fail": 4, "inconclusive": 5}
@@ -121,6 +122,36 @@ def gate(
         raise typer.Exit(code)
 
 
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders or saved baselines; each is set beside the first.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the report of all of them here too; of run folders only."),
+    ] = None,
+    folder: Folder = DEFAULT_FOLDER,
+    form: Annotated[GateFormat, typer.Option("--format", help="table, json or md.")] = GateFormat.TABLE,
+) -> None:
+    """Set runs side by side: what each is to the first, as ratios with their 95 % intervals, and what else differs.
+
+    Nothing is judged: tailrace gate does that. Pairs and intervals are those of the gate (docs/gate.md).
+    """
+    from gate.baselines import find
+    from gate.decision import side_by_side
+    from harness.comparison import FIGURES
+    from harness.store import RunFolder
+    from reports.report import write
+
+    if len(set(runs)) < 2:
+        raise InputError("there is nothing to compare with", remedy="give two runs or more")
+    figures = list(FIGURES)
+    rows, told = side_by_side({name: find(name, folder) for name in runs}, figures)
+    _print(_side_by_side_report(runs[0], rows, told, figures), form)
+    if output is not None:
+        path = write([RunFolder.open(Path(name)) for name in runs], output)
+        if form is GateFormat.TABLE:
+            typer.echo(path.resolve())
+
+
 # ---------------------------------------------------------------- what is told
 
 
@@ -205,6 +236,39 @@ def _gate_report(baseline: str, candidate: str, decision: Decision, taken: Verdi
     report.lines += [f"different conditions, allowed: {line}" for line in decision.allowed]
     report.lines += decision.notes
     return report
+
+
+def _side_by_side_report(first: str, rows: Sequence[Beside], told: Sequence[str], figures: Sequence[str]) -> _Report:
+    from harness.summary import jsonable
+
+    content = {
+        "first": first,
+        "cells": [
+            {
+                "cell": row.cell,
+                "run": row.run,
+                "trials": row.trials,
+                **{figure: asdict(found) for figure, found in row.ratios.items()},
+            }
+            for row in rows
+        ],
+        "different": told,
+    }
+    report = _Report(f"÷ {first}, with 95 % intervals", ("cell", "run", "trials", *figures), jsonable(content))
+    for row in rows:
+        values = [_with_interval(found) for found in row.ratios.values()]
+        report.rows.append([row.cell, row.run, "{1} beside {0}".format(*row.trials), *values])
+        reasons = {found.reason: None for found in row.ratios.values() if found.reason is not None}
+        report.lines += [f"{row.cell}, {row.run}: {reason}" for reason in reasons]
+    report.lines += told
+    return report
+
+
+def _with_interval(found: Against) -> str:
+    if found.ratio is None:
+        return "–"
+    ends = "" if found.interval is None else f" [{_ratio(found.interval[0])}, {_ratio(found.interval[1])}]"
+    return f"{_ratio(found.ratio)}{ends}"
 
 
 def _settled(finding: Finding) -> str:

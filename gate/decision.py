@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,17 +105,7 @@ def _comparable(
             "baseline and candidate are the same run, which passes whatever it holds",
             remedy="measure the candidate in a run of its own",
         )
-    different = {
-        name: _lines(
-            {
-                cell: list(
-                    differences(name, baseline.cells[cell].conditions[name], candidate.cells[cell].conditions[name])
-                )
-                for cell in common
-            }
-        )
-        for name in CONDITIONS
-    }
+    different = _different(baseline, candidate, common)
     refused = [line for name, lines in different.items() if name not in (allow_different or ()) for line in lines]
     if refused:
         names = ",".join(name for name, lines in different.items() if lines)
@@ -129,6 +119,21 @@ def _comparable(
             ),
         )
     return common, different
+
+
+def _different(baseline: Baseline, candidate: Baseline, common: Sequence[str]) -> dict[str, list[str]]:
+    """By condition what differs in the cells that both have, a line each."""
+    return {
+        name: _lines(
+            {
+                cell: list(
+                    differences(name, baseline.cells[cell].conditions[name], candidate.cells[cell].conditions[name])
+                )
+                for cell in common
+            }
+        )
+        for name in CONDITIONS
+    }
 
 
 def _find(cell: str, rule: Rule, baseline: SavedCell, candidate: SavedCell, *, strict: bool) -> Finding:
@@ -193,6 +198,56 @@ def _notes(baseline: Baseline, candidate: Baseline, common: Sequence[str]) -> It
         for side, saved in _sides(baseline.cells[cell], candidate.cells[cell]):
             for line in _doubted(side, saved, ["UNKNOWN"]):
                 yield f"{cell}: {line}"
+
+
+# ---------------------------------------------------------------- side by side
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One cell of one run beside the same cell of the first."""
+
+    cell: str
+    run: str
+    trials: tuple[int, int]
+    """Of the first and of this one."""
+    ratios: Mapping[str, Against]
+    """This ÷ the first, by figure."""
+
+
+def side_by_side(runs: Mapping[str, Baseline], figures: Sequence[str]) -> tuple[list[Beside], list[str]]:
+    """Every later run beside the first, in the cells that both have; and what else differs between them, a line each.
+
+    Nothing is judged and nothing refused but runs without a common cell (:class:`InputError`). A cell with INVALID trials in
+    either has no ratios.
+    """
+    (first, start), *others = runs.items()
+    rows: list[Beside] = []
+    told: list[str] = []
+    for name, run in others:
+        common = [cell for cell in start.cells if cell in run.cells]
+        different = _different(start, run, common)
+        told += [f"{name}: {line}" for lines in different.values() for line in lines]
+        if common:
+            told += [f"{name}: {line}" for line in (*_changed(start, run, common), *_notes(start, run, common))]
+        for cell in common:
+            one, other = start.cells[cell], run.cells[cell]
+            broken = [
+                line for side, saved in ((first, one), (name, other)) for line in _doubted(side, saved, ["INVALID"])
+            ]
+            same_traffic = not different["trace"]
+            ratios = {
+                figure: Against(reason="; ".join(broken))
+                if broken
+                else against(one.trials, other.trials, figure, same_traffic=same_traffic)
+                for figure in figures
+            }
+            rows.append(Beside(cell, name, (len(one.trials), len(other.trials)), ratios))
+    if not rows:
+        raise InputError(
+            f"no cell is common to {first} and another run", remedy="compare runs of the same adapters and scenarios"
+        )
+    return rows, told
 
 
 # ---------------------------------------------------------------- planning

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gate.commands import baseline_app, gate
+from gate.commands import baseline_app, compare, gate
 from harness import __version__
 from harness.errors import InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
@@ -49,6 +49,7 @@ app.command()(pareto)
 app.command()(saturate)
 app.command()(recommend)
 app.command()(gate)
+app.command()(compare)
 app.command(name="validate-sim")(validate_sim)
 
 

@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from typer.testing import CliRunner
 
 from gate.baselines import CONDITIONS, Baseline, SavedCell, SavedTrial, find, load, of_run, save
-from gate.decision import Decision, decide, plan
+from gate.decision import Decision, decide, plan, side_by_side
 from gate.power import MOST_TRIALS, power, trials_needed
 from gate.ratios import against, same_arrivals
 from gate.rules import DEFAULT_RULES, FIGURES, Rule, parse_rules
@@ -624,6 +624,37 @@ def test_runs_are_saved_listed_shown_and_gated(runs: Path, tmp_path: Path) -> No
     told = json.loads(typed("gate", "main", runs / "new", "--folder", folder, "--format", "json").stdout)
     assert {finding["cell"] for finding in told["findings"]} == {"triton--no-fault"}
     assert told["notes"] == ["only in the baseline, and not judged: ray_serve--no-fault"]
+
+
+def test_runs_are_set_side_by_side(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    shown = typed("compare", runs / "base", runs / "new", "-o", page)
+    assert shown.exit_code == 0, shown.output
+    assert str(page) in shown.stdout
+    assert "<html" in page.read_text(encoding="utf-8")
+    told = json.loads(typed("compare", runs / "base", runs / "new", "--format", "json").stdout)
+    (row,) = told["cells"]
+    assert (row["cell"], row["trials"]) == ("triton--no-fault", [3, 3])
+    low, high = row["p99_ms"]["interval"]
+    assert low <= row["p99_ms"]["ratio"] <= high
+    assert any("only in the baseline" in line for line in told["different"])
+    assert "[" in typed("compare", runs / "base", runs / "new", "--format", "md").stdout
+    for arguments, words in (((runs / "base",), "nothing to compare"), ((runs / "base", runs / "no"), "no run folder")):
+        refused = typed("compare", *arguments)
+        assert refused.exit_code == 2 or words in str(refused.exception)
+
+
+def test_side_by_side_judges_and_refuses_nothing() -> None:
+    first = record(trials([100, 101, 100]))
+    other = record(trials([200, 202, 200], seeds=9), slo={"latency_ms": 100.0})
+    broken = record(trials([200, 202, 200], verdict="INVALID", reasons=("dropped",)))
+    rows, told = side_by_side({"a": first, "b": other, "c": broken}, ["p99_ms"])
+    assert [(row.run, row.ratios["p99_ms"].paired) for row in rows] == [("b", False), ("c", None)]
+    assert rows[0].ratios["p99_ms"].ratio == pytest.approx(2, rel=0.01)
+    assert "INVALID" in str(rows[1].ratios["p99_ms"].reason)
+    assert any(line.startswith("b: slo") for line in told)
+    with pytest.raises(InputError, match="no cell is common"):
+        side_by_side({"a": first, "b": record(trials([1, 2, 3]), cell="kserve--calm")}, ["p99_ms"])
 
 
 def test_a_baseline_of_too_few_trials_is_saved_with_a_warning(tmp_path: Path) -> None:
