@@ -283,6 +283,16 @@ def report(
 
 
 @app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs.")] = Path("results"),
+) -> None:
+    """Write index.html over a folder of runs: what each asked and found, how far it can be trusted, and its report."""
+    from reports.index import write_index
+
+    typer.echo(write_index(folder).resolve())
+
+
+@app.command()
 def summary(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     form: Annotated[SummaryFormat, typer.Option("--format", help="table, json or csv (one line per trial).")] = (

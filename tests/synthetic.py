@@ -143,6 +143,7 @@ def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
     return {
         "tailrace_version": "0.1.0",
         "name": experiment.name,
+        "state": "running" if variant == "killed" else "done",
         "started_at": "2026-11-23T22:24:05Z",
         "ended_at": None,
         "command": ["tailrace", "run", experiment.name, "--set", f"note={SCRIPT}" if hostile else "trials=1"],

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.errors import InputError
 from harness.store import RunFolder
-from harness.summary import summarise
+from harness.summary import summarise, write_summary
+from reports.index import write_index
 from reports.markdown import _safe, markdown
+from reports.report import write
 from reports.tables import figures_csv, write_parquet
 from tests.conftest import tailrace
 from tests.synthetic import SCRIPT, make_run
@@ -96,6 +99,23 @@ def test_infinite_and_missing_figures_are_kept_apart(tmp_path: Path) -> None:
     assert "run" not in row
     write_parquet({"": failing}, tmp_path / "f.parquet")
     assert pd.read_parquet(tmp_path / "f.parquet")["p99_ms"][0] == float("inf")
+
+
+def test_an_index_lists_runs_and_what_could_not_be_read(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "sub" / "a run#1", trials=1)
+    write([good], good.folder / "report.html")
+    write_summary(good)
+    make_run(tmp_path / "hostile", variant="hostile", trials=1)
+    spoilt = make_run(tmp_path / "spoilt", variant="one-request", trials=1)
+    (spoilt.folder / "manifest.json").write_text('{"schema_version": 1}')
+    page = write_index(tmp_path).read_text(encoding="utf-8")
+    assert 'href="sub/a%20run%231/report.html"' in page
+    assert "triton, no-fault" in page
+    assert "without a summary" in page, "of the hostile one, which nobody has analysed"
+    assert SCRIPT not in page
+    assert "Not read: spoilt" in page
+    with pytest.raises(InputError, match="no run"):
+        write_index(tmp_path / "hostile" / "trials" / "nowhere")
 
 
 def test_on_the_command_line(run: RunFolder, tmp_path: Path) -> None:
