@@ -152,7 +152,7 @@ def bench_analysis(session: nox.Session) -> None:
 
 @nox.session(name="bench-gate")
 def bench_gate(session: nox.Session) -> None:
-    """Resample recorded A/A trials (`-- RUN`, of `tailrace run aa`): the gate's false alarms, and what it catches."""
+    """Resample recorded A/A trials (`-- RUN`: your own, of `tailrace run aa`): the gate's false alarms, and what it catches."""
     _install(session)
     session.run("python", "benchmarks/gate_rates.py", *session.posargs)
 

@@ -1,4 +1,4 @@
-"""How often the gate is wrong: `python benchmarks/gate_rates.py RUN [RUN]`, on recorded trials of one and the same thing.
+"""How often the gate is wrong: `python benchmarks/gate_rates.py [RUN [RUN]]`, on recorded trials of one and the same thing.
 
 Baseline and candidate are drawn at random, with replacement, from recorded A/A trials (`tailrace run aa`), as many of each as
 `tailrace gate --plan` asks for, and the gate judges them by its default rules: first as they are (a regression is a false
@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
-from gate.baselines import Baseline, SavedTrial, of_run
+from gate.baselines import Baseline, SavedTrial, find
 from gate.decision import EFFECT, decide, plan
 from gate.rules import DEFAULT_RULES, parse_rules
 from harness.errors import InputError
-from harness.store import RunFolder
 
+RECORDED = Path(__file__).parent / "recorded" / "aa.json"
+"""22 trials each of Triton and Ray Serve, on two cores of a virtual machine, emulated accelerators."""
 FEWEST = 20
 RULES = parse_rules(DEFAULT_RULES)
 Trials = Sequence[SavedTrial]
@@ -127,13 +128,16 @@ def rates(records: Sequence[Baseline], resamplings: int) -> Iterator[Rates]:
 def main() -> int:
     """Resample, and print the rates of each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one run, or two of the same seed")
+    parser.add_argument(
+        "runs", nargs="*", default=[str(RECORDED)], metavar="RUN",
+        help="one run or saved baseline, or two of the same seed; left out: those that come with tailrace",
+    )  # fmt: skip
     parser.add_argument("--resamplings", type=int, default=1000)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     arguments = parser.parse_args()
     if len(arguments.runs) > 2 or arguments.resamplings < 1:
         parser.error("give one or two runs, and at least one resampling")
-    found = list(rates([of_run(RunFolder.open(folder)) for folder in arguments.runs], arguments.resamplings))
+    found = list(rates([find(given, Path("baselines")) for given in arguments.runs], arguments.resamplings))
     if arguments.format == "json":
         print(json.dumps([asdict(row) for row in found], indent=1))
         return 0

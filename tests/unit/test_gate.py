@@ -688,3 +688,14 @@ def test_resampled_trials_of_the_same_thing_raise_no_alarm_and_a_regression_is_c
     assert min(row["passed"], row["caught"]) > 0.7
     refused = subprocess.run([*command, "few"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (refused.returncode, "has 3 trials" in refused.stderr) == (2, True)
+
+
+def test_on_recorded_trials_of_real_servers_the_gate_is_as_good_as_it_is_said_to_be() -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "gate_rates.py"), "--format", "json"]
+    done = subprocess.run([*command, "--resamplings", "400"], capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    assert [row["cell"] for row in rows] == ["triton--no-fault", "ray_serve--no-fault"]
+    for row in rows:
+        assert row["recorded"] >= 20
+        assert row["false_alarms"] <= 0.05
+        assert row["caught"] >= 0.88, "90 %, give or take what 400 draws leave open"
