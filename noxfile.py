@@ -143,6 +143,13 @@ def bench_simulator(session: nox.Session) -> None:
     session.run("python", "benchmarks/simulated_arrivals.py", *session.posargs)
 
 
+@nox.session
+def picture(session: nox.Session) -> None:
+    """Make the README's picture, docs/report.png, from the report of a real run (`-- RUN`), by headless Chromium."""
+    _install(session)
+    session.run("python", "benchmarks/report_picture.py", *session.posargs)
+
+
 @nox.session(name="bench-analysis")
 def bench_analysis(session: nox.Session) -> None:
     """Analyse ten million recorded requests: how long that takes, and in how much memory."""

@@ -88,6 +88,7 @@ def build(runs: Sequence[RunFolder]) -> str:
         failures=_failures(cells),
         tails=figures.latency(cells),
         frontiers=figures.frontier(frontiers),
+        knob_maps=figures.knobs(cells),
         timelines=figures.timelines(cells),
         timeline_keys=_timeline_keys(cells),
         recoveries=recoveries(cells),

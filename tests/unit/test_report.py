@@ -30,7 +30,7 @@ from reports.contestants import UNSEEN, left_out, profiles
 from reports.defaults import defaults
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, FaultWindow, view
-from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, timelines
+from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, knobs, timelines
 from reports.frontier import non_dominated
 from reports.headline import headline, pair, ratio_words
 from reports.report import MARKER_SHAPES, build, write
@@ -908,3 +908,33 @@ def test_the_ruler_is_told_with_its_own_figures(tmp_path: Path) -> None:
     assert numbers == [640, 5120, 0.03, 0.07, 0.15, 0.6, 66, 0.31]
     assert grpc[0] == "grpc" and "no server" in grpc[2]
     assert len(http) == len(grpc) == len(HEADINGS)
+
+
+def test_a_sweep_of_two_knobs_is_drawn_as_a_map(tmp_path: Path) -> None:
+    names = ("a", "b", "c", "d", "e")
+    run = make_run(tmp_path / "run", adapters=("triton",), scenarios=names, trials=1, fault_at=1e9)
+    assert knobs(view([run])[0].cells) == [], "nothing was swept"
+    swept = {
+        "a": {"max_batch": 4, "batch_window_ms": 0.0, "replicas": 2},
+        "b": {"max_batch": 8, "batch_window_ms": 0.0, "replicas": 2},
+        "c": {"max_batch": 4, "batch_window_ms": 5.0, "replicas": 2},
+        "d": {"max_batch": 16, "batch_window_ms": 5.0, "replicas": 1},
+        "e": {"max_batch": 16, "batch_window_ms": 5.0, "replicas": 2},
+    }
+    cells = [
+        replace(cell, summary={**cell.summary, "tuning": swept[cell.scenario]}, trials=calm(cell.trials))
+        for cell in view([run])[0].cells
+    ]
+    fast = {"p99_ms": 50.0, "goodput_rps_per_device": 10.0}
+    slow = {"p99_ms": math.inf, "goodput_rps_per_device": 20.0}
+    cells = [replace(cell, summary={**cell.summary, **(slow if cell.scenario == "d" else fast)}) for cell in cells]
+    (figure,) = knobs(cells)
+    assert "max batch 16, batch window ms 5: " in figure.svg
+    assert figure.svg.count("<title>") == 4, "two cells share a place"
+    assert "∞" not in figure.svg, "the one within the objective is the better one"
+    assert "differ by replicas" in figure.note
+    assert "emulated" in figure.svg
+
+
+def calm(trials: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple({**trial, "faults": []} for trial in trials)
