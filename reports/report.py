@@ -92,6 +92,7 @@ def build(runs: Sequence[RunFolder]) -> str:
         timelines=figures.timelines(cells),
         timeline_keys=_timeline_keys(cells),
         recoveries=recoveries(cells),
+        recovery_curves=figures.recovery_curves(cells),
         recovery_headings=RECOVERY_HEADINGS,
         account_headings=ACCOUNT_HEADINGS,
         accounts=accounts(cells),

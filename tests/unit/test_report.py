@@ -30,7 +30,7 @@ from reports.contestants import UNSEEN, left_out, profiles
 from reports.defaults import defaults
 from reports.downsample import largest_triangles
 from reports.evidence import NINES, Band, CellView, FaultWindow, view
-from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, knobs, timelines
+from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, knobs, recovery_curves, timelines
 from reports.frontier import non_dominated
 from reports.headline import headline, pair, ratio_words
 from reports.report import MARKER_SHAPES, build, write
@@ -118,7 +118,7 @@ def test_the_page_has_its_sections_figures_and_table(page: Page) -> None:
     }
     assert len(page.of("h1")) == 1
     figures = [a for a in page.of("svg") if a.get("role") == "img"]
-    assert len(figures) == 1 + 1 + 4 + 1  # tail, frontier, a timeline per cell, cold start
+    assert len(figures) == 1 + 1 + 4 + 1 + 1  # tail, frontier, a timeline per cell, recovery, cold start
     assert all(len(a["aria-label"]) > 40 for a in figures)
     rows = page.rows()
     assert len(rows) == 4 + 12  # cells and their trials
@@ -938,3 +938,13 @@ def test_a_sweep_of_two_knobs_is_drawn_as_a_map(tmp_path: Path) -> None:
 
 def calm(trials: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple({**trial, "faults": []} for trial in trials)
+
+
+def test_recovery_is_drawn_from_the_fault_on(tmp_path: Path) -> None:
+    cells = view([make_run(tmp_path / "run", trials=3, fault_at=20)])[0].cells
+    (figure,) = recovery_curves(cells)
+    assert figure.title == "kill replica"
+    assert len(figure.keys) == 2, "the calm scenario has no fault to count from"
+    assert "Triton · kill-replica: at the lowest 65 %; not recovered." in figure.svg, "nobody brought its replica back"
+    assert "Ray Serve · kill-replica: at the lowest 100 %; attainment held." in figure.svg
+    assert recovery_curves([cell for cell in cells if not cell.faulty]) == []
