@@ -32,6 +32,10 @@ NINES = np.linspace(0.0, 4.5, 46)
 """Where latency curves are read: −log10(1 − q), so 1 is p90 and 2 is p99."""
 
 
+GAUGES = ("utilization", "queue_depth", "batch_size", "power_w", "replicas")
+"""In the order in which a timeline shows them."""
+
+
 @dataclass(frozen=True)
 class Band:
     """A line with its uncertainty, one entry per place: the median over trials between the lowest and the highest.
@@ -91,7 +95,7 @@ class Evidence:
     goodput: Band
     p99_ms: Band
     gauges: dict[str, Band]
-    """Per second: ``utilization``, ``queue_depth``."""
+    """Per second, by the names in :data:`GAUGES`; without those that were not read."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
 def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evidence | None:
     curves: list[Band] = []
     timelines: list[Series] = []
-    gauges: dict[str, list[Floats]] = {"utilization": [], "queue_depth": [], "replicas": []}
+    gauges: dict[str, list[Floats]] = {name: [] for name in GAUGES}
     alone = sum(trial["arrivals"] > 0 for trial in trials) == 1
     for folder, trial in zip(folders, trials, strict=True):
         requests = folder.request_columns(*MEASURED_COLUMNS)
@@ -282,6 +286,8 @@ def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evid
         span = len(timelines[-1].t_s)
         gauges["utilization"].append(utilization_series(folder.facts, samples, span))
         gauges["queue_depth"].append(gauge_series(samples, "server", "queue_depth", span))
+        gauges["batch_size"].append(batch_series(samples, span))
+        gauges["power_w"].append(gauge_series(samples, "gpu", "power_w", span))
         gauges["replicas"].append(gauge_series(samples, "replicas", "replicas_alive", span))
     if not curves:
         return None
@@ -327,12 +333,28 @@ def utilization_series(facts: Mapping[str, Any], samples: Samples, seconds: int)
         source, metric, capacity = "device", "busy_s_total", int(facts["devices"])
     else:
         source, metric, capacity = "server-process", "cpu_s_total", int(facts["cpu_count"])
+    return np.clip(counter_series(samples, source, metric, seconds) / capacity, 0.0, 1.0)
+
+
+def batch_series(samples: Samples, seconds: int) -> Floats:
+    """Mean batch of each second: items ÷ batches where the server counts both, else its own gauge; NaN where no batch was."""
+    items, batches = (counter_series(samples, "server", metric, seconds) for metric in ("items_total", "batches_total"))
+    if np.isnan(batches).all():
+        return gauge_series(samples, "server", "batch_size", seconds, mean=True)
+    mean: Floats = np.divide(items, batches, out=np.full(seconds, np.nan), where=batches > 0)
+    return mean
+
+
+def counter_series(samples: Samples, source: str, metric: str, seconds: int) -> Floats:
+    """By how much a counter grew in each second, linear between readings and summed over scopes; NaN where nothing was
+    read."""
     edges = np.arange(seconds + 1, dtype=np.float64)
     rates: list[Floats] = []
     for scope in samples.scopes(source, metric):
         t_s, values = samples.series(source, metric, scope)
         rates.append(np.diff(np.interp(edges, t_s, values, left=np.nan, right=np.nan)))
-    return np.clip(np.sum(np.array(rates), axis=0) / capacity, 0.0, 1.0) if rates else np.full(seconds, np.nan)
+    total: Floats = np.sum(np.array(rates), axis=0) if rates else np.full(seconds, np.nan)
+    return total
 
 
 def gauge_series(samples: Samples, source: str, metric: str, seconds: int, *, mean: bool = False) -> Floats:

@@ -17,7 +17,7 @@ from reports.benefits import ATTAINMENT, GOODPUT, Benefit, others
 from reports.columns import optimistic
 from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
-from reports.evidence import NINES, Band, CellView, Evidence, FaultWindow
+from reports.evidence import GAUGES, NINES, Band, CellView, Evidence, FaultWindow
 from reports.frontier import frontier_probabilities, non_dominated
 from reports.text import humanly, interval, listing, milliseconds, seconds, share, significant
 
@@ -225,16 +225,15 @@ def _stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
 
 
 def timelines(cells: Sequence[CellView]) -> list[Figure]:
-    """One figure per cell, all on the same scales: rate, p99, utilisation, queue depth, and replicas where their number
-    changes in some cell, on one time axis."""
+    """One figure per cell, all on the same scales: rate, p99, utilisation, queue depth, batch, power, and replicas where their
+    number changes in some cell, on one time axis."""
     drawn = [(cell, cell.evidence) for cell in cells if cell.evidence is not None]
     if not drawn:
         return []
     bands = [evidence for _, evidence in drawn]
-    gauges = [name for name in ("utilization", "queue_depth") if any(name in e.gauges for e in bands)]
-    peaks = {name: _peak(name, bands) for name in ("queue_depth", "replicas")}
-    if any(np.nanmin(e.gauges["replicas"].low) < peaks["replicas"] for e in bands if "replicas" in e.gauges):
-        gauges.append("replicas")
+    peaks = {name: _peak(name, bands) for name in _GAUGE_HEADINGS}
+    changing = any(np.nanmin(e.gauges["replicas"].low) < peaks["replicas"] for e in bands if "replicas" in e.gauges)
+    gauges = [name for name in GAUGES if any(name in e.gauges for e in bands) and (name != "replicas" or changing)]
     peak_rate = max(float(np.nanmax(e.rate.high)) for e in bands)
     p99s = np.concatenate([[float(c.summary["slo_ms"]) for c, _ in drawn], *(e.p99_ms.low for e in bands)])
     p99s = np.concatenate([p99s, *(e.p99_ms.high for e in bands)])
@@ -259,6 +258,13 @@ class _Shared:
 
 
 _PANEL_PX, _GAP_PX, _BOTTOM_PX = 82, 30, 34
+_GAUGE_HEADINGS = {
+    "queue_depth": "Queue depth, requests",
+    "batch_size": "Mean batch, requests",
+    "power_w": "Power of all GPUs, W",
+    "replicas": "Replicas alive",
+}
+"""Of those that have no natural limit."""
 
 
 def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
@@ -292,7 +298,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
                 ax.set_ylim(0, 103)
                 ax.set_yticks([0, 50, 100])
             else:
-                _heading(canvas, ax, "Queue depth, requests" if name == "queue_depth" else "Replicas alive")
+                _heading(canvas, ax, _GAUGE_HEADINGS[name])
                 ax.set_ylim(0, shared.peaks[name] * 1.06)
                 ax.yaxis.set_major_locator(svg.few_ticks())
             if name in evidence.gauges:
@@ -302,6 +308,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
             else:
                 ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=svg.MUTED)
         _fault_marks(cell, axes, span_s)
+        axes[-1].xaxis.set_major_locator(svg.few_ticks(6))
         axes[-1].set_xlabel("seconds of the trace", labelpad=2)
         _stamp(canvas, [cell])
         drawn = svg.inline(canvas, name=f"time-{cell.key}", alt=_timeline_words(cell, evidence))

@@ -123,11 +123,11 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
 
 
-def few_ticks() -> MaxNLocator:
-    """Two or three round ticks for a low panel."""
+def few_ticks(most: int = 3) -> MaxNLocator:
+    """Round ticks, whole numbers: two or three for a low panel."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(nbins=3, steps=[1, 2, 5, 10], integer=True)
+    return MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True)
 
 
 def inline(figure: Figure, *, name: str, alt: str, tooltips: Mapping[str, str] | None = None) -> Markup:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,13 +24,15 @@ from scipy.stats import t as student_t
 from harness.comparison import paired_ratio
 from harness.errors import InputError, StorageError
 from harness.metrics import measured, percentile, samples_needed
+from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder, write_json
+from harness.summary import Samples
 from reports.benefits import ATTAINMENT, GOODPUT, PER_DOLLAR, PER_JOULE, others
 from reports.columns import COLUMNS, fields
 from reports.contestants import UNSEEN, left_out, profiles
 from reports.defaults import defaults
 from reports.downsample import largest_triangles
-from reports.evidence import NINES, Band, CellView, FaultWindow, view
+from reports.evidence import NINES, Band, CellView, FaultWindow, batch_series, view
 from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, knobs, recovery_curves, timelines
 from reports.frontier import non_dominated
 from reports.headline import headline, pair, ratio_words
@@ -948,3 +951,24 @@ def test_recovery_is_drawn_from_the_fault_on(tmp_path: Path) -> None:
     assert "Triton · kill-replica: at the lowest 65 %; not recovered." in figure.svg, "nobody brought its replica back"
     assert "Ray Serve · kill-replica: at the lowest 100 %; attainment held." in figure.svg
     assert recovery_curves([cell for cell in cells if not cell.faulty]) == []
+
+
+def read(metric: str, values: list[float], scope: str = "m") -> list[dict[str, Any]]:
+    return [
+        {"t_ns": i * 10**9, "source": "server", "scope": scope, "metric": metric, "value": value, "unit": "1"}
+        for i, value in enumerate(values)
+    ]
+
+
+def test_the_mean_batch_of_a_second_is_counted_where_it_can_be() -> None:
+    def told(*rows: list[dict[str, Any]]) -> list[float]:
+        table = pa.Table.from_pylist([row for part in rows for row in part], schema=SAMPLE_SCHEMA)
+        return [round(value, 6) for value in batch_series(Samples(table), 3)]
+
+    counted = read("items_total", [0, 40, 40, 44]), read("batches_total", [0, 10, 10, 14])
+    assert told(*counted)[0::2] == [4, 1]
+    assert math.isnan(told(*counted)[1]), "no batch was begun in that second"
+    more = read("items_total", [0, 0, 8, 8], "n"), read("batches_total", [0, 0, 1, 1], "n")
+    assert told(*counted, *more) == [4, 8, 1], "models together"
+    assert told(read("batch_size", [2, 2, 4, 4])) == [2, 3, 4], "its own gauge, where nothing is counted"
+    assert all(math.isnan(value) for value in told([]))
