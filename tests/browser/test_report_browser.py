@@ -206,7 +206,7 @@ def test_figures_are_as_wide_as_the_phone(driver: Any, pages: dict[str, Path]) -
     widths = driver.execute_script(
         "return [...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect().width)"
     )
-    assert len(widths) == 7 and all(330 <= width <= 390 for width in widths)
+    assert len(widths) == 8 and all(330 <= width <= 390 for width in widths)
 
 
 def test_its_colours_follow_the_reader(driver: Any, pages: dict[str, Path]) -> None:
