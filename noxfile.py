@@ -117,7 +117,7 @@ def compare(session: nox.Session) -> None:
 
 @nox.session
 def pareto(session: nox.Session) -> None:
-    """Goodput per device against the tail, Triton and Ray Serve: the simulator picks what is measured; about a quarter hour."""
+    """Goodput per device against the tail, Triton and Ray Serve: the simulator picks what is measured; about twenty minutes."""
     _install(session)
     session.run("tailrace", "pareto", *session.posargs)
 
