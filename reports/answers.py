@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.comparison import FIGURES
+from reports.conditions import differences
+from reports.contestants import left_out
 from reports.evidence import RunView
-from reports.headline import Headline
+from reports.headline import Headline, headline
 from reports.reproduce import Portable
 from reports.text import count, interval, listing, milliseconds, significant
 
@@ -26,6 +28,18 @@ class Answer:
     headline: Headline
 
 
+def answers(views: Sequence[RunView]) -> list[Answer]:
+    """What each run found, and what it asks where others ask something else."""
+    same = len({_asked(run) for run in views}) == 1
+    return [Answer(run.label, "" if same else _asked(run), headline(run)) for run in views]
+
+
+def conditions(views: Sequence[RunView]) -> list[str]:
+    """In what the runs are not alike, and what frameworks run without: a sentence each."""
+    told = [(run.title, cell.conditions) for run in views for cell in run.cells]
+    return [*differences(told), *left_out(views)]
+
+
 def _asked(run: RunView) -> str:
     return str(run.manifest["experiment"].get("question") or "")
 
@@ -36,11 +50,6 @@ def question(views: Sequence[RunView]) -> str:
     if len(questions) == 1 and (question := questions.pop()):
         return question
     return listing([run.title for run in views]) if len(views) <= 4 else f"{len(views)} runs side by side"
-
-
-def own_question(run: RunView, views: Sequence[RunView]) -> str:
-    """What one run asks, where others ask something else."""
-    return "" if len({_asked(other) for other in views}) == 1 else _asked(run)
 
 
 def kicker(views: Sequence[RunView]) -> list[str]:

@@ -6,11 +6,8 @@ import re
 from collections.abc import Sequence
 
 from harness.store import RunFolder
-from reports.answers import RATIO_HEADINGS, Answer, device_note, kicker, own_question, question, ratios, verdict
-from reports.conditions import differences
-from reports.contestants import left_out
+from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from reports.evidence import CellView, view
-from reports.headline import headline
 from reports.text import interval, milliseconds, per_second, printable, share
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&@])")
@@ -28,7 +25,7 @@ def markdown(runs: Sequence[RunFolder]) -> str:
     lines = [f"## {_safe(question(views))}", "", _safe(" · ".join(kicker(views))), ""]
     if note := device_note(views):
         lines += [f"> {_safe(note)}", ""]
-    for answer in (Answer(run.label, own_question(run, views), headline(run)) for run in views):
+    for answer in answers(views):
         where = f"{answer.label}: " if answer.label else ""
         lines += [f"**{_safe(where + answer.headline.lede)}**", ""]
         lines += [*(f"- {_safe(sentence)}" for sentence in answer.headline.support), ""]
@@ -43,8 +40,7 @@ def markdown(runs: Sequence[RunFolder]) -> str:
     ]
     if len(told.reasons) > REASONS:
         lines.append(f"- {len(told.reasons) - REASONS} more")
-    conditions = differences([(run.title, cell.conditions) for run in views for cell in run.cells]) + left_out(views)
-    lines += ["", *(f"- {_safe(sentence)}" for sentence in conditions)]
+    lines += ["", *(f"- {_safe(sentence)}" for sentence in conditions(views))]
     return printable("\n".join(lines).rstrip() + "\n")
 
 

@@ -16,14 +16,12 @@ from harness.errors import InputError
 from harness.store import RunFolder
 from reports import figures
 from reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
-from reports.answers import RATIO_HEADINGS, Answer, device_note, kicker, own_question, question, ratios, verdict
+from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from reports.columns import COLUMNS, fields
-from reports.conditions import differences
-from reports.contestants import left_out, profiles
+from reports.contestants import profiles
 from reports.defaults import defaults
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
-from reports.headline import headline
 from reports.page import render, write_page
 from reports.reproduce import Portable, reproduce
 from reports.ruler import HEADINGS, ruler
@@ -68,10 +66,9 @@ def build(runs: Sequence[RunFolder]) -> str:
         "report.html.j2",
         title=question(views),
         kicker=kicker(views),
-        answers=[Answer(run.label, own_question(run, views), headline(run)) for run in views],
+        answers=answers(views),
         verdict=verdict(views),
-        differences=differences([(run.title, cell.conditions) for run in views for cell in run.cells])
-        + left_out(views),
+        differences=conditions(views),
         defaults=defaults(cells),
         ruler=ruler(views),
         ruler_headings=HEADINGS,

@@ -312,6 +312,7 @@ class TestThePicksOfTheFrontier:
     def test_who_scales_itself_gets_the_cheapest_that_keeps_the_objective(self) -> None:
         fitted = calibrate(measured_trial(TRUE, 1))
         assert fitted.cold_start_s.model_s == pytest.approx(0.8)
+        assert fitted.cold_start_s.server_s == pytest.approx(2.9)
         trial = measured_trial(TRUE, 1)
 
         def simulated(pick: Pick) -> Simulated:
