@@ -186,15 +186,11 @@ def _print(report: _Report, form: GateFormat) -> None:
 
 
 def _markdown(report: _Report) -> str:
-    rows = [list(report.headings), ["---"] * len(report.headings), *report.rows]
-    table = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in rows]
-    lines = [f"- {_escaped(line)}" for line in report.lines]
-    return "\n".join([f"### {_escaped(report.title)}", "", *table, *(["", *lines] if lines else [])])
+    from reports.text import markdown_safe, markdown_table
 
-
-def _escaped(text: str) -> str:
-    """The text without what Markdown would make of it: names of hardware and models may hold anything."""
-    return "".join(f"\\{c}" if c in "\\`*[]<>|#" else c for c in " ".join(text.split()))
+    lines = [f"- {markdown_safe(line)}" for line in report.lines]
+    table = markdown_table(report.headings, report.rows)
+    return "\n".join([f"### {markdown_safe(report.title)}", "", *table, *(["", *lines] if lines else [])])
 
 
 def _gate_report(baseline: str, candidate: str, decision: Decision, taken: Verdict) -> _Report:

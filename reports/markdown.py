@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from harness.store import RunFolder
 from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from reports.evidence import CellView, view
-from reports.text import interval, milliseconds, per_second, printable, share
+from reports.text import interval, markdown_safe, markdown_table, milliseconds, per_second, printable, share
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~&@])")
 CELL_HEADINGS = (
     *("cell", "trials", "offered", "goodput per device", "p50", "p99", "within SLO", "failed or shed", "verdict"),
 )
@@ -22,25 +20,25 @@ def markdown(runs: Sequence[RunFolder]) -> str:
     """One text for one run, or for several side by side. Whatever a server, a trace or an experiment said is escaped."""
     views = view(runs)
     cells = [cell for run in views for cell in run.cells]
-    lines = [f"## {_safe(question(views))}", "", _safe(" · ".join(kicker(views))), ""]
+    lines = [f"## {markdown_safe(question(views))}", "", markdown_safe(" · ".join(kicker(views))), ""]
     if note := device_note(views):
-        lines += [f"> {_safe(note)}", ""]
+        lines += [f"> {markdown_safe(note)}", ""]
     for answer in answers(views):
         where = f"{answer.label}: " if answer.label else ""
-        lines += [f"**{_safe(where + answer.headline.lede)}**", ""]
-        lines += [*(f"- {_safe(sentence)}" for sentence in answer.headline.support), ""]
-    lines += [*_table(CELL_HEADINGS, [_row(cell) for cell in cells]), ""]
+        lines += [f"**{markdown_safe(where + answer.headline.lede)}**", ""]
+        lines += [*(f"- {markdown_safe(sentence)}" for sentence in answer.headline.support), ""]
+    lines += [*markdown_table(CELL_HEADINGS, [_row(cell) for cell in cells]), ""]
     if pairs := ratios(views):
-        lines += [*_table(RATIO_HEADINGS, pairs), ""]
+        lines += [*markdown_table(RATIO_HEADINGS, pairs), ""]
     told = verdict(views)
-    lines += [f"**{told.word}**: {_safe(told.sentence)}", ""]
+    lines += [f"**{told.word}**: {markdown_safe(told.sentence)}", ""]
     lines += [
-        f"- {_safe(reason.where)}: {_safe(reason.code)}: {_safe(reason.text)}. Remedy: {_safe(reason.remedy)}."
+        "- " + markdown_safe(f"{reason.where}: {reason.code}: {reason.text}. Remedy: {reason.remedy}.")
         for reason in told.reasons[:REASONS]
     ]
     if len(told.reasons) > REASONS:
         lines.append(f"- {len(told.reasons) - REASONS} more")
-    lines += ["", *(f"- {_safe(sentence)}" for sentence in conditions(views))]
+    lines += ["", *(f"- {markdown_safe(sentence)}" for sentence in conditions(views))]
     return printable("\n".join(lines).rstrip() + "\n")
 
 
@@ -59,14 +57,3 @@ def _row(cell: CellView) -> tuple[str, ...]:
         f"{failed:,} of {s['arrivals']:,}",
         s["verdict"],
     )
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [" | ".join(headings), " | ".join("---" for _ in headings)]
-    lines += [" | ".join(_safe(value.strip()) for value in row) for row in rows]
-    return [f"| {line} |" for line in lines]
-
-
-def _safe(text: str) -> str:
-    """The text as itself: on one line, without a meaning for Markdown or HTML, and nobody is mentioned by it."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split(" "))).replace("\r", " ").replace("\n", " ")

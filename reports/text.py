@@ -101,6 +101,23 @@ def sources(record: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in (record or {}).items())
 
 
+def markdown_safe(text: str) -> str:
+    """The text as itself: on one line, without a meaning for Markdown or HTML, and nobody is mentioned by it. Servers, traces
+    and hardware may be called anything."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|#~&@!]|(?<![^\W_])_|_(?![^\W_])")
+"""Underscores within a word mean nothing."""
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, everything in it :func:`markdown_safe`."""
+    dashes = " | ".join("---" for _ in headings)
+    lines = [" | ".join(markdown_safe(cell) for cell in row) for row in (headings, *rows)]
+    return [f"| {line} |" for line in (lines[0], dashes, *lines[1:])]
+
+
 def printable(text: str) -> str:
     """The text without what no page may hold: control characters, lone surrogates, and marks that turn the direction of
     writing, with which a server could make the words around its own read backwards."""

@@ -16,9 +16,10 @@ from harness.errors import InputError
 from harness.store import RunFolder
 from harness.summary import summarise, write_summary
 from reports.index import write_index
-from reports.markdown import _safe, markdown
+from reports.markdown import markdown
 from reports.report import write
 from reports.tables import figures_csv, write_parquet
+from reports.text import markdown_safe
 from tests.conftest import tailrace
 from tests.synthetic import SCRIPT, make_run
 
@@ -68,7 +69,7 @@ def test_hostile_text_means_nothing_in_markdown(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_whatever_is_said_stays_in_its_field(text: str) -> None:
-    safe = _safe(text)
+    safe = markdown_safe(text)
     assert "\n" not in safe
     assert "\r" not in safe
     for special in "|<`*[":
