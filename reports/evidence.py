@@ -64,6 +64,10 @@ class Band:
         middle = (last + 1) // 2 if high_is_bad else last // 2
         return cls(mid=ordered[middle, columns], low=ordered[0], high=ordered[last, columns])
 
+    def times(self, factor: float) -> Band:
+        """The same line in another unit."""
+        return Band(self.mid * factor, self.low * factor, self.high * factor)
+
 
 @dataclass(frozen=True)
 class FaultWindow:
@@ -93,6 +97,8 @@ class Evidence:
     """At :data:`NINES`; NaN where the percentile is not claimed."""
     rate: Band
     goodput: Band
+    attainment: Band
+    """Good ÷ offered, per second; NaN where nothing was offered."""
     p99_ms: Band
     gauges: dict[str, Band]
     """Per second, by the names in :data:`GAUGES`; without those that were not read."""
@@ -297,6 +303,7 @@ def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evid
         latency_ms=Band(*(np.where(unclaimed, np.nan, row) for row in (latency.mid, latency.low, latency.high))),
         rate=Band.over([t.offered.astype(np.float64) for t in timelines]),
         goodput=Band.over([t.good.astype(np.float64) for t in timelines]),
+        attainment=Band.over([_attainment(t) for t in timelines]),
         p99_ms=Band.over([t.p99_ms for t in timelines], high_is_bad=True),
         gauges={
             name: Band.over(rows, high_is_bad=True)
@@ -304,6 +311,12 @@ def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evid
             if not np.isnan(np.concatenate(rows)).all()
         },
     )
+
+
+def _attainment(timeline: Series) -> Floats:
+    offered = timeline.offered.astype(np.float64)
+    good: Floats = np.divide(timeline.good, offered, out=np.full(len(offered), np.nan), where=offered > 0)
+    return good
 
 
 def _curve(response_ms: Floats, *, with_interval: bool) -> Band:

@@ -19,6 +19,7 @@ from reports.conditions import Conditions, distinction
 from reports.downsample import largest_triangles
 from reports.evidence import GAUGES, NINES, Band, CellView, Evidence, FaultWindow
 from reports.frontier import frontier_probabilities, non_dominated
+from reports.settings import merit, settings, varied, within_objective
 from reports.text import humanly, interval, listing, milliseconds, seconds, share, significant
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 MAX_POINTS = 240
 """Points of a line; longer ones are thinned, for no screen shows more."""
 MAX_LINES = 6
+"""Lines in one panel; with more, figures split by scenario."""
 _FAINTEST = 0.3
 """How opaque a cell is that is never on the frontier."""
 _MENTIONED = 0.025
 """What is less probable than this, or as near to certain, is taken as settled."""
-"""Lines in one panel; with more, figures split by scenario."""
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 PHASES = (
@@ -225,8 +226,8 @@ def _stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
 
 
 def timelines(cells: Sequence[CellView]) -> list[Figure]:
-    """One figure per cell, all on the same scales: rate, p99, utilisation, queue depth, batch, power, and replicas where their
-    number changes in some cell, on one time axis."""
+    """One figure per cell, all on the same scales: rate, attainment, p99, utilisation, queue depth, batch, power, and replicas
+    where their number changes in some cell, on one time axis."""
     drawn = [(cell, cell.evidence) for cell in cells if cell.evidence is not None]
     if not drawn:
         return []
@@ -268,7 +269,7 @@ _GAUGE_HEADINGS = {
 
 
 def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
-    panels = 2 + len(shared.gauges)
+    panels = 3 + len(shared.gauges)
     top_px = 40 if shared.faults else 24
     height = top_px + panels * _PANEL_PX + (panels - 1) * _GAP_PX + _BOTTOM_PX
     span_s = float(max(trial["span_s"] for trial in cell.repetitions))
@@ -282,12 +283,15 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
             ax.set_xlim(0, span_s)
             ax.xaxis.set_visible(i == panels - 1)
             axes.append(ax)
-        rate, p99, *others = axes
+        rate, attainment, p99, *others = axes
         _heading(canvas, rate, "Requests per second")
         rate.set_ylim(0, shared.peak_rate * 1.06)
         rate.yaxis.set_major_locator(svg.few_ticks())
         _line(rate, evidence.goodput, colour, area=True)
         _line(rate, evidence.rate, svg.MUTED, width=1.2)
+        _heading(canvas, attainment, "Good, % of what was offered")
+        _percent_axis(attainment)
+        _line(attainment, evidence.attainment.times(100), colour)
         _heading(canvas, p99, "p99 response time, ms (log scale)")
         scale = _LogAxis.fit(p99, shared.p99s_ms, most_ticks=3, strip=0.3)
         p99.axhline(float(cell.summary["slo_ms"]), color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
@@ -295,16 +299,13 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         for ax, name in zip(others, shared.gauges, strict=True):
             if name == "utilization":
                 _heading(canvas, ax, "Utilisation, %")
-                ax.set_ylim(0, 103)
-                ax.set_yticks([0, 50, 100])
+                _percent_axis(ax)
             else:
                 _heading(canvas, ax, _GAUGE_HEADINGS[name])
                 ax.set_ylim(0, shared.peaks[name] * 1.06)
                 ax.yaxis.set_major_locator(svg.few_ticks())
             if name in evidence.gauges:
-                band = evidence.gauges[name]
-                factor = 100 if name == "utilization" else 1
-                _line(ax, Band(band.mid * factor, band.low * factor, band.high * factor), colour)
+                _line(ax, evidence.gauges[name].times(100 if name == "utilization" else 1), colour)
             else:
                 ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=svg.MUTED)
         _fault_marks(cell, axes, span_s)
@@ -313,6 +314,11 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         _stamp(canvas, [cell])
         drawn = svg.inline(canvas, name=f"time-{cell.key}", alt=_timeline_words(cell, evidence))
     return Figure(cell.label, drawn, note=_timeline_note(len(cell.repetitions)))
+
+
+def _percent_axis(ax: Axes) -> None:
+    ax.set_ylim(0, 103)
+    ax.set_yticks([0, 50, 100])
 
 
 def _timeline_note(trials: int) -> str:
@@ -403,8 +409,7 @@ def _recovery(kind: str, cells: Sequence[CellView], name: str) -> Figure:
         canvas = svg.new_figure(240)
         ax = canvas.add_axes((0.105, 0.17, 0.87, 0.70))
         ax.set_xlim(-_BEFORE_S, _AFTER_S)
-        ax.set_ylim(0, 103)
-        ax.set_yticks([0, 50, 100])
+        _percent_axis(ax)
         ax.axvline(0, color=svg.ALARM, lw=1.2, zorder=1)
         for cell in cells:
             since_s, percent = _since_the_fault(cell)
@@ -429,13 +434,10 @@ def _since_the_fault(cell: CellView) -> tuple[Floats, Floats]:
     offered), of the median over trials."""
     if cell.evidence is None:
         raise ValueError("a cell that measured nothing has no curve")
-    good, rate = cell.evidence.goodput.mid, cell.evidence.rate.mid
-    length = min(len(good), len(rate))
-    since_s: Floats = np.arange(length, dtype=np.float64) + 0.5 - cell.faults[0].from_s
-    offered = np.where(rate[:length] > 0, rate[:length], np.nan)
-    percent: Floats = 100 * good[:length] / offered
+    percent = cell.evidence.attainment.times(100).mid
+    since_s: Floats = np.arange(len(percent), dtype=np.float64) + 0.5 - cell.faults[0].from_s
     shown = (since_s >= -_BEFORE_S) & (since_s <= _AFTER_S)
-    return since_s[shown], np.minimum(percent[shown], 100.0)
+    return since_s[shown], percent[shown]
 
 
 # ---------------------------------------------------------------- frontier
@@ -693,7 +695,6 @@ def _point_words(cell: CellView, group: Frontier) -> str:
 # ---------------------------------------------------------------- knobs
 
 
-_LOAD = "mean load, requests/s"
 _PALEST = 0.12
 
 
@@ -706,12 +707,6 @@ def knobs(cells: Sequence[CellView]) -> list[Figure]:
             groups.setdefault((cell.run, cell.framework), []).append(cell)
     maps = [_KnobMap.of(members) for members in groups.values()]
     return [_knob_figure(each, f"knobs{i}") for i, each in enumerate(maps) if each is not None]
-
-
-def _settings(cell: CellView) -> dict[str, float]:
-    numbers = {name: value for name, value in cell.summary["tuning"].items() if isinstance(value, int | float)}
-    rate = cell.summary["mean_rate"]
-    return {humanly(name): float(value) for name, value in numbers.items()} | ({} if rate is None else {_LOAD: rate})
 
 
 @dataclass(frozen=True)
@@ -729,38 +724,19 @@ class _KnobMap:
     @classmethod
     def of(cls, cells: Sequence[CellView]) -> _KnobMap | None:
         """By the two settings with the most values; ``None`` where no two have several."""
-        told = [(cell, _settings(cell)) for cell in cells]
-        values: dict[str, set[float]] = {}
-        for _, settings in told:
-            for name, value in settings.items():
-                values.setdefault(name, set()).add(value)
-        several = sorted((name for name in values if len(values[name]) > 1), key=lambda name: -len(values[name]))
+        several = varied(cells)
         if len(several) < 2:
             return None
         across, up, *others = several
         at: dict[tuple[float, float], CellView] = {}
-        for cell, settings in told:
-            if across in settings and up in settings:
-                place = settings[across], settings[up]
-                if place not in at or _better(cell, at[place]):
+        for cell in cells:
+            own = settings(cell)
+            if across in own and up in own:
+                place = own[across], own[up]
+                if place not in at or merit(cell) > merit(at[place]):
                     at[place] = cell
-        return cls(across, up, tuple(sorted(values[across])), tuple(sorted(values[up])), at, tuple(others))
-
-
-def _better(one: CellView, other: CellView) -> bool:
-    """Rather one within the objective, then more goodput, then a shorter tail; last what cannot be compared."""
-
-    def rank(cell: CellView) -> tuple[bool, bool, float, float]:
-        p99 = cell.summary["p99_ms"]
-        tail = math.inf if p99 is None else float(p99)
-        return cell.comparable, _within(cell), cell.summary["goodput_rps_per_device"], -tail
-
-    return rank(one) > rank(other)
-
-
-def _within(cell: CellView) -> bool:
-    p99 = cell.summary["p99_ms"]
-    return bool(cell.comparable and p99 is not None and p99 <= cell.summary["slo_ms"])
+        columns, rows = ({settings(cell)[name] for cell in cells if name in settings(cell)} for name in (across, up))
+        return cls(across, up, tuple(sorted(columns)), tuple(sorted(rows)), at, tuple(others))
 
 
 def _knob_figure(told: _KnobMap, name: str) -> Figure:
@@ -789,7 +765,7 @@ def _knob_figure(told: _KnobMap, name: str) -> Figure:
             )
             patch.set_gid(f"tip-{name}-{x}-{y}")
             ax.add_patch(patch)
-            if _within(cell):
+            if within_objective(cell):
                 ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fc="none", ec=svg.INK, lw=1.4))
             text = "–" if p99 is None else "∞" if math.isinf(p99) else significant(p99, 2)
             ax.text(x, y, text, ha="center", va="center", color=svg.INK if cell.comparable else svg.MUTED, fontsize=11)

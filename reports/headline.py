@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from harness.comparison import Pairs, Ratio, blocks, paired_ratio
 from harness.metrics import RECOVERY_MARGIN
 from reports.columns import optimistic
 from reports.evidence import CellView, RunView
+from reports.settings import merit, setting_words, varied, within_objective
 from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
 
 
@@ -34,6 +35,8 @@ class Headline:
 
 
 MAX_SUPPORT = 5
+MANY_SETTINGS = 3
+"""From so many on the best setting of each framework answers, rather than one sentence for each setting."""
 CLOSE = 1.05
 """Without an interval, a smaller ratio than this is not called a lead."""
 
@@ -43,9 +46,14 @@ def headline(run: RunView) -> Headline:
     usable = [cell for cell in run.cells if cell.comparable]
     if not usable:
         return Headline(_nothing(run))
-    frameworks = list(dict.fromkeys(cell.summary["adapter"] for cell in usable))
-    lede = _single(usable[0], usable) if len(frameworks) == 1 else _race(usable)
-    support = [] if len(frameworks) == 1 else [_single(cell, usable) for cell in _first_scenario(usable)]
+    calm = [cell for cell in usable if not cell.faulty]
+    knobs = varied(calm)
+    if knobs and len({cell.scenario for cell in calm}) >= MANY_SETTINGS:
+        lede, support = _sweep(calm, knobs)
+    elif len({cell.summary["adapter"] for cell in usable}) == 1:
+        lede, support = _single(usable[0], usable), []
+    else:
+        lede, support = _race(usable), [_single(cell, usable) for cell in _first_scenario(usable)]
     support += [told for cell in usable if (told := _fault_cost(cell, usable))]
     if len(support) > MAX_SUPPORT:
         left = count(len(support) - MAX_SUPPORT, "more comparison")
@@ -82,9 +90,10 @@ def _condition(cell: CellView, cells: Sequence[CellView]) -> str:
     return f"with {cell.scenario}"
 
 
-def _single(cell: CellView, cells: Sequence[CellView]) -> str:
+def _single(cell: CellView, cells: Sequence[CellView], named: str = "") -> str:
+    """One cell's figures; ``named`` says its settings too, in place of the scenario's name."""
     s = cell.summary
-    where = " ".join(part for part in (f"Under {s['trace']}", _condition(cell, cells)) if part)
+    where = " ".join(part for part in (f"Under {s['trace']}", "" if named else _condition(cell, cells)) if part)
     p99 = s["p99_ms"]
     if p99 is None:
         tail = f"p99 is not claimed ({count(s['p99_more_needed'], 'more arrival')} would do)"
@@ -95,7 +104,7 @@ def _single(cell: CellView, cells: Sequence[CellView]) -> str:
         ends = " ".join(part for part in (interval(s["p99_ci_ms"]), optimistic(s, "p99_ci_ms")) if part)
         tail = f"p99 {milliseconds(p99)} {ends}".rstrip() + f", {side} the objective"
     return (
-        f"{where}, {cell.framework} answered {share(s['slo_attainment'])} of requests within "
+        f"{where}, {named or cell.framework} answered {share(s['slo_attainment'])} of requests within "
         f"{milliseconds(s['slo_ms'])}: {per_second(s['goodput_rps_per_device'])} of goodput per {_device(cell)}, "
         f"{tail}."
     )
@@ -111,32 +120,61 @@ def _race(cells: Sequence[CellView]) -> str:
         if len(members) < 2:
             told.append(f"{condition} only {members[0].framework} gave a figure to compare")
             continue
-        best, next_best = members[0], members[1]
-        ratio = paired_ratio(pair(best, next_best, "goodput_rps_per_device"))
-        if ratio is not None and ratio.value < 1:  # a trial without its pair had put the other one first
-            best, next_best = next_best, best
-            ratio = paired_ratio(pair(best, next_best, "goodput_rps_per_device"))
-        if ratio is None:
-            told.append(f"{condition} not every framework answered within the objective in every trial")
-        elif ratio.ends is None and ratio.value < CLOSE:
-            percent = max(1, math.ceil((ratio.value - 1) * 100 - 1e-9))
-            told.append(
-                f"{condition} {best.framework} and {next_best.framework} are within {percent}\u202f% of each other "
-                f"({count(ratio.pairs, 'trial')} each: no interval)"
-            )
-        elif ratio.settled or ratio.ends is None:
-            caution = "" if ratio.settled else f" ({count(ratio.pairs, 'trial')} each: no interval)"
-            told.append(
-                f"{condition} {best.framework} reaches {ratio_words(ratio)} the goodput of {next_best.framework}{caution}"
-            )
-        else:
-            told.append(f"{condition} {best.framework} and {next_best.framework} are level ({ratio_words(ratio)})")
+        told.append(f"{condition} {_lead(members[0], members[1])}")
     if len(told) > 4:
         left = len(told) - 4
         told = [*told[:4], f"{count(left, 'more scenario')} {'is' if left == 1 else 'are'} in the table"]
     s = cells[0].summary
     clauses = "; ".join(clause.strip() for clause in told)
     return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+
+
+def _sweep(cells: Sequence[CellView], knobs: Sequence[str]) -> tuple[str, list[str]]:
+    """Of many settings the best of each framework: who leads, and what each of them reached with what."""
+    best: dict[str, CellView] = {}
+    for cell in sorted(cells, key=merit, reverse=True):
+        best.setdefault(cell.summary["adapter"], cell)
+    first, *others = best.values()
+    s = first.summary
+    settings = len({cell.scenario for cell in cells})
+    where = f"Under {s['trace']}, of {count(settings, 'setting')}"
+    objective = f"p99 ≤ {milliseconds(s['slo_ms'])}"
+    within = f" within {objective}" if within_objective(first) else ""
+    where += "" if within else f", none of which is known to keep {objective}"
+    named = {cell.key: f"{cell.framework} with {setting_words(cell, knobs)}" for cell in best.values()}
+    missed = [cell.framework for cell in others if within_objective(first) and not within_objective(cell)]
+    rivals = [cell for cell in others if cell.framework not in missed]
+    if rivals:
+        lede = f"{where}, by goodput per {_device(first)}{within}: {_lead(first, rivals[0], named)}"
+    else:
+        most = f"{per_second(s['goodput_rps_per_device'])} per {_device(first)}{within}"
+        lede = f"{where}, {named[first.key]} gave the most goodput: {most}"
+    if missed:
+        lede += f"; no setting of {listing(missed)} is known to keep the objective"
+    support = [_single(cell, cells, named[cell.key]) for cell in best.values()]
+    if rivals or settings > 1:
+        support.append(
+            "Each is the best of several, which flatters it: measure it again alone where the lead is small."
+        )
+    return f"{lede}.", support
+
+
+def _lead(first: CellView, second: CellView, named: Mapping[str, str] | None = None) -> str:
+    """Who of two has more goodput per device, as far as their trials can tell."""
+    ratio = paired_ratio(pair(first, second, "goodput_rps_per_device"))
+    if ratio is not None and ratio.value < 1:  # a trial without its pair had put the other one first
+        first, second = second, first
+        ratio = paired_ratio(pair(first, second, "goodput_rps_per_device"))
+    best, next_best = ((named or {}).get(cell.key, cell.framework) for cell in (first, second))
+    if ratio is None:
+        return "not every framework answered within the objective in every trial"
+    caution = f" ({count(ratio.pairs, 'trial')} each: no interval)"
+    if ratio.ends is None and ratio.value < CLOSE:
+        percent = max(1, math.ceil((ratio.value - 1) * 100 - 1e-9))
+        return f"{best} and {next_best} are within {percent}\u202f% of each other{caution}"
+    if ratio.settled or ratio.ends is None:
+        return f"{best} reaches {ratio_words(ratio)} the goodput of {next_best}{'' if ratio.settled else caution}"
+    return f"{best} and {next_best} are level ({ratio_words(ratio)})"
 
 
 def _typical_goodput(cell: CellView) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class ConfigFile:
     adapter: str
     name: str
     text: str
+    """The whole of it; of one that other trials had otherwise, what is different (unified diff)."""
     trials: tuple[str, ...]
+    against: str = ""
+    """A trial that had the other one; empty where the text is whole."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Reproduce:
     trace: str
     workload: str
     adapters: list[AdapterFacts]
+    knobs: Rows
+    """Neutral knob, and for each framework where it lands and what the server then reports: what differs stands side by
+    side. Empty with fewer than two frameworks."""
     configs: list[ConfigFile]
     trials: Rows
     """Trial, seed, state, outputs checked, mismatched, unchecked, raw files."""
@@ -91,6 +98,7 @@ def reproduce(run: RunView) -> Reproduce:
         *((f"${name}", str(value)) for name, value in (manifest.get("environment_variables") or {}).items()),
         ("experiment SHA-256", str(manifest.get("experiment_sha256", NOTHING))),
     ]
+    adapters = [_adapter(run, name, trials) for name in manifest["experiment"]["adapters"]]
     return Reproduce(
         title=run.title,
         command=portable(shlex.join(map(str, manifest.get("command") or []))),
@@ -99,7 +107,8 @@ def reproduce(run: RunView) -> Reproduce:
         versions=versions,
         trace=portable(_yaml(manifest.get("trace") or {})),
         workload=portable(_yaml(manifest.get("workload") or {})),
-        adapters=[_adapter(run, name, trials) for name in manifest["experiment"]["adapters"]],
+        adapters=adapters,
+        knobs=_side_by_side(adapters),
         configs=_configs(trials, portable),
         trials=[_trial(trial) for trial in trials],
         events=[_events(trial, portable) for trial in trials],
@@ -158,6 +167,20 @@ def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts
     )
 
 
+def _side_by_side(adapters: list[AdapterFacts]) -> Rows:
+    if len(adapters) < 2:
+        return []
+    told = [{knob: (asked, native, applied) for knob, asked, native, applied in one.knobs} for one in adapters]
+    rows: Rows = []
+    for knob in dict.fromkeys(knob for own in told for knob in own):
+        cells = []
+        for own in told:
+            asked, native, applied = own.get(knob, (NOTHING, NOTHING, NOTHING))
+            cells.append(native if applied == NOTHING else f"{native}: {asked}, reports {applied}")
+        rows.append((knob, *cells))
+    return rows
+
+
 def _chosen(value: Any) -> str:
     return "framework's default" if value is None else str(value)
 
@@ -171,7 +194,24 @@ def _configs(trials: list[TrialFolder], portable: Portable) -> list[ConfigFile]:
                 continue  # what a server compiled or cached there is no configuration
             text = _own_names(portable(content), trial)
             found.setdefault((trial.facts["adapter"], name, text), []).append(trial.id)
-    return [ConfigFile(adapter, name, text, tuple(ids)) for (adapter, name, text), ids in found.items()]
+    return _as_differences([ConfigFile(*what, tuple(ids)) for what, ids in found.items()])
+
+
+def _as_differences(configs: list[ConfigFile]) -> list[ConfigFile]:
+    """The first of every file as it is, and the others by what they have otherwise."""
+    first: dict[tuple[str, str], ConfigFile] = {}
+    told = []
+    for config in sorted(configs, key=lambda config: (config.adapter, config.name)):
+        base = first.setdefault((config.adapter, config.name), config)
+        told.append(config if config is base else _difference(base, config))
+    return told
+
+
+def _difference(base: ConfigFile, config: ConfigFile) -> ConfigFile:
+    lines = unified_diff(
+        base.text.splitlines(), config.text.splitlines(), base.trials[0], config.trials[0], n=1, lineterm=""
+    )
+    return replace(config, text="\n".join(lines), against=base.trials[0])
 
 
 def _configured(server: Path) -> list[tuple[str, Path]]:

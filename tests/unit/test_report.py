@@ -37,7 +37,7 @@ from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, k
 from reports.frontier import non_dominated
 from reports.headline import headline, pair, ratio_words
 from reports.report import MARKER_SHAPES, build, write
-from reports.reproduce import Portable
+from reports.reproduce import Portable, reproduce
 from reports.ruler import HEADINGS, ruler
 from reports.svg import palette, slots
 from reports.text import printable, share, significant, tied
@@ -972,3 +972,61 @@ def test_the_mean_batch_of_a_second_is_counted_where_it_can_be() -> None:
     assert told(*counted, *more) == [4, 8, 1], "models together"
     assert told(read("batch_size", [2, 2, 4, 4])) == [2, 3, 4], "its own gauge, where nothing is counted"
     assert all(math.isnan(value) for value in told([]))
+
+
+def swept(run: RunFolder, goodput: Mapping[tuple[str, str], float], p99_ms: Mapping[tuple[str, str], float]) -> Any:
+    """The view of a run whose scenarios are batch sizes, with these figures by adapter and scenario."""
+    (seen,) = view([run])
+    cells = []
+    for cell in seen.cells:
+        key = cell.summary["adapter"], cell.scenario
+        figures = {"goodput_rps_per_device": goodput[key], "p99_ms": p99_ms[key]}
+        summary = {**cell.summary, **figures, "tuning": {"max_batch": int(cell.scenario), "replicas": 2}}
+        trials = tuple({**trial, **figures} for trial in calm(cell.trials))
+        cells.append(replace(cell, summary=summary, trials=trials, faults=()))
+    return replace(seen, cells=tuple(cells))
+
+
+def test_a_sweep_is_answered_by_the_best_setting_of_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", scenarios=("4", "8", "16"), fault_at=1e9, span_s=12)
+    keys = [(adapter, batch) for adapter in ("triton", "ray_serve") for batch in ("4", "8", "16")]
+    goodput = dict(zip(keys, (100.0, 160.0, 300.0, 90.0, 80.0, 70.0), strict=True))
+    p99_ms = dict.fromkeys(keys, 50.0) | {("triton", "16"): math.inf}
+    told = headline(swept(run, goodput, p99_ms))
+    assert "of 3\u00a0settings, by goodput per emulated device within p99 ≤ 200\u202fms" in told.lede
+    assert "Triton with max batch 8 reaches 1.78× the goodput of Ray Serve with max batch 4" in told.lede
+    assert "replicas" not in told.lede, "every setting has as many"
+    assert [sentence.split(" answered")[0].split(", ")[1] for sentence in told.support[:2]] == [
+        "Triton with max batch 8",
+        "Ray Serve with max batch 4",
+    ]
+    assert "flatters" in told.support[2]
+    lost = headline(swept(run, goodput, p99_ms | {("ray_serve", batch): math.inf for batch in ("4", "8", "16")}))
+    assert "no setting of Ray Serve is known to keep the objective" in lost.lede
+    assert "Triton with max batch 8 gave the most goodput: 160" in lost.lede
+    assert "none of which is known to keep" in headline(swept(run, goodput, dict.fromkeys(keys, math.inf))).lede
+
+
+def test_attainment_of_a_second_without_arrivals_is_unknown(tmp_path: Path) -> None:
+    cell = view([make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), variant="one-request")])[
+        0
+    ].cells[0]
+    assert cell.evidence is not None
+    known = ~np.isnan(cell.evidence.attainment.mid)
+    assert np.count_nonzero(known) == 1
+    assert cell.evidence.attainment.mid[known] in (0.0, 1.0)
+
+
+def test_knobs_stand_side_by_side_and_configurations_by_their_difference(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", scenarios=("no-fault", "defaults"), span_s=12)
+    told = reproduce(view([run])[0])
+    batch = next(row for row in told.knobs if row[0] == "max_batch")
+    assert len(batch) == 3 and all("max_batch" in cell for cell in batch[1:]), batch
+    own = [trial for trial in run.trials if trial.facts["adapter"] == "triton"]
+    (own[1].server / "config" / "model.conf").write_text("name: triton\nmax_batch_size: 1\n")
+    configs = [config for config in reproduce(view([run])[0]).configs if config.adapter == "triton"]
+    assert [bool(config.against) for config in configs] == [False, True]
+    assert re.search(r"^-max_batch_size: \d+\n\+max_batch_size: 1$", configs[1].text, re.M), configs[1].text
+    assert "Knobs side by side" in build([run])
+    alone = make_run(tmp_path / "alone", adapters=("triton",), scenarios=("no-fault",), span_s=12)
+    assert reproduce(view([alone])[0]).knobs == []
