@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from harness.errors import InputError
+from harness.errors import EXIT_INVALID, InputError
 from harness.terminal import TableOrJson, stderr, stdout
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gate.ratios import Against
     from gate.rules import Rule
 
-EXIT_CODES: dict[Verdict, int] = {"pass": 0, "invalid": 3, "fail": 4, "inconclusive": 5}
+EXIT_CODES: dict[Verdict, int] = {"pass": 0, "invalid": EXIT_INVALID, "fail": 4, "inconclusive": 5}
 WORDS: dict[Verdict, str] = {
     "pass": "pass",
     "fail": "REGRESSION",

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from gate.commands import baseline_app, compare, gate
 from harness import __version__
-from harness.errors import InputError, TailraceError
+from harness.errors import EXIT_INTERRUPTED, EXIT_INVALID, InputError, TailraceError
 from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import calibrate, plan_app, simulate, validate_sim
 from tuner.commands import pareto, recommend, saturate, tune
@@ -27,8 +27,6 @@ from tuner.commands import pareto, recommend, saturate, tune
 if TYPE_CHECKING:
     from harness.spec import Experiment
 
-EXIT_INVALID = 3
-EXIT_INTERRUPTED = 130
 MAX_LOADGEN_RATE = 200_000
 
 app = typer.Typer(
@@ -159,7 +157,7 @@ def run(
         if chosen.load is not None:
             from tuner.commands import find_saturation
 
-            find_saturation(chosen, out or default_folder(chosen.name))
+            find_saturation(chosen, out or default_folder(chosen.name), strict=strict)
             return
         folder = out or default_folder(chosen.name)
         carry_out = functools.partial(run_experiment, chosen, folder)

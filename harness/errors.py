@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+EXIT_INVALID = 3
+"""A trial is INVALID, or whatever else the user takes as severely."""
+EXIT_INTERRUPTED = 130
+
 
 class TailraceError(Exception):
     """A failure that the user should read as one message: what happened, where, and what to do about it.

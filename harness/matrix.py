@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from harness.adapter import Tuning
@@ -44,7 +44,7 @@ def multiplied_out(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         for chosen in _combinations(knobs, f"{where}: `{key}`"):
             for rate in rates or [None]:
                 varied = {name: chosen[name] for name in chosen if _is_several(knobs[name])}
-                name = ".".join([str(scenario["name"]), *_words(varied, rate)])
+                name = ".".join([str(scenario["name"]), *words(varied, rate)])
                 expanded.append({**scenario, "name": name})
                 if chosen or isinstance(knobs, dict):
                     expanded[-1]["tuning"] = chosen
@@ -133,10 +133,30 @@ def _rates(load: Any, where: str) -> list[float]:
     return [float(rate) for rate in rates]
 
 
-def _words(varied: Mapping[str, Any], rate: float | None) -> list[str]:
-    """What tells a scenario from its siblings, fit for a folder's name."""
-    words = [f"{knob}-{_word(value)}" for knob, value in varied.items()]
-    return words if rate is None else [*words, f"rate-{rate:g}"]
+def words(varied: Mapping[str, Any], rate: float | None) -> list[str]:
+    """What tells a scenario from its siblings, fit for a folder's name: ``max_batch-16``, ``rate-40``."""
+    told = [f"{knob}-{_word(value)}" for knob, value in varied.items()]
+    return told if rate is None else [*told, f"rate-{rate:g}"]
+
+
+def spoken(names: Iterable[str]) -> dict[str, str]:
+    """The scenarios of one experiment by name, as people say them: ``no-fault.max_batch-16.rate-40`` is «max batch 16, 40/s»,
+    after the name that was multiplied out where not all have the same."""
+    parts = {name: _PART.split(name) for name in names}
+    several = len({base for base, *_ in parts.values()}) > 1
+    told = {}
+    for name, (base, *settings) in parts.items():
+        shown = [base] if base and (several or not settings) else []
+        told[name] = ", ".join([*shown, *map(_spoken_setting, settings)])
+    return told
+
+
+_PART = re.compile(rf"(?:^|\.)(?=(?:{'|'.join([*Tuning.model_fields, 'target_ongoing', 'rate'])})-)")
+
+
+def _spoken_setting(setting: str) -> str:
+    name, _, value = setting.partition("-")
+    return f"{value}/s" if name == "rate" else f"{name} {value}".replace("_", " ").replace("-", " ")
 
 
 def _word(value: Any) -> str:

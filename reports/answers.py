@@ -102,19 +102,24 @@ class Verdict:
     reasons: tuple[Reason, ...]
 
 
+_VERDICTS = ("VALID", "UNKNOWN", "INVALID")
+
+
+def verdict_counts(trials: Sequence[Mapping[str, Any]]) -> str:
+    """``2 VALID, 1 UNKNOWN``; empty without trials."""
+    numbers = {word: sum(trial["verdict"] == word for trial in trials) for word in _VERDICTS}
+    return ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+
+
 def verdict(views: Sequence[RunView]) -> Verdict:
     """The verdict over all trials, with its reasons."""
     trials = [trial for run in views for trial in run.summary["trials"]]
     planned = sum(run.summary["planned_trials"] for run in views)
-    numbers = {word: sum(t["verdict"] == word for t in trials) for word in ("VALID", "UNKNOWN", "INVALID")}
-    word = max((run.summary["verdict"] for run in views), key=list(numbers).index)
-    if numbers["VALID"] == len(trials) and trials:
+    word = max((run.summary["verdict"] for run in views), key=_VERDICTS.index)
+    if trials and all(trial["verdict"] == "VALID" for trial in trials):
         told = ["The only trial is valid" if len(trials) == 1 else f"All {count(len(trials), 'trial')} are valid"]
     else:
-        told = [
-            ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
-            + f" of {count(len(trials), 'trial')}"
-        ]
+        told = [f"{verdict_counts(trials)} of {count(len(trials), 'trial')}"]
     if planned > len(trials):
         told.append(f"{planned - len(trials)} of {count(planned, 'planned trial')} never began")
     return Verdict(word, "; ".join(told) + ".", reasons(views))
@@ -150,11 +155,14 @@ def ratios(views: Sequence[RunView]) -> list[tuple[str, ...]]:
     rows = []
     for run in views:
         names = {cell.summary["adapter"]: cell.framework for cell in run.cells}
+        called = {cell.summary["scenario"]: cell.scenario for cell in run.cells}
         pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
         for told in run.summary["comparisons"]:
             pairs.setdefault((told["scenario"], told["first"], told["second"]), {})[told["figure"]] = told
         for (scenario, first, second), figures_of in pairs.items():
-            where = " · ".join(part for part in (f"{names[first]} ÷ {names[second]}", scenario, run.label) if part)
+            where = " · ".join(
+                part for part in (f"{names[first]} ÷ {names[second]}", called[scenario], run.label) if part
+            )
             blocks = str(max(told["blocks"] for told in figures_of.values()))
             rows.append((where, blocks, *(_ratio(figures_of[figure]) for figure in FIGURES)))
     return rows

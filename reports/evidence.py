@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from harness.matrix import spoken
 from harness.metrics import (
     MEASURED_COLUMNS,
     Floats,
@@ -114,6 +115,8 @@ class CellView:
     """The run's label; empty when the report has but one."""
     framework: str
     slot: int
+    scenario: str
+    """As people say it; the name is in the summary."""
     conditions: Conditions
     summary: Summary
     trials: tuple[Summary, ...]
@@ -122,11 +125,6 @@ class CellView:
     faults: tuple[FaultWindow, ...]
     failures: tuple[tuple[str, str, str, int], ...]
     """Outcome, status, error and how often, the most frequent first."""
-
-    @property
-    def scenario(self) -> str:
-        """The scenario's name."""
-        return str(self.summary["scenario"])
 
     @property
     def label(self) -> str:
@@ -205,6 +203,7 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
     by_id = {trial["trial"]: trial for trial in summary["trials"]}
     experiment = run.manifest["experiment"]
     adapters, scenarios = list(experiment["adapters"]), [s["name"] for s in experiment["scenarios"]]
+    called = spoken(scenarios)
     cells = []
     for place, cell in enumerate(
         sorted(summary["cells"], key=lambda c: (adapters.index(c["adapter"]), scenarios.index(c["scenario"])))
@@ -220,6 +219,7 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
                 run=label,
                 framework=printable(str(told.get("title") or cell["adapter"])),
                 slot=colours[cell["adapter"]],
+                scenario=called[cell["scenario"]],
                 conditions=Conditions.of(run.manifest, cell),
                 summary={
                     **cell,

@@ -408,7 +408,8 @@ def _recovery(kind: str, cells: Sequence[CellView], name: str) -> Figure:
     with svg.style():
         canvas = svg.new_figure(240)
         ax = canvas.add_axes((0.105, 0.17, 0.87, 0.70))
-        ax.set_xlim(-_BEFORE_S, _AFTER_S)
+        longest = max(since_s[-1] for since_s, _ in map(_since_the_fault, cells)) + 0.5
+        ax.set_xlim(-_BEFORE_S, min(longest, _AFTER_S))
         _percent_axis(ax)
         ax.axvline(0, color=svg.ALARM, lw=1.2, zorder=1)
         for cell in cells:

@@ -125,8 +125,18 @@ def _race(cells: Sequence[CellView]) -> str:
         left = len(told) - 4
         told = [*told[:4], f"{count(left, 'more scenario')} {'is' if left == 1 else 'are'} in the table"]
     s = cells[0].summary
+    told += [missed] if (missed := _missed(_first_scenario(cells))) else []
     clauses = "; ".join(clause.strip() for clause in told)
     return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+
+
+def _missed(cells: Sequence[CellView]) -> str:
+    """Who of several did not keep the objective under the first scenario, which a lead alone would hide."""
+    missed = [cell.framework for cell in cells if cell.summary["p99_ms"] is not None and not within_objective(cell)]
+    objective = f"p99 ≤ {milliseconds(cells[0].summary['slo_ms'])}"
+    if not missed or len(missed) < len(cells):
+        return f"{listing(missed)} missed {objective}" if missed else ""
+    return f"none of them kept {objective}"
 
 
 def _sweep(cells: Sequence[CellView], knobs: Sequence[str]) -> tuple[str, list[str]]:

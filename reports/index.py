@@ -10,7 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.errors import InputError, TailraceError
+from harness.matrix import spoken
 from harness.store import RunFolder
+from reports.answers import verdict_counts
 from reports.page import render, write_page
 from reports.text import count, milliseconds, per_second, share
 
@@ -76,14 +78,14 @@ def _row(run: RunFolder, name: str) -> _Row:
 def _verdict(manifest: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return f"{manifest['state']}, without a summary: tailrace report makes it"
-    numbers = {word: sum(t["verdict"] == word for t in summary["trials"]) for word in ("VALID", "UNKNOWN", "INVALID")}
-    told = ", ".join(f"{number} {word}" for word, number in numbers.items() if number) or "none"
+    told = verdict_counts(summary["trials"]) or "none"
     return told if manifest["state"] == "done" else f"{told}; {manifest['state']}"
 
 
 def _cells(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    called = spoken(cell["scenario"] for cell in summary["cells"])
     lines = [
-        f"{cell['adapter']}, {cell['scenario']}: {per_second(cell['goodput_rps_per_device'])}, "
+        f"{cell['adapter']}, {called[cell['scenario']]}: {per_second(cell['goodput_rps_per_device'])}, "
         f"{'not claimed' if cell['p99_ms'] is None else milliseconds(float(cell['p99_ms']))}, "
         f"{share(cell['slo_attainment'])}"
         for cell in summary["cells"]

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from harness.errors import InputError
+from harness.errors import EXIT_INTERRUPTED, EXIT_INVALID, InputError
 from harness.terminal import TableOrJson, stderr, stdout
 from simulator.commands import CHECKED_SEEDS, ENOUGH_SEEDS
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tuner.search import Found
 
 SHOWN_STEPS = 12
-EXIT_INVALID = 3
 DEFAULT_P99_MS = 120.0
 CONNECTIONS = 32_768
 """At the least, of a search that doubles the load: a slow server's backlog is not to be booked as our drop."""
@@ -123,7 +122,7 @@ def pareto(
             outcome = measure(names, base, objective, trials, folder, observer)
         except KeyboardInterrupt:
             observer.note(f"interrupted; go on with the same command and --out {folder}")
-            raise typer.Exit(130) from None
+            raise typer.Exit(EXIT_INTERRUPTED) from None
     console = stdout()
     print_summary(summarise(outcome.run), console)
     table = Table()
@@ -205,7 +204,7 @@ def _on_servers(
                 observer.note(
                     f"interrupted; what was measured is in {folder}; go on with the same command and --out {folder}"
                 )
-                raise typer.Exit(130) from None
+                raise typer.Exit(EXIT_INTERRUPTED) from None
     if form is TableOrJson.JSON:
         typer.echo(json.dumps({name: told(found, objective) for name, found in answers.items()}, indent=1))
     for name, found in answers.items():
@@ -444,8 +443,11 @@ def saturate(
     find_saturation(chosen.model_copy(update={"load": load}), out or default_folder("saturate"), form)
 
 
-def find_saturation(experiment: Experiment, folder: Path, form: TableOrJson = TableOrJson.TABLE) -> None:
-    """Search the highest rate of every cell of an experiment that has a ``load``, and tell."""
+def find_saturation(
+    experiment: Experiment, folder: Path, form: TableOrJson = TableOrJson.TABLE, *, strict: bool = False
+) -> None:
+    """Search the highest rate of every cell of an experiment that has a ``load``, and tell. Exits with 1 where a search was
+    stopped (what is INVALID says nothing of the server), and if ``strict`` with 3 where a load was measured UNKNOWN."""
     from harness.console import ConsoleObserver
     from harness.run import run_or_go_on
     from harness.spec import Cell, cells
@@ -481,7 +483,7 @@ def find_saturation(experiment: Experiment, folder: Path, form: TableOrJson = Ta
                 found[cell.id] = find(functools.partial(cell_at, cell), load.start, objective)
             except KeyboardInterrupt:
                 observer.note(f"interrupted; go on with the same command and --out {folder}")
-                raise typer.Exit(130) from None
+                raise typer.Exit(EXIT_INTERRUPTED) from None
     if form is TableOrJson.JSON:
         typer.echo(json.dumps({name: _saturation(point) for name, point in found.items()}, indent=1))
     else:
@@ -490,6 +492,8 @@ def find_saturation(experiment: Experiment, folder: Path, form: TableOrJson = Ta
             typer.echo(write(runs, folder / "report.html").resolve())
     if any(point.ended == "stopped" for point in found.values()):
         raise typer.Exit(1)
+    if strict and any(load.figures["verdict"] == "UNKNOWN" for point in found.values() for load in point.loads):
+        raise typer.Exit(EXIT_INVALID)
 
 
 def _print_saturation(found: dict[str, Saturation], objective: Objective) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from harness.adapter import Tuning
 from harness.errors import TailraceError
+from harness.matrix import words
 from harness.observer import Observer
 from harness.registry import get_adapter
 from harness.run import run_or_go_on
@@ -42,8 +43,8 @@ class Pick:
     @property
     def name(self) -> str:
         """Fit for a scenario's name."""
-        words = [f"{name.replace('_', '-')}-{value:g}" for name, value in self.settings.items() if value is not None]
-        return ".".join([*words, f"rate-{self.rate:.0f}"])
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        return ".".join(words(given, round(self.rate)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import InputError
-from harness.matrix import multiplied_out
+from harness.matrix import multiplied_out, spoken, words
 from harness.preflight import check
 from harness.spec import Experiment, cells, load_experiment
 from tests.conftest import tailrace
@@ -147,3 +147,32 @@ def test_a_dry_run_prints_the_cells_and_starts_nothing(tmp_path: Path) -> None:
     refused = tailrace("run", "--resume", "x", "--dry-run", cwd=tmp_path)
     assert refused.returncode == 2
     assert "--dry-run" in refused.stderr
+
+
+def test_names_are_spoken_without_what_all_have() -> None:
+    swept = names({"tuning": {"max_batch": [4, 16]}, "load": {"rates": [40, 62.5]}})
+    assert list(spoken(swept).values()) == [f"max batch {b}, {rate:g}/s" for b in (4, 16) for rate in (40, 62.5)]
+    plain = ["no-fault", "kill-replica", "v1.2-rate"]
+    assert list(spoken(plain).values()) == plain, "what a user wrote is left alone"
+    both = names({"tuning": {"replicas": [1, 2]}, "scenarios": [{"name": "calm"}, {"name": "kill"}]})
+    assert list(spoken(both).values()) == [
+        "calm, replicas 1",
+        "calm, replicas 2",
+        "kill, replicas 1",
+        "kill, replicas 2",
+    ]
+    assert spoken(["max_batch-16.target_ongoing-8.rate-40"]) == {
+        "max_batch-16.target_ongoing-8.rate-40": "max batch 16, target ongoing 8, 40/s"
+    }
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["calm", "kill"]), st.integers(1, 64), st.floats(1, 900)),
+        min_size=1,
+        unique_by=lambda told: (told[0], told[1], f"{told[2]:g}"),
+    )
+)
+def test_no_two_scenarios_are_spoken_alike(scenarios: list[tuple[str, int, float]]) -> None:
+    made = [".".join([base, *words({"max_batch": batch}, rate)]) for base, batch, rate in scenarios]
+    assert len(set(spoken(made).values())) == len(made)

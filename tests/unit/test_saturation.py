@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer import Exit
 
 from harness.errors import InputError, TailraceError
 from harness.observer import Observer
@@ -57,7 +58,9 @@ def test_an_experiment_may_ask_for_the_search(
     def summarise(folder: Path) -> dict[str, Any]:
         point = 300.0 if folder.parent.name == "triton--calm" else 150.0
         rate = float(folder.name.removeprefix("rate-"))
-        return {"cells": [{**saturating_at(point)(rate), "goodput_rps_per_device": rate}]}
+        return {"cells": [{**saturating_at(point)(rate), "goodput_rps_per_device": rate, "verdict": verdict}]}
+
+    verdict = "VALID"
 
     monkeypatch.setattr("harness.run.run_or_go_on", run_or_go_on)
     monkeypatch.setattr("harness.summary.summarise", summarise)
@@ -73,7 +76,7 @@ def test_an_experiment_may_ask_for_the_search(
     )
     with pytest.raises(InputError, match="several runs"):
         run_experiment(experiment, tmp_path / "run", Observer())
-    find_saturation(experiment, tmp_path, TableOrJson.JSON)
+    find_saturation(experiment, tmp_path, TableOrJson.JSON, strict=True)
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"triton--calm", "ray_serve--calm", "ray_serve--small"}
     for name, point in (("triton--calm", 300), ("ray_serve--calm", 150), ("ray_serve--small", 150)):
@@ -81,6 +84,11 @@ def test_an_experiment_may_ask_for_the_search(
     assert {content["scenarios"][0]["mean_rate"] for content in asked} >= {40, 80, 160}
     assert all(content["options"] == {} for content in asked if content["adapters"] == ["triton"])
     assert all(content["slo"] == {"latency_ms": 100} for content in asked)
+    verdict = "UNKNOWN"
+    find_saturation(experiment, tmp_path, TableOrJson.JSON)
+    with pytest.raises(Exit) as ended:
+        find_saturation(experiment, tmp_path, TableOrJson.JSON, strict=True)
+    assert ended.value.exit_code == 3
 
 
 @given(point=st.floats(1, 5000), start=st.floats(1, 5000))
