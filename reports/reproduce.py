@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from harness.adapter import NODE_NAME
+from harness.matrix import spoken
 from harness.store import RunFolder, TrialFolder
 from reports.evidence import RunView
 from reports.text import NOTHING, bytes_size, sources
@@ -21,6 +22,7 @@ MAX_FILE_CHARACTERS = 20_000
 MAX_EVENTS = 100
 """Per trial; all of them are in ``events.jsonl``."""
 Rows = list[tuple[str, ...]]
+_UNREPORTED = "not reported"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ class AdapterFacts:
     capabilities: str
     packages: str
     knobs: Rows
-    """Neutral knob, asked for, native key, as the server reports it; or the reason why there is no place for it."""
+    """Neutral knob, asked for, native key, as the server reports it; or the reason why there is no place for it. As in
+    :attr:`scenario`."""
+    scenario: str
+    """As people say it; empty when nothing ran."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,15 @@ def _yaml(content: Any) -> str:
 def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts:
     told: Mapping[str, Any] = (run.manifest.get("adapters") or {}).get(name) or {}
     own = [trial.facts for trial in trials if trial.facts["adapter"] == name]
-    # A scenario may run on the defaults: the trial with the most knobs tells where they land.
-    own.sort(key=lambda facts: -sum(value is not None for value in (facts.get("tuning") or {}).values()))
+    # A scenario may run on the defaults: the first one with the most knobs tells where they land, for all frameworks alike.
+    order = [scenario["name"] for scenario in run.manifest["experiment"]["scenarios"]]
+    own.sort(key=lambda facts: (-_knobs_set(facts), order.index(facts["scenario"])))
     asked = next((facts["tuning"] for facts in own if facts.get("tuning")), None)
     if asked is None:
         asked = run.manifest["experiment"].get("tuning") or {}
     applied: Mapping[str, Any] = next((facts["applied"] for facts in own if facts.get("applied")), {})
     knobs: Rows = [
-        (knob, _chosen(asked.get(knob)), str(native), str(applied.get(knob, "not reported")))
+        (knob, _chosen(asked.get(knob)), str(native), str(applied.get(knob, _UNREPORTED)))
         for knob, native in (told.get("knobs") or {}).items()
     ]
     knobs += [
@@ -164,7 +170,12 @@ def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts
         capabilities=", ".join(map(str, told.get("capabilities") or [])) or "none",
         packages=sources(dict(sorted(packages.items()))) if packages else "",
         knobs=knobs,
+        scenario=spoken(order)[own[0]["scenario"]] if own else "",
     )
+
+
+def _knobs_set(facts: Mapping[str, Any]) -> int:
+    return sum(value is not None for value in (facts.get("tuning") or {}).values())
 
 
 def _side_by_side(adapters: list[AdapterFacts]) -> Rows:
@@ -176,7 +187,8 @@ def _side_by_side(adapters: list[AdapterFacts]) -> Rows:
         cells = []
         for own in told:
             asked, native, applied = own.get(knob, (NOTHING, NOTHING, NOTHING))
-            cells.append(native if applied == NOTHING else f"{native}: {asked}, reports {applied}")
+            reported = "" if applied in (_UNREPORTED, asked) else f", and the server reports {applied}"
+            cells.append(native if applied == NOTHING else f"{native}: {asked}{reported}")
         rows.append((knob, *cells))
     return rows
 
