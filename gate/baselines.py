@@ -112,6 +112,7 @@ CONDITIONS = ("hardware", "version", "workload", "trace", "client", "devices", "
 
 def _conditions(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
     experiment, hardware, workload = manifest["experiment"], manifest["hardware"], manifest["workload"]
+    models = experiment.get("models") or {"count": 1}
     rate = cell["mean_rate"] or experiment["rate_by_workload"].get(cell["workload"])
     return {
         "hardware": {key: hardware.get(key) for key in ("cpu_model", "cpu_count", "memory_bytes", "gpus")},
@@ -120,6 +121,7 @@ def _conditions(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
             "name": cell["workload"],
             "artifact_sha256": workload.get("artifact_sha256"),
             "options": experiment["workload_options"],
+            **({"models": models} if models["count"] > 1 else {}),
         },
         "trace": {
             **experiment["trace"],

@@ -34,6 +34,8 @@ class Measured:
     first_byte_ns: Ints
     done_ns: Ints
     outcome: NDArray[np.uint8]
+    model: NDArray[np.uint16] | None = None
+    """Position of each arrival's model among the ``models`` that :func:`measured` was given."""
 
     def __len__(self) -> int:
         return len(self.intended_ns)
@@ -42,6 +44,17 @@ class Measured:
     def ok(self) -> NDArray[np.bool_]:
         """Which arrivals were answered with success."""
         return np.equal(self.outcome, Outcome.OK)
+
+    def those(self, chosen: slice | Ints) -> Measured:
+        """The arrivals at these positions."""
+        return Measured(
+            self.intended_ns[chosen],
+            self.sent_ns[chosen],
+            self.first_byte_ns[chosen],
+            self.done_ns[chosen],
+            self.outcome[chosen],
+            None if self.model is None else self.model[chosen],
+        )
 
     def response_ms(self) -> Floats:
         """Response time of every arrival: done − intended, +∞ for whatever was not answered with success."""
@@ -65,8 +78,9 @@ MEASURED_COLUMNS = ("intended_ns", "sent_ns", "first_byte_ns", "done_ns", "outco
 """The columns of a run record that :func:`measured` needs."""
 
 
-def measured(requests: pa.Table, phase: Phase = Phase.MEASURE) -> Measured:
-    """The arrivals of one phase of a run record, of which texts may be dictionary-encoded."""
+def measured(requests: pa.Table, phase: Phase = Phase.MEASURE, *, models: Sequence[str] = ()) -> Measured:
+    """The arrivals of one phase of a run record, of which texts may be dictionary-encoded. With ``models``, all that are in
+    the record, its column ``model`` is needed too."""
     chosen = np.flatnonzero(_codes(requests["phase"], PHASE_NAMES) == phase)
     intended = requests["intended_ns"].to_numpy()[chosen]
     if (
@@ -83,16 +97,17 @@ def measured(requests: pa.Table, phase: Phase = Phase.MEASURE) -> Measured:
         sent_ns=column("sent_ns"),
         first_byte_ns=column("first_byte_ns"),
         done_ns=column("done_ns"),
-        outcome=_codes(requests["outcome"], OUTCOME_NAMES)[chosen],
+        outcome=_codes(requests["outcome"], OUTCOME_NAMES)[chosen].astype(np.uint8),
+        model=_codes(requests["model"], models)[chosen] if models else None,
     )
 
 
-def _codes(texts: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.uint8]:
+def _codes(texts: pa.ChunkedArray, names: Sequence[str]) -> NDArray[np.uint16]:
     """The position of each text in ``names``."""
-    parts = [np.empty(0, dtype=np.uint8)]
+    parts = [np.empty(0, dtype=np.uint16)]
     for chunk in texts.chunks:
         encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
-        positions = np.array([names.index(name) for name in encoded.dictionary.to_pylist()], dtype=np.uint8)
+        positions = np.array([names.index(name) for name in encoded.dictionary.to_pylist()], dtype=np.uint16)
         parts.append(positions[encoded.indices.to_numpy()])
     return np.concatenate(parts)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import psutil
 from pydantic import BaseModel
 
@@ -16,6 +17,7 @@ from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
 from harness.machine import gpus, page_cache_refusal, raise_file_limit
+from harness.popularity import draw
 from harness.registry import get_adapter
 from harness.ruler import NULL_SERVER
 from harness.schedule import most_at_once
@@ -301,6 +303,9 @@ def faults_of(scenario: Scenario, trace: Trace, seed: int) -> list[PlannedFault]
 
 
 def _check_traffic(experiment: Experiment, trace: Trace) -> None:
+    models = experiment.models
+    if models.popularity.kind == "trace":
+        draw(models.popularity, models.count, trace.arrivals_ns, trace.model_index, np.random.default_rng(0))
     if len(trace) == 0:
         raise InputError(
             f"trace {trace.name!r} has no arrivals in its {trace.span_s:g} s: there is nothing to measure",
@@ -327,7 +332,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
     experiment = checked.experiment
     workload: PreparedWorkload = prepare(
         experiment.workload,
-        models=[checked.workload.name],
+        models=experiment.models.names(checked.workload.name),
         device=checked.device,
         seed=experiment.seed,
         options=experiment.workload_options,
@@ -367,6 +372,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 protocol=contestant.protocol,
                 slo_ms=checked.slo_ms,
                 arrivals_ns=trace.arrivals_ns,
+                trace_models=trace.model_index,
                 span_s=trace.span_s,
                 transient=trace.transient,
                 trace_name=trace.name,

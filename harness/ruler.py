@@ -78,7 +78,7 @@ class Step:
 def analyse(trace: Measured, rate: float, begin_s: float, end_s: float) -> Step:
     """The step of a replay between two instants of its clock (seconds)."""
     first, last = np.searchsorted(trace.intended_ns, [int(begin_s * NS_PER_S), int(end_s * NS_PER_S)])
-    part = Measured(*(getattr(trace, name)[first:last] for name in Measured.__dataclass_fields__))
+    part = trace.those(slice(first, last))
     lag, response = part.send_lag_ms(), part.response_ms()
     answered = response[part.ok]
     until_s = max(end_s, float(part.done_ns[part.ok].max()) / NS_PER_S if part.ok.any() else end_s)

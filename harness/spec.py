@@ -31,6 +31,7 @@ from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
+from harness.popularity import Models
 from harness.workload import Device, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -298,6 +299,9 @@ class Experiment(_Strict):
     workload: str = Field(default="emulated", description="The model: a name, or the path of a workload folder.")
     workload_options: dict[str, float] = Field(
         default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms)."
+    )
+    models: Models = Field(
+        default=Models(count=1), description="How many models of the workload are served, a number or keys (below)."
     )
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."

@@ -16,6 +16,7 @@ from harness.metrics import (
     MEASURED_COLUMNS,
     NS_PER_S,
     Floats,
+    Measured,
     Percentile,
     claim_percentile,
     measured,
@@ -79,11 +80,13 @@ def _worst(verdicts: Iterable[str]) -> str:
 def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
     """All figures of one trial. ``ruler`` is the run's calibration by protocol, as the manifest keeps it."""
     facts = trial.facts
-    requests = trial.request_columns(*MEASURED_COLUMNS)
+    models = facts.get("models") or ()
+    several = models if len(models) > 1 else ()
+    requests = trial.request_columns(*MEASURED_COLUMNS, *(("model",) if several else ()))
     if requests is None:
         requests = REQUEST_SCHEMA.empty_table()
     samples = Samples(trial.samples if trial.samples is not None else SAMPLE_SCHEMA.empty_table())
-    trace, warmup = measured(requests), measured(requests, Phase.WARMUP)
+    trace, warmup = measured(requests, models=several), measured(requests, Phase.WARMUP)
     del requests  # as large again as what was taken from it
     steady = steadiness(trace, warmup)  # before the arrays below: ranking ten million takes room of its own
     span_s, slo_ms, devices = float(facts["span_s"]), float(facts["slo_ms"]), int(facts["devices"])
@@ -136,6 +139,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "p99_ok_ms": percentile(response[trace.ok], 0.99),
         "p50_service_ms": percentile(service, 0.50),
         "p99_service_ms": percentile(service, 0.99),
+        "models": by_model(several, trace, slo_ms),
         "good": good,
         "ok": trace.count(Outcome.OK),
         "errors": trace.count(Outcome.ERROR),
@@ -170,6 +174,29 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "verdict": verdict,
         "reasons": [vars(reason) for reason in reasons],
     }
+
+
+def by_model(models: Sequence[str], trace: Measured, slo_ms: float) -> list[Summary]:
+    """The figures of each of several models that a trial served, in their order; nothing for a single one."""
+    response = trace.response_ms()
+    figures = []
+    for position, name in enumerate(models):
+        own = response[trace.model == position]
+        p50, p99 = (claim_percentile(own, q) for q in (0.50, 0.99))
+        good = int(np.count_nonzero(own <= slo_ms))
+        figures.append(
+            {
+                "model": name,
+                "arrivals": len(own),
+                "good": good,
+                "slo_attainment": good / len(own) if len(own) else math.nan,
+                "p50_ms": p50.value,
+                "p50_ci_ms": _interval(p50),
+                "p99_ms": p99.value,
+                "p99_ci_ms": _interval(p99),
+            }
+        )
+    return figures
 
 
 def goodput_per_dollar(goodput_rps: float, devices: int, price_per_hour: float | None) -> float | None:
@@ -363,9 +390,27 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
                 **_across(whole, "slo_attainment", "slo_attainment_ci", log=False, within=(0.0, 1.0)),
                 **_percentile_across(whole, "p50_ms", "p50_ci_ms"),
                 **_percentile_across(whole, "p99_ms", "p99_ci_ms"),
+                "models": _models_across(members, whole),
                 "send_lag_p99_ms": max(lags, default=math.nan),
                 "verdict": _worst(trial["verdict"] for trial in members),
                 "reasons": sorted({reason["code"] for trial in members for reason in trial["reasons"]}),
+            }
+        )
+    return cells
+
+
+def _models_across(members: Sequence[Summary], whole: Sequence[Summary]) -> list[Summary]:
+    """Model by model what :func:`_cells` does with all requests."""
+    cells = []
+    for position, model in enumerate(members[0]["models"]):
+        every, finished = ([trial["models"][position] for trial in trials] for trials in (members, whole))
+        cells.append(
+            {
+                "model": model["model"],
+                **{key: sum(trial[key] for trial in every) for key in ("arrivals", "good")},
+                "slo_attainment": _mean(trial["slo_attainment"] for trial in finished),
+                **_percentile_across(finished, "p50_ms", "p50_ci_ms"),
+                **_percentile_across(finished, "p99_ms", "p99_ci_ms"),
             }
         )
     return cells

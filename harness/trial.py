@@ -83,6 +83,8 @@ class TrialSetup:
     protocol: WireProtocol
     slo_ms: float
     arrivals_ns: NDArray[np.int64]
+    trace_models: NDArray[np.int64] | None
+    """Which model each arrival is for, where the trace says so."""
     span_s: float
     transient: bool
     trace_name: str
@@ -104,7 +106,7 @@ class TrialSetup:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that are served: one, under the workload's name."""
+        """The models that are served."""
         return tuple(self.workload.references)
 
     def schedule(self) -> Schedule:
@@ -114,6 +116,8 @@ class TrialSetup:
         return build_schedule(
             self.arrivals_ns,
             models=self.models,
+            popularity=self.experiment.models.popularity,
+            trace_models=self.trace_models,
             payload_count=len(self.workload.payloads),
             warmup_s=warmup.duration_s,
             warmup_rate=warmup.rate if warmup.rate is not None else max(1.0, mean_rate),
@@ -167,6 +171,7 @@ class Trial:
             "span_s": setup.span_s,
             "arrivals": len(setup.arrivals_ns),
             "models": list(setup.models),
+            "popularity": setup.experiment.models.popularity.model_dump(mode="json", exclude_none=True),
             "cpu_count": cpu_count(),
             "tuning": setup.tuning.model_dump(mode="json"),
             "left_out": dict(setup.left_out),

@@ -27,13 +27,21 @@ class Conditions:
     def of(cls, manifest: Mapping[str, Any], summary: Summary) -> Conditions:
         """Those of a cell, from its run's manifest and its summary."""
         return cls(
-            workload=str(summary["workload"]),
+            workload=_workload(manifest, summary),
             trace=_traffic(manifest, summary),
             device=count(summary["devices"], f"{summary['device']} device"),
             nodes=_nodes(summary),
             objective=milliseconds(summary["slo_ms"]),
             hardware=_hardware(manifest.get("hardware") or {}),
         )
+
+
+def _workload(manifest: Mapping[str, Any], summary: Summary) -> str:
+    models = manifest["experiment"].get("models") or {"count": 1}
+    if models["count"] == 1:
+        return str(summary["workload"])
+    popularity = {key: value for key, value in models["popularity"].items() if value is not None}
+    return f"{summary['workload']} ({models['count']} models, {sources(popularity)})"
 
 
 def _nodes(summary: Summary) -> str:

@@ -17,6 +17,7 @@ from harness.store import RunFolder
 from reports import figures
 from reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
 from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
+from reports.by_model import MODEL_HEADINGS, by_model
 from reports.columns import COLUMNS, fields
 from reports.contestants import profiles
 from reports.defaults import defaults
@@ -82,6 +83,8 @@ def build(runs: Sequence[RunFolder]) -> str:
         fields=fields,
         ratios=ratios(views),
         ratio_headings=RATIO_HEADINGS,
+        models=by_model(cells),
+        model_headings=MODEL_HEADINGS,
         failures=_failures(cells),
         tails=figures.latency(cells),
         frontiers=figures.frontier(frontiers),

@@ -88,6 +88,11 @@ def read_trial(folder: TrialFolder) -> Trial:
             f"{folder.folder} had {figures['nodes']} nodes, and the load balancer between is not modelled",
             remedy="calibrate on a trial of one node",
         )
+    if len(folder.facts.get("models") or ()) > 1:
+        raise InputError(
+            f"{folder.folder} had {len(folder.facts['models'])} models, which are not modelled",
+            remedy="calibrate on a trial of one model",
+        )
     if any(event["event"] == "scaled" for event in folder.events):
         raise InputError(f"{folder.folder} was scaled while it ran", remedy="calibrate on a trial without a scaler")
     trace = measured(requests)

@@ -45,8 +45,9 @@ class Replayed:
 
     def those(self, chosen: Ints) -> Replayed:
         """The arrivals with these indices."""
-        client = Measured(**{name: values[chosen] for name, values in vars(self.client).items()})
-        return Replayed(self.result, client, self.read_ns[chosen], self.due_ns[chosen], self.written_ns[chosen])
+        return Replayed(
+            self.result, self.client.those(chosen), self.read_ns[chosen], self.due_ns[chosen], self.written_ns[chosen]
+        )
 
 
 @dataclass(frozen=True)

@@ -120,3 +120,25 @@ def test_a_real_model_on_all_frameworks(tmp_path: Path) -> None:
         assert trial["device"] == "cpu"
         assert trial["devices"] == 1
         assert trial["ok"] > 0
+
+
+def test_every_framework_serves_several_models_and_never_mixes_them_up(tmp_path: Path) -> None:
+    models = "models={count: 3, popularity: {kind: zipf, exponent: 0.5}}"
+    replicas, calm, traffic = "tuning.replicas=1", "scenarios=[{name: no-fault}]", "trace.params.rate=15"
+    summary = race(
+        tmp_path,
+        "compare",
+        "--trials",
+        "1",
+        *SHORT,
+        *(w for s in (models, replicas, calm, traffic) for w in ("--set", s)),
+    )
+    assert {trial["adapter"] for trial in summary["trials"]} == ALL
+    for trial in summary["trials"]:
+        assert [model["model"] for model in trial["models"]] == ["emulated-00", "emulated-01", "emulated-02"]
+        shares = [model["arrivals"] / trial["arrivals"] for model in trial["models"]]
+        assert 0.1 < shares[2] < shares[0] < 0.7, shares
+        assert all(model["good"] > 0 for model in trial["models"])
+    for folder in RunFolder.open(tmp_path / "out").trials:
+        assert folder.facts["verified_before"] == 3 * 16, "each model's answers are compared with its own reference"
+    assert "emulated-02" in (tmp_path / "out" / "report.html").read_text()

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from harness.adapter import Autoscale, Tuning
 from harness.errors import InputError
+from harness.popularity import Models, Popularity
 from harness.spec import (
     Calibration,
     Client,
@@ -161,6 +162,8 @@ def test_the_order_within_blocks_changes() -> None:
         FaultSchedule,
         ScalerChoice,
         Client,
+        Models,
+        Popularity,
         Warmup,
         Calibration,
         Tuning,
