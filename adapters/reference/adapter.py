@@ -144,7 +144,7 @@ def knobs_in(system: Mapping[str, Any]) -> dict[str, object]:
     scaler = system.get("scaler")
     knobs: dict[str, object] = {
         "max_batch": system["batching"]["max_batch"],
-        "batch_window_ms": round(system["batching"]["window_ms"], 6),
+        "batch_window_ms": round(system["batching"]["window_s"] * 1e3, 6),
         "queue_limit": system["queue_limit"],
         "server_timeout_s": system["timeout_s"],
         "replicas": system["replicas"] if scaler is None else None,

@@ -66,17 +66,16 @@ class Server:
             lambda: Connection(self.handle, body_bytes, self._connections), host, port, backlog=4096
         )
         looking = loop.create_task(self._look())
-        ending = loop.create_task(ended.wait())
+        ending: asyncio.Future[Any] = loop.create_task(ended.wait())
         try:
             # The port is open before the models are loaded: what comes early waits for them in their queues.
-            loading = asyncio.gather(*map(self._load_model, self._config["models"]))
-            await asyncio.wait([loading, ending], return_when=asyncio.FIRST_COMPLETED)
-            if ended.is_set():
-                loading.cancel()
-            else:
+            loading: asyncio.Future[Any] = asyncio.gather(*map(self._load_model, self._config["models"]))
+            await asyncio.wait((loading, ending), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
                 await loading
                 self._started = True
                 await ending
+            loading.cancel()
             self._closing = True
             async with asyncio.timeout(_DRAIN_S):
                 await asyncio.gather(*(model.close() for model in self._models.values()))
@@ -191,9 +190,8 @@ class Server:
             await asyncio.sleep(_PERIOD_S)
             for model in list(self._models.values()):
                 model.look()
-            now_s = asyncio.get_running_loop().time()
             for connection in list(self._connections):
-                connection.overdue(now_s)
+                connection.overdue()
 
 
 def _tell(answer: Answer, yes: bool) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
@@ -16,11 +18,14 @@ from .frames import BATCH, FAILED, HEADER, OUTPUTS, READY, frame
 from .queueing import NEVER, Batching, Dispatcher, Request
 from .scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
 
+_log = logging.getLogger(__name__)
 _BUFFER_BYTES = 4 << 20
 _YOUNG_S = 10.0
 """A replica that dies younger is replaced later and later: 1 s, 2 s, 4 s, up to a minute."""
 _LONGEST_BACKOFF_S = 60.0
 _CLOSING = b"shutting down"
+_REQUESTS = ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
+_COUNTERS = (*_REQUESTS, "batches_total", "items_total", "batch_seconds_total", "replica_deaths_total")
 
 
 class LoadError(Exception):
@@ -85,11 +90,7 @@ class Model:
     def __init__(self, name: str, config_file: str, config: dict[str, Any]) -> None:
         self.name = name
         self.closing = False
-        self.counts = dict.fromkeys(
-            ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
-            + ("batches_total", "items_total", "replica_deaths_total", "batch_seconds_total"),
-            0.0,
-        )
+        self.counts = dict.fromkeys(_COUNTERS, 0.0)
         self._config_file = config_file
         self._output_bytes: int = config["output_bytes"]
         self._health_timeout_s: float = config["health_timeout_s"]
@@ -214,10 +215,8 @@ class Model:
     def _replace(self, dead: Replica) -> None:
         """Another in place of one that has died: at once, or later and later where they die young."""
         self.counts["replica_deaths_total"] += 1
-        loaded = not dead.loaded.exception()
-        print(
-            f"{self.name}: replica {dead.process.pid} died", "" if loaded else dead.loaded.exception(), file=sys.stderr
-        )
+        reason = dead.loaded.exception() or "after it had loaded"
+        _log.warning("%s: replica %d died: %s", self.name, dead.process.pid, reason)
         young = self._loop.time() - dead.started_s < _YOUNG_S
         self._deaths = self._deaths + 1 if young else 0
         backoff_s = min(2.0 ** (self._deaths - 1), _LONGEST_BACKOFF_S) if self._deaths else 0.0
@@ -277,7 +276,7 @@ class Model:
             if now_s - self._looked_s > 1.0:
                 replica.heard_s = now_s  # this very process was stopped for a while, and has heard nobody
             elif now_s - replica.heard_s > self._health_timeout_s:
-                print(f"{self.name}: replica {replica.process.pid} gives no sign of life", file=sys.stderr)
+                _log.warning("%s: replica %d gives no sign of life", self.name, replica.process.pid)
                 replica.process.kill()
         self._looked_s = now_s
         if self.scaler is None or self.closing or now_s < self._next_look_s:
@@ -307,20 +306,17 @@ class Model:
 
     def system(self) -> dict[str, Any]:
         """What it runs with at this moment, by the names that the configuration has."""
-        batching, scaler = self.dispatcher.batching, self.scaler
         told: dict[str, Any] = {
-            "batching": {
-                "max_batch": batching.max_batch,
-                "window_ms": batching.window_s * 1e3,
-                "window_opens": batching.window_opens,
-            },
+            "batching": asdict(self.dispatcher.batching),
             "router": self.dispatcher.router,
             "queue_limit": self.dispatcher.queue_limit,
             "replicas": self.ready,
             "timeout_s": self.timeout_s,
         }
-        if scaler is not None:
-            told["scaler"] = {"kind": type(scaler).__name__, **scaler.settings()}
+        if self.scaler is not None:
+            told["scaler"] = {
+                name: value for name, value in vars(self.scaler).items() if isinstance(value, int | float)
+            }
         return told
 
     async def close(self) -> None:
@@ -351,8 +347,8 @@ class Model:
             return None
         if config["scale_on"] != "slo":
             return TargetTracking(**system["tracking"])
-        known = {"service": self.dispatcher.service, "batching": self.dispatcher.batching}
-        return SloTracking(**system["tracking"], slo_s=config["slo_ms"] / 1e3, **known)
+        service, batching = self.dispatcher.service, self.dispatcher.batching
+        return SloTracking(**system["tracking"], slo_s=config["slo_ms"] / 1e3, service=service, batching=batching)
 
 
 def _answered(_status: int, _body: bytes) -> None:

@@ -37,8 +37,6 @@ class Scaler(Protocol):
 
     def change(self, look: Look) -> int: ...
 
-    def settings(self) -> dict[str, float]: ...
-
 
 @dataclass
 class Autoscaler:
@@ -50,10 +48,6 @@ class Autoscaler:
     period_s: float
     up_above: float
     down_below: float
-
-    def settings(self) -> dict[str, float]:
-        """What it goes by, by the configuration's names."""
-        return _settings(self, "min", "max", "period_s", "up_above", "down_below")
 
     def change(self, look: Look) -> int:
         depth = look.waiting / max(1, look.ready)
@@ -82,11 +76,6 @@ class TargetTracking:
 
     def __post_init__(self) -> None:
         self._looks = deque(maxlen=max(1, round(self.averaged_over_s / self.period_s)))
-
-    def settings(self) -> dict[str, float]:
-        """What it goes by, by the configuration's names."""
-        pace = ("averaged_over_s", "up_after_s", "down_after_s")
-        return _settings(self, "min", "max", "period_s", "target_ongoing", *pace)
 
     def change(self, look: Look) -> int:
         self._looks.append(look)
@@ -128,7 +117,3 @@ class SloTracking(TargetTracking):
 
     def _p99_s(self, rate: float, waiting: int, replicas: int) -> float:
         return p99_s(self.service, self.batching, rate, waiting, replicas)
-
-
-def _settings(scaler: Scaler, *names: str) -> dict[str, float]:
-    return {name: getattr(scaler, name) for name in names}
