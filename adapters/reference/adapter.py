@@ -152,7 +152,8 @@ def knobs_in(system: Mapping[str, Any]) -> dict[str, object]:
     if scaler is not None:
         target = scaler["target_ongoing"] if "target_ongoing" in scaler else scaler["up_above"]
         pace = {name: scaler[name] for name in _DEFAULT_PACE if name in scaler}
-        knobs["autoscale"] = {"min": scaler["min"], "max": scaler["max"], "target_ongoing": target, **pace}
+        fewest = scaler["min"] - system["warm_pool"]
+        knobs["autoscale"] = {"min": fewest, "max": scaler["max"], "target_ongoing": target, **pace}
     return {knob: value for knob, value in knobs.items() if value is not None}
 
 
@@ -182,6 +183,7 @@ class Reference(Adapter):
         "models": "many per server, each with replicas of its own, loaded and unloaded through its API",
         "kubernetes": "none: a health endpoint, a metrics page and a graceful end on SIGTERM",
     }
+    baseline: ClassVar[bool] = True
     start_timeout_s: ClassVar[float] = 120.0
 
     def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
@@ -213,6 +215,7 @@ class Reference(Adapter):
             "system": system,
             "admission": options.admission,
             "scale_on": options.scale_on,
+            "warm_pool": _warm_pool(request.tuning, options),
             "slo_ms": options.slo_ms or spec.slo.latency_ms,
             "health_timeout_s": options.health_timeout_s,
         }
@@ -252,7 +255,7 @@ def system_of(tuning: Tuning, options: Options) -> dict[str, Any]:
     if tuning.server_timeout_s is not None:
         system["timeout_s"] = tuning.server_timeout_s
     if (scale := tuning.autoscale) is not None:
-        fewest = min(scale.min + options.warm_pool, scale.max)
+        fewest = scale.min + _warm_pool(tuning, options)
         limits = {"min": fewest, "max": scale.max, "period_s": options.period_s}
         system["replicas"] = fewest
         if options.scale_on == "waiting":
@@ -261,6 +264,12 @@ def system_of(tuning: Tuning, options: Options) -> dict[str, Any]:
             chosen = {name: value for name in _DEFAULT_PACE if (value := getattr(scale, name)) is not None}
             system["tracking"] = {**limits, "target_ongoing": scale.target_ongoing, **_DEFAULT_PACE, **chosen}
     return system
+
+
+def _warm_pool(tuning: Tuning, options: Options) -> int:
+    """What is kept beyond the fewest, within the most."""
+    scale = tuning.autoscale
+    return 0 if scale is None else min(options.warm_pool, scale.max - scale.min)
 
 
 def _item_bytes(tensors: Sequence[TensorSpec]) -> int:

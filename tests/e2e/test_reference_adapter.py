@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +26,8 @@ from tests.contract.bench import Bench, Stream, ask, ask_all, closed, until
 
 pytestmark = pytest.mark.e2e
 
-Served = Callable[..., "contextmanager[ReferenceDeployment]"]
+PACE = {"averaged_over_s": 2.0, "up_after_s": 0.0, "down_after_s": 10.0}
+"""The server's own, where the knob leaves it open."""
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_it_scales_with_a_surge_and_back(bench: Bench) -> None:
     scale = Autoscale(min=1, max=3, target_ongoing=3, averaged_over_s=0.3, up_after_s=0, down_after_s=1)
     with served(bench, Tuning(max_batch=2, autoscale=scale)) as deployment:
         assert len(pids(deployment)) == 1
-        assert deployment.applied()["autoscale"] == scale.model_dump()
+        assert deployment.applied()["autoscale"] == {**PACE, **scale.model_dump()}
         with Stream(deployment, 20) as stream:
 
             def grown() -> bool:
@@ -155,6 +156,13 @@ def test_it_scales_with_a_surge_and_back(bench: Bench) -> None:
         assert all(reply.right for reply in replies), "nobody is lost meanwhile"
         until(lambda: len(pids(deployment)) == 1, "there is one again")
         assert ask(deployment).right
+
+
+def test_a_warm_pool_is_there_before_it_is_called_for(bench: Bench) -> None:
+    scale = Autoscale(min=1, max=4, target_ongoing=100)
+    with served(bench, Tuning(autoscale=scale), Options(warm_pool=2)) as deployment:
+        assert len(pids(deployment)) == 3
+        assert deployment.applied()["autoscale"] == {**scale.model_dump(), **PACE}, "the knob is what was asked for"
 
 
 def test_from_none_to_one_and_back(bench: Bench) -> None:
@@ -179,6 +187,20 @@ def test_told_to_end_it_finishes_what_it_holds_and_takes_nothing_more(bench: Ben
         until(lambda: not deployment.process.alive(), "it has ended by itself")
         assert closed(deployment)
         assert "Traceback" not in deployment.log.read_text(encoding="utf-8")
+
+
+def test_told_to_end_while_it_loads_it_does_not_wait_for_that(bench: Bench) -> None:
+    deployment = bench.deploy(bench.request(Tuning(replicas=2), load_s=600))
+    try:
+        assert isinstance(deployment, ReferenceDeployment)
+        until(lambda: bool(control(deployment).says_ok("/v2/config")), "it listens")
+        assert not deployment.claims_ready()
+        until(lambda: len(list(descendants(deployment.process))) == 3, "its replicas have been started")
+        assert bench.guardian.signal(deployment.process, signal.SIGTERM)
+        until(lambda: not deployment.process.alive(), "it has ended by itself")
+        assert "Traceback" not in deployment.log.read_text(encoding="utf-8")
+    finally:
+        deployment.stop()
 
 
 def test_a_replica_that_gives_no_sign_of_life_is_replaced_and_its_request_answered(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -118,9 +119,10 @@ class TestAdapter:
             "queue_limit": 9,
             "replicas": 2,
             "timeout_s": None,
+            "warm_pool": 1,
         }
         assert knobs_in(reported) == {"max_batch": 8, "batch_window_ms": 10.1, "queue_limit": 9, "replicas": 2}
-        scaler = {"min": 1, "max": 4, "period_s": 0.1, "target_ongoing": 12, "up_after_s": 3.0}
+        scaler = {"min": 2, "max": 4, "period_s": 0.1, "target_ongoing": 12, "up_after_s": 3.0}
         assert knobs_in({**reported, "scaler": scaler})["autoscale"] == {
             "min": 1,
             "max": 4,
@@ -568,20 +570,20 @@ class Wire:
 class Talk:
     """One connection and what its server is asked; answers are given when the test says so, or at once."""
 
-    def __init__(self, *, at_once: bool = True) -> None:
+    def __init__(self, *, at_once: bool = True, body_bytes: int = 100) -> None:
         self.asked: list[tuple[str, str, bytes]] = []
         self.answers: list[Answer] = []
         self.given_up = 0
         self.open: set[Connection] = set()
         self.wire = Wire()
         self.now_s = 100.0
-        self._at_once = at_once
-        self.connection = Connection(self._handle, 100, self.open, now_s=lambda: self.now_s)
+        self.at_once = at_once
+        self.connection = Connection(self._handle, body_bytes, self.open, now_s=lambda: self.now_s)
         self.connection.connection_made(cast(Any, self.wire))
 
     def _handle(self, method: str, path: str, body: bytes, answer: Answer) -> Callable[[], None] | None:
         self.asked.append((method, path, body))
-        if self._at_once:
+        if self.at_once:
             answer(200, b"<" + body + b">", {})
             return None
         self.answers.append(answer)
@@ -592,7 +594,7 @@ class Talk:
 
     @property
     def statuses(self) -> list[int]:
-        return [int(line.split()[1]) for line in self.wire.written.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+        return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", self.wire.written)]
 
 
 def post(body: bytes = b"", path: str = "/p", headers: Mapping[str, str] | None = None) -> bytes:
@@ -637,6 +639,33 @@ class TestHttp:
         assert [body for _, _, body in talk.asked] == [b"a"]
         talk.answers.pop()(200, b"", {})
         assert [body for _, _, body in talk.asked] == [b"a", b"b"]
+
+    def test_thousands_in_one_breath_are_answered_one_after_the_other(self) -> None:
+        talk = Talk()
+        talk.connection.data_received(post() * 5000)
+        assert len(talk.statuses) == 5000
+
+    def test_of_what_is_pipelined_the_one_that_waits_is_called_off(self) -> None:
+        talk = Talk(at_once=False)
+        talk.connection.data_received(post(b"a") + post(b"b"))
+        talk.at_once = True
+        talk.answers.pop()(200, b"", {})
+        talk.at_once = False
+        talk.connection.data_received(post(b"c") + post(b"d"))
+        talk.connection.connection_lost(None)
+        assert talk.asked[-1][2] == b"c"
+        assert talk.given_up == 1
+
+    def test_a_large_body_goes_on_when_its_client_reads_again(self) -> None:
+        talk = Talk(body_bytes=200_000)
+        request = post(b"x" * 200_000)
+        talk.connection.pause_writing()
+        talk.connection.data_received(request[:100_000])
+        assert not talk.wire.reading
+        talk.connection.resume_writing()
+        assert talk.wire.reading
+        talk.connection.data_received(request[100_000:])
+        assert talk.statuses == [200]
 
     def test_who_sends_and_sends_is_read_no_further(self) -> None:
         talk = Talk(at_once=False)

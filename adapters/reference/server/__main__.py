@@ -15,7 +15,6 @@ import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from .model import LoadError, Model
 _PERIOD_S = 0.05
 """How often replicas, scalers and overdue requests are looked at."""
 _CONTROL_BODY_BYTES = 64 << 10
+_NAME = r"([\w.-]{1,128})"
+"""Of a model: what needs no escape, in a path or on a page."""
 _DRAIN_S = 30.0
 """How long what is in hand may take when the server is told to end."""
 
@@ -44,13 +45,13 @@ class Server:
         self._changing = asyncio.Lock()
         self._started = self._closing = False
         pages: list[tuple[str, str, Callable[..., CallOff]]] = [
-            ("POST", r"/v2/models/([^/]+)/infer", self._infer),
+            ("POST", rf"/v2/models/{_NAME}/infer", self._infer),
             ("GET", r"/v2/health/ready", self._ready),
-            ("GET", r"/v2/models/([^/]+)/ready", self._model_ready),
+            ("GET", rf"/v2/models/{_NAME}/ready", self._model_ready),
             ("GET", r"/v2/config", self._configuration),
             ("GET", r"/metrics", self._metrics),
-            ("POST", r"/v2/repository/models/([^/]+)/load", self._load),
-            ("POST", r"/v2/repository/models/([^/]+)/unload", self._unload),
+            ("POST", rf"/v2/repository/models/{_NAME}/load", self._load),
+            ("POST", rf"/v2/repository/models/{_NAME}/unload", self._unload),
             ("POST", r"/v2/replicas/(\d{1,4})", self._scale),
         ]
         self._pages = [(method, re.compile(path), page) for method, path, page in pages]
@@ -75,7 +76,9 @@ class Server:
                 await loading
                 self._started = True
                 await ending
-            loading.cancel()
+            else:
+                loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)
             self._closing = True
             async with asyncio.timeout(_DRAIN_S):
                 await asyncio.gather(*(model.close() for model in self._models.values()))
@@ -91,25 +94,25 @@ class Server:
             if found := pattern.fullmatch(path):
                 if method == allowed:
                     return page(*found.groups(), body=body, answer=answer)
-                answer(HTTPStatus.METHOD_NOT_ALLOWED, f"only {allowed}".encode(), {**TEXT, "Allow": allowed})
+                answer(405, f"only {allowed}".encode(), {**TEXT, "Allow": allowed})
                 return None
-        answer(HTTPStatus.NOT_FOUND, b"there is no such page", TEXT)
+        answer(404, b"there is no such page", TEXT)
         return None
 
     def _infer(self, name: str, *, body: bytes, answer: Answer) -> CallOff:
         model = self._models.get(name)
         if model is None:
-            answer(HTTPStatus.NOT_FOUND, b"there is no such model", TEXT)
+            answer(404, b"there is no such model", TEXT)
             return None
         if len(body) != self._config["input_bytes"]:
             told = f"the inputs of one item are {self._config['input_bytes']} bytes, these are {len(body)}"
-            answer(HTTPStatus.BAD_REQUEST, told.encode(), TEXT)
+            answer(400, told.encode(), TEXT)
             return None
 
         def answered(status: int, said: bytes, retry_after_s: float) -> None:
-            if status == HTTPStatus.OK:
+            if status == 200:
                 answer(status, said, TENSORS)
-            elif status == HTTPStatus.SERVICE_UNAVAILABLE:
+            elif status == 503:
                 answer(status, said, {**TEXT, "Retry-After": str(max(1, math.ceil(retry_after_s)))})
             else:
                 answer(status, said, TEXT)
@@ -129,7 +132,7 @@ class Server:
     def _configuration(self, *, body: bytes, answer: Answer) -> None:
         """What every model runs with at this moment, in the simulator's words."""
         told = {name: model.system() for name, model in self._models.items()}
-        answer(HTTPStatus.OK, json.dumps(told).encode(), {"Content-Type": "application/json"})
+        answer(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
     def _metrics(self, *, body: bytes, answer: Answer) -> None:
         lines = []
@@ -137,7 +140,7 @@ class Server:
         for metric in dict.fromkeys(metric for told in figures.values() for metric in told):
             lines.append(f"# TYPE {metric} {'counter' if metric.endswith('_total') else 'gauge'}")
             lines += [f'{metric}{{model="{name}"}} {told[metric]:.9g}' for name, told in figures.items()]
-        answer(HTTPStatus.OK, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
+        answer(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
     def _load(self, name: str, *, body: bytes, answer: Answer) -> None:
         self._do(self._load_model(name), answer)
@@ -177,9 +180,9 @@ class Server:
                 async with self._changing:
                     await work
             except LoadError as error:
-                answer(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode(), TEXT)
+                answer(500, str(error).encode(), TEXT)
             else:
-                answer(HTTPStatus.OK, b"", TEXT)
+                answer(200, b"", TEXT)
 
         task = asyncio.get_running_loop().create_task(done())
         self._tasks.add(task)
@@ -195,9 +198,7 @@ class Server:
 
 
 def _tell(answer: Answer, yes: bool) -> None:
-    answer(
-        HTTPStatus.OK if yes else HTTPStatus.SERVICE_UNAVAILABLE, b"", {**TEXT, **({} if yes else {"Retry-After": "1"})}
-    )
+    answer(200 if yes else 503, b"", {**TEXT, **({} if yes else {"Retry-After": "1"})})
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ Answer = Callable[[int, bytes, Mapping[str, str]], None]
 class RefusedError(Exception):
     """A request that is not taken: its status, and why. The connection is closed, for where it ends is not certain."""
 
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
+    def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
@@ -50,25 +50,25 @@ def parse_head(head: bytes) -> Head:
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
     if len(words) != 3 or not words[0].isalpha() or not words[1].startswith("/"):
-        raise RefusedError(HTTPStatus.BAD_REQUEST, "the request line is not METHOD /path HTTP/1.1")
+        raise RefusedError(400, "the request line is not METHOD /path HTTP/1.1")
     if words[2] not in ("HTTP/1.1", "HTTP/1.0"):
-        raise RefusedError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this server speaks HTTP/1.1")
+        raise RefusedError(505, "this server speaks HTTP/1.1")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if not colon or not name or name != name.strip() or "\n" in line or "\r" in line or "\0" in line:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "a header line is not NAME: VALUE")
+            raise RefusedError(400, "a header line is not NAME: VALUE")
         name, value = name.lower(), value.strip(" \t")
         if headers.setdefault(name, value) != value and name in ("content-length", "host"):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, f"two {name} that differ")
+            raise RefusedError(400, f"two {name} that differ")
     # Two readers that disagree on where a request ends let the second one in by the back door.
     if "transfer-encoding" in headers:
-        raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, "no transfer-encoding is supported: send a content-length")
+        raise RefusedError(501, "no transfer-encoding is supported: send a content-length")
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise RefusedError(HTTPStatus.BAD_REQUEST, "content-length is no number")
+        raise RefusedError(400, "content-length is no number")
     if words[2] == "HTTP/1.1" and "host" not in headers:
-        raise RefusedError(HTTPStatus.BAD_REQUEST, "there is no host")
+        raise RefusedError(400, "there is no host")
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if words[2] == "HTTP/1.0" else "close" not in connection
     expects_continue = headers.get("expect", "").lower() == "100-continue"
@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
         self._begun_s = math.inf
         self._answering = False
         self._blocked = False
+        self._handling = False
         self._gave_up: Callable[[], None] | None = None
         self._transport: asyncio.Transport
 
@@ -104,15 +105,15 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._open.discard(self)
-        gave_up, self._gave_up = self._gave_up, None
-        if self._answering and gave_up is not None:
-            gave_up()
+        if self._answering and self._gave_up is not None:
+            self._gave_up()
 
     def pause_writing(self) -> None:
         self._blocked = True  # somebody who asks and does not read the answers
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._transport.resume_reading()
         self._advance()
 
     def data_received(self, data: bytes) -> None:
@@ -126,9 +127,7 @@ class Connection(asyncio.Protocol):
     def overdue(self) -> None:
         """Hang up on a request that does not come to an end."""
         if not self._answering and self._now_s() - self._begun_s > PATIENCE_S:
-            self._refuse(
-                RefusedError(HTTPStatus.REQUEST_TIMEOUT, f"the request has not arrived within {PATIENCE_S:g} s")
-            )
+            self._refuse(RefusedError(408, f"the request has not arrived within {PATIENCE_S:g} s"))
 
     def _advance(self) -> None:
         """Take the requests that have arrived, one after the other."""
@@ -149,14 +148,12 @@ class Connection(asyncio.Protocol):
             end = self._buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
             if end < 0:
                 if len(self._buffer) > HEAD_BYTES:
-                    raise RefusedError(
-                        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a head has at most {HEAD_BYTES} bytes"
-                    )
+                    raise RefusedError(431, f"a head has at most {HEAD_BYTES} bytes")
                 return False
             self._head = parse_head(bytes(self._buffer[:end]))
             del self._buffer[: end + 4]
             if self._head.length > self._body_bytes:
-                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has at most {self._body_bytes} bytes")
+                raise RefusedError(413, f"a body has at most {self._body_bytes} bytes")
             if self._head.expects_continue and len(self._buffer) < self._head.length:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         head = self._head
@@ -170,12 +167,13 @@ class Connection(asyncio.Protocol):
             self._answering, self._gave_up = False, None
             self._write(status, body, headers, head.keep_alive)
             self._transport.resume_reading()
-            self._advance()
+            if not self._handling:  # else whoever has called this goes on by itself
+                self._advance()
 
-        gave_up = self._handle(head.method, head.path, body, answer)
-        if self._answering:
-            self._gave_up = gave_up
-        return not self._answering
+        self._handling = True
+        self._gave_up = self._handle(head.method, head.path, body, answer)
+        self._handling = False
+        return True
 
     def _refuse(self, refused: RefusedError) -> None:
         self._write(refused.status, str(refused).encode(), TEXT, False)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from http import HTTPStatus
 from typing import Any
 
 from .frames import BATCH, FAILED, HEADER, OUTPUTS, READY, frame
@@ -21,7 +20,7 @@ from .scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
 _log = logging.getLogger(__name__)
 _BUFFER_BYTES = 4 << 20
 _YOUNG_S = 10.0
-"""A replica that dies younger is replaced later and later: 1 s, 2 s, 4 s, up to a minute."""
+"""Replicas that die younger are replaced later and later: at once, after 1 s, 2 s, 4 s, up to a minute."""
 _LONGEST_BACKOFF_S = 60.0
 _CLOSING = b"shutting down"
 _REQUESTS = ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
@@ -104,6 +103,8 @@ class Model:
         )
         self.timeout_s: float | None = system.get("timeout_s")
         self.scaler = self._scaler_of(config)
+        self._warm_pool: int = config["warm_pool"]
+        """How many of the scaler's fewest are beyond those asked for."""
         self.target: int = system["replicas"]
         self.replicas: dict[Replica, asyncio.Task[None]] = {}
         self._deaths = 0
@@ -125,7 +126,7 @@ class Model:
         if retry_after_s is not None:
             self.counts["requests_shed_total"] += 1
             reason = _CLOSING if self.closing else b"overloaded: the queue is full, or the answer would be too late"
-            answer(HTTPStatus.SERVICE_UNAVAILABLE, reason, 1.0 if self.closing else retry_after_s)
+            answer(503, reason, 1.0 if self.closing else retry_after_s)
             return None
         if self.timeout_s is not None:
             self._loop.call_later(self.timeout_s, self._expire, request)
@@ -139,13 +140,13 @@ class Model:
 
     def _expire(self, request: Request) -> None:
         self.dispatcher.withdraw(request)
-        self._settle(request, HTTPStatus.GATEWAY_TIMEOUT, b"not answered within the server's own timeout")
+        self._settle(request, 504, b"not answered within the server's own timeout")
 
     def _settle(self, request: Request, status: int, body: bytes) -> None:
         """Answer a request, unless that has been done."""
         answer, request.answer = request.answer, _answered
         if answer is not _answered:
-            self.counts["requests_ok_total" if status == HTTPStatus.OK else "requests_failed_total"] += 1
+            self.counts["requests_ok_total" if status == 200 else "requests_failed_total"] += 1
             answer(status, body)
 
     def _pump(self) -> None:
@@ -176,9 +177,9 @@ class Model:
             size = self._output_bytes
             for index, request in enumerate(batch):
                 if kind == OUTPUTS:
-                    self._settle(request, HTTPStatus.OK, body[index * size : (index + 1) * size])
+                    self._settle(request, 200, body[index * size : (index + 1) * size])
                 else:
-                    self._settle(request, HTTPStatus.INTERNAL_SERVER_ERROR, body)
+                    self._settle(request, 500, body)
             if replica.retiring:
                 self._retire(replica)
         else:
@@ -197,7 +198,7 @@ class Model:
         held = self.dispatcher.remove(replica)
         for request in held:
             if request.retried:
-                self._settle(request, HTTPStatus.INTERNAL_SERVER_ERROR, b"two replicas have died with this request")
+                self._settle(request, 500, b"two replicas have died with this request")
         again = [request for request in held if request.answer is not _answered]
         for request in again:
             request.retried = True
@@ -219,7 +220,7 @@ class Model:
         _log.warning("%s: replica %d died: %s", self.name, dead.process.pid, reason)
         young = self._loop.time() - dead.started_s < _YOUNG_S
         self._deaths = self._deaths + 1 if young else 0
-        backoff_s = min(2.0 ** (self._deaths - 1), _LONGEST_BACKOFF_S) if self._deaths else 0.0
+        backoff_s = min(2.0 ** (self._deaths - 2), _LONGEST_BACKOFF_S) if self._deaths > 1 else 0.0
         if self._restart is None:
             self._restart = self._loop.call_later(backoff_s, self._fill)
 
@@ -247,11 +248,13 @@ class Model:
         spare = sorted(self._staying(), key=self._busy)[: max(0, len(self._staying()) - replicas)]
         for replica in spare:
             self._retire(replica)
-        try:
-            await asyncio.gather(*(replica.loaded for replica in self._staying()))
-        except LoadError:
-            self.target = before
-            raise
+        loading = [replica.loaded for replica in self._staying()]
+        if loading:  # not gather, which would cancel them if this is cancelled
+            await asyncio.wait(loading, return_when=asyncio.FIRST_EXCEPTION)
+        for loaded in loading:
+            if loaded.done() and (failure := loaded.exception()):
+                self.target = before
+                raise failure
 
     def _busy(self, replica: Replica) -> tuple[bool, float]:
         seat = self.dispatcher.seats.get(replica)
@@ -312,6 +315,7 @@ class Model:
             "queue_limit": self.dispatcher.queue_limit,
             "replicas": self.ready,
             "timeout_s": self.timeout_s,
+            "warm_pool": self._warm_pool,
         }
         if self.scaler is not None:
             told["scaler"] = {
@@ -325,7 +329,7 @@ class Model:
         while self.replicas and self.dispatcher.waiting + self.dispatcher.in_hand:
             await asyncio.sleep(0.01)
         for request in self.dispatcher.take_all():
-            self._settle(request, HTTPStatus.SERVICE_UNAVAILABLE, _CLOSING)
+            self._settle(request, 503, _CLOSING)
         if self._restart is not None:
             self._restart.cancel()
         for replica in list(self.replicas):
