@@ -334,6 +334,8 @@ class Adapter(ABC):
     """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""
     """What of this server listens beyond loopback and cannot be told not to; printed, and kept with the run."""
+    baseline: ClassVar[bool] = False
+    """Whether it is what the frameworks are measured against, and none itself."""
     own_cluster: ClassVar[bool] = False
     """Whether several nodes are a cluster of the framework's own, with a way in of its own, rather than servers behind
     the harness's load balancer. ``deploy`` then heeds ``request.nodes``, and ``nodes`` and ``restart_node`` are there."""
@@ -379,6 +381,7 @@ class Adapter(ABC):
             "traits": dict(self.traits),
             "approximate": dict(self.approximate),
             "exposes": self.exposes,
+            "baseline": self.baseline,
         }
 
     def capabilities(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from harness.errors import InputError
 from harness.records import SAMPLE_SCHEMA
 from harness.store import RunFolder
 from harness.summary import Samples
-from simulator.calibration import calibrate, counted_service, fit_error, predict, read_trial
+from simulator.calibration import TOLD, calibrate, counted_service, fit_error, predict, read_trial
 from simulator.system import Service, System, load_system
 from tests.conftest import tailrace
 from tests.simulated import TRUE, TUNING, measured_trial
@@ -47,6 +48,26 @@ def test_a_known_system_is_found_and_predicts_other_arrivals() -> None:
 def test_how_requests_find_replicas_is_found(router: Any) -> None:
     found = calibrate(measured_trial(TRUE.model_copy(update={"router": router}), 3))
     assert found.system.router == router
+
+
+def test_what_a_server_says_of_itself_is_not_guessed() -> None:
+    """Though another mechanism would fit a trial of this system better."""
+    told = System(router="random", replicas=3, queue_limit=1024)
+    found = calibrate(replace(measured_trial(TRUE, 1), told=told))
+    assert (found.system.router, found.system.queue_limit, found.others) == ("random", 1024, ())
+    assert found.system.service.base_ms == pytest.approx(12, rel=0.01)
+    assert found.error > 2 * calibrate(measured_trial(TRUE, 1)).error
+
+
+def test_what_a_server_says_of_itself_is_read_from_its_configuration(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", trials=1, span_s=30).trials[0]
+    assert read_trial(folder).told is None
+    (folder.server / "config").mkdir(parents=True, exist_ok=True)
+    (folder.server / TOLD).write_text('{"router": "shortest_queue", "replicas": 2}')
+    assert read_trial(folder).told == System(router="shortest_queue", replicas=2)
+    (folder.server / TOLD).write_text('{"router": "psychic"}')
+    with pytest.raises(InputError, match="router"):
+        read_trial(folder)
 
 
 def test_without_counters_the_service_is_fitted() -> None:
