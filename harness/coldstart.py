@@ -21,13 +21,14 @@ from pydantic import BaseModel
 
 from harness import __version__
 from harness.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
-from harness.emulated_device import device_environment
+from harness.devices import device_environment
 from harness.environments import build
 from harness.errors import DeployError, InputError, ServerError, StorageError, TailraceError
 from harness.exchange import Answer, check_answer, exchange
 from harness.faults import refusal
+from harness.gpus import gpus
 from harness.guardian import Guardian, sweep
-from harness.machine import command_line, drop_page_cache, environment_variables, git_state, gpus, hardware, software
+from harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
 from harness.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
 from harness.processes import log_tail, port_open
 from harness.registry import get_adapter
@@ -466,9 +467,6 @@ class ColdStarts:
             workdir.mkdir(parents=True)
         except OSError as error:
             raise StorageError.of(workdir, error) from error
-        server_env = dict(device_environment(devices, 1))
-        if workload.device == "cuda":
-            server_env["CUDA_VISIBLE_DEVICES"] = "0"
         return DeployRequest(
             workload=workload,
             models=tuple(workload.references),
@@ -478,7 +476,7 @@ class ColdStarts:
             environment=self._environments[name],
             workdir=workdir,
             scratch=scratch,
-            server_env=server_env,
+            server_env=device_environment(workload.device, devices, gpus()[:1]),
         )
 
 

@@ -311,6 +311,11 @@ class Experiment(_Strict):
         description="What one device costs in an hour, US dollars: your own price, for nothing is assumed; left out: no figure "
         "per dollar.",
     )
+    dcgm_exporter: str | None = Field(
+        default=None,
+        pattern=r"^[^:/\s]+:\d{1,5}$",
+        description="HOST:PORT of NVIDIA's DCGM exporter; left out: localhost:9400, if one answers there.",
+    )
     nodes: int = Field(
         default=1,
         ge=1,
