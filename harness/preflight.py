@@ -35,7 +35,7 @@ from harness.trial import TrialSetup
 from harness.workload import Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
 from traces.trace import Trace, compress_time, rescale, window, with_tail
-from workloads.catalogue import load_spec, prepare
+from workloads.catalogue import check_arithmetic, load_spec, prepare
 
 _SPARE_FILES = 256
 """File descriptors that the generator needs beside its connections."""
@@ -101,6 +101,7 @@ def check(experiment: Experiment) -> Checked:
     spec = load_spec(experiment.workload)
     device = experiment.device or spec.devices[0]
     _check_workload(experiment, spec, device)
+    check_arithmetic(spec, experiment.precision, experiment.compile)
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
     _check_nodes(experiment, device, contestants)
     _check_gpus_per_node(experiment, device, contestants)
@@ -347,6 +348,8 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         device=checked.device,
         seed=experiment.seed,
         options=experiment.workload_options,
+        precision=experiment.precision,
+        compiled=experiment.compile,
         environment_kind=experiment.environment,
         on_progress=on_progress,
     )

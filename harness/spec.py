@@ -31,7 +31,7 @@ from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
-from harness.workload import Device, Slo
+from harness.workload import Device, Precision, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -298,6 +298,12 @@ class Experiment(_Strict):
     workload: str = Field(default="emulated", description="The model: a name, or the path of a workload folder.")
     workload_options: dict[str, float] = Field(
         default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms)."
+    )
+    precision: Precision | None = Field(
+        default=None, description="`fp32`, `bf16` or `fp16`, of those that the workload offers; left out: fp32."
+    )
+    compile: bool = Field(
+        default=False, description="Whether the model is compiled (`torch.compile`), where the workload offers it."
     )
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."
