@@ -104,7 +104,7 @@ class PrecisionChoice(StrEnum):
 
 
 class EnvironmentKind(StrEnum):
-    """Environments of `tailrace ceiling`."""
+    """Environments of `tailrace ceiling` and `tailrace coldstart`."""
 
     VENV = "venv"
     CURRENT = "current"
@@ -456,6 +456,13 @@ def coldstart(
         ),
     ] = ColdstartMode.PROCESS,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Replicas of the model.")] = 1,
+    device: Annotated[
+        DeviceChoice | None, typer.Option(help="cpu, cuda or emulated; default: the workload's first.")
+    ] = (None),
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="Of those that the workload offers.")] = None,
+    environment: Annotated[EnvironmentKind, typer.Option(help="venv, or current: this interpreter.")] = (
+        EnvironmentKind.VENV
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Of the order of starts, and of the workload.")] = 7,
     out: Annotated[Path | None, typer.Option(help="The folder itself; default results/coldstart-TIME.")] = None,
     form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
@@ -469,7 +476,17 @@ def coldstart(
     from harness.store import default_folder
     from reports.coldstart import write
 
-    plan = check(names, workload, trials=trials, mode=mode.value, replicas=replicas, seed=seed)
+    plan = check(
+        names,
+        workload,
+        trials=trials,
+        mode=mode.value,
+        replicas=replicas,
+        seed=seed,
+        device=device.value if device else None,
+        precision=precision.value if precision else None,
+        environment=environment.value,
+    )
     folder, console = out or default_folder("coldstart"), stderr()
     starts = ColdStarts(plan, folder, lambda text: console.print(Text(text, style="dim"), soft_wrap=True))
     signal.signal(signal.SIGTERM, _interrupt)
@@ -528,9 +545,9 @@ def ceiling(
     console = stderr()
     runs = [RunFolder.open(folder) for given in run_folders or () for folder in _runs_below(given)]
     asked: dict[str, Any] = {
-        "device": device and device.value,
+        "device": device.value if device else None,
         "devices": devices,
-        "precision": precision and precision.value,
+        "precision": precision.value if precision else None,
         "compiled": compiled,
         "environment": environment.value,
     }
