@@ -631,15 +631,18 @@ def load_worker(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="What `device: cuda` needs, in its place.")] = False,
+) -> None:
     """Say what this machine lacks, and the command that mends it."""
     from harness.doctor import examine
+    from harness.gpu_doctor import examine_gpus
 
     console = stdout()
     table = Table(show_header=True)
     for heading in ("", "what", "found", "remedy"):
         table.add_column(heading, overflow="fold")
-    findings = examine()
+    findings = examine_gpus() if gpu else examine()
     for finding in findings:
         mark = Text("ok", style="green") if finding.ok else Text("missing" if finding.needed else "optional", "yellow")
         table.add_row(mark, finding.what, Text(finding.found), Text("" if finding.ok else finding.remedy))

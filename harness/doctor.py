@@ -130,7 +130,7 @@ def _gpu() -> Finding:
         "NVIDIA GPU",
         bool(found),
         ", ".join(gpu.name for gpu in found) or "none",
-        "only for `device: cuda`; everything else runs without",
+        "only for `device: cuda`; everything else runs without (tailrace doctor --gpu)",
         needed=False,
     )
 
