@@ -17,6 +17,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
 from harness.gpus import gpus
 from harness.machine import page_cache_refusal, raise_file_limit
+from harness.prices import price_per_hour
 from harness.registry import get_adapter
 from harness.ruler import NULL_SERVER
 from harness.schedule import most_at_once
@@ -102,6 +103,7 @@ def check(experiment: Experiment) -> Checked:
     device = experiment.device or spec.devices[0]
     _check_workload(experiment, spec, device)
     check_arithmetic(spec, experiment.precision, experiment.compile)
+    price_per_hour(experiment, device, gpus()[: experiment.devices] if device == "cuda" else [])
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
     _check_nodes(experiment, device, contestants)
     _check_gpus_per_node(experiment, device, contestants)

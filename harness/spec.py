@@ -317,6 +317,9 @@ class Experiment(_Strict):
         description="What one device costs in an hour, US dollars: your own price, for nothing is assumed; left out: no figure "
         "per dollar.",
     )
+    device_prices: str | None = Field(
+        default=None, description="In place of that price: a YAML file of your own, device names and their prices."
+    )
     dcgm_exporter: str | None = Field(
         default=None,
         pattern=r"^[^:/\s]+:\d{1,5}$",
@@ -397,6 +400,8 @@ class Experiment(_Strict):
             name for name in self.adapters if all(s.adapters and name not in s.adapters for s in self.scenarios)
         ]:
             raise ValueError(f"scenarios: none is for {', '.join(idle)}; leave it out of `adapters`")
+        if self.device_prices is not None and self.device_price_per_hour is not None:
+            raise ValueError("device_prices and device_price_per_hour are both given: leave one of them out")
         for name in self.options:
             if name not in self.adapters:
                 raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")

@@ -50,6 +50,7 @@ from harness.gpus import Gpu, gpus
 from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
+from harness.prices import price_per_hour
 from harness.processes import descendants, log_tail
 from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
 from harness.scaler import Scaler, label
@@ -165,7 +166,7 @@ class Trial:
             "device": setup.workload.device,
             "devices": setup.devices,
             "gpus": [{"gpu": gpu.scope, "name": gpu.name, "uuid": gpu.uuid} for gpu in self._gpus],
-            "device_price_per_hour": setup.experiment.device_price_per_hour,
+            "device_price_per_hour": price_per_hour(setup.experiment, setup.workload.device, self._gpus),
             "protocol": setup.protocol,
             "slo_ms": setup.slo_ms,
             "span_s": setup.span_s,
