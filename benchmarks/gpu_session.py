@@ -1,9 +1,10 @@
 """One GPU, the models ResNet-50 and MiniLM, every framework: `nox -s bench-gpu`.
 
 For each model, in this order: the bare model's ceiling (no server); the saturation point under a p99 of 15 ms and of 100 ms;
-a sweep of batch × window × instances at half the ceiling; the kill of one of two instances at a fifth of it; cold starts.
-At last what each framework reached of the ceiling at its own batch and instances. Every step is a `tailrace` command, which is
-printed; a step whose folder is there already is not done again, so that a session that was cut off goes on with `--out`.
+a sweep of batch × window × instances at half of the highest load that any framework holds; the kill of one of two instances
+at a fifth of it; cold starts. At last what each framework reached of the ceiling at its own batch and instances. Every step
+is a `tailrace` command, which is printed; a step that is done is not done again, so that a session that was cut off goes on
+with `--out`.
 
 ``--dry-run`` says how long each step takes at most, and with ``--price`` what the session costs; it needs no GPU. With
 ``--device cpu --quick`` the same steps run on a CPU with shorter traces and fewer settings, which shows that they work and
@@ -17,7 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ P99_MS = {"gpu": (15, 100), "quick": (1000,)}
 BATCHES = {"gpu": "1,8,16,32,128", "quick": "1,4"}
 LOADS = 9
 """So many rates a search for a saturation point tries of each cell, about."""
+HIGHEST_START = 200.0
+"""Arrivals/s at which a search begins at the most: below what any load generator sends."""
 START_S = 30.0
 """What a server takes to start, be checked and stopped, about; the slowest of them more."""
 QUICK = {
@@ -48,11 +51,12 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Step:
-    """One command, the folder that it makes, and how long it takes at most, about."""
+    """One command, what it leaves when it is done, and how long it takes at most, about."""
 
     title: str
     command: list[str]
-    folder: Path
+    result: Path
+    """A folder that it makes; a file of JSON: what it prints."""
     seconds: float
 
 
@@ -64,16 +68,31 @@ class Session:
         self._kind = "quick" if asked.quick else "gpu"
         self._out: Path = asked.out
 
-    def steps(self, workload: str, items_per_s: float) -> Iterator[Step]:
-        """All races of a model whose bare ceiling, of its best batch, is this."""
+    def saturations(self, workload: str, items_per_s: float) -> Iterator[Step]:
+        """The searches of a model whose bare ceiling, at its best batch, is this."""
+        start = min(HIGHEST_START, 0.3 * items_per_s)
         for p99_ms in P99_MS[self._kind]:
-            settings = [f"load.slo.p99_ms={p99_ms}", f"load.start={items_per_s * 0.3:.4g}"]
-            folder = self._out / f"{workload}-saturation-{p99_ms}ms"
-            yield self._race("bench-gpu", f"saturation under {p99_ms} ms", workload, folder, settings, LOADS)
+            title, folder = f"saturation under {p99_ms} ms", self._out / f"{workload}-saturation-{p99_ms}ms"
+            race = self._race("bench-gpu", title, workload, folder, [], LOADS)
+            options = [f"--slo=p99={p99_ms}ms", f"--start={start:.4g}", "--format=json"]
+            result = folder.with_suffix(".json")
+            yield replace(race, command=["saturate", *race.command[1:], *options], result=result)
+
+    def races(self, workload: str, saturated: float) -> Iterator[Step]:
+        """The others, at shares of the highest load that any framework holds."""
         for name, share, title in (("sweep", 0.5, "batch × window × instances"), ("kill", 0.2, "replica kill")):
-            settings = [f"trace.mean_rate={items_per_s * share:.4g}"]
+            settings = [f"trace.mean_rate={saturated * share:.4g}"]
             yield self._race(f"bench-gpu-{name}", title, workload, self._out / f"{workload}-{name}", settings, 1)
         yield self._cold_starts(workload)
+
+    def saturated(self, workload: str) -> float | None:
+        """The highest load that any framework holds under any of the objectives, arrivals/s, once those are searched."""
+        found = []
+        for p99_ms in P99_MS[self._kind]:
+            path = self._out / f"{workload}-saturation-{p99_ms}ms.json"
+            if path.exists():
+                found += [point["holds"] for point in json.loads(path.read_text(encoding="utf-8")).values()]
+        return max((rate for rate in found if rate is not None), default=None)
 
     def _race(
         self, experiment: str, title: str, workload: str, folder: Path, settings: Sequence[str], times: int
@@ -118,19 +137,19 @@ class Session:
         return Step("shares of the ceiling", command, folder, 12.0 * (2 if self._asked.quick else 10))
 
 
-def carry_out(step: Step, *, to_file: bool) -> None:
-    """Run a step unless its result is there. A race that fails, or has INVALID trials, does not end the session."""
+def carry_out(step: Step) -> None:
+    """Run a step unless it is done. A race that fails, or has INVALID trials, does not end the session."""
     print(f"\n== {step.title}: tailrace {' '.join(step.command)}", flush=True)
-    if step.folder.exists() and (to_file or step.command[0] != "run"):
-        print(f"done already: {step.folder}", flush=True)
+    command, prints = [sys.executable, "-m", "harness.cli", *step.command], step.result.suffix == ".json"
+    if step.command[0] == "run" and (step.result / "manifest.json").exists():
+        command[3:] = ["run", "--resume", str(step.result)]
+    elif step.result.exists():
+        print(f"done already: {step.result}", flush=True)
         return
-    command = [sys.executable, "-m", "harness.cli", *step.command]
-    if step.command[0] == "run" and (step.folder / "manifest.json").exists():
-        command = [sys.executable, "-m", "harness.cli", "run", "--resume", str(step.folder)]
-    step.folder.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE if to_file else None, text=True, check=False)
-    if to_file and done.returncode == 0:
-        step.folder.write_text(done.stdout, encoding="utf-8")
+    step.result.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE if prints else None, text=True, check=False)
+    if prints and done.stdout.startswith("{"):
+        step.result.write_text(done.stdout, encoding="utf-8")
         print(done.stdout, flush=True)
     if done.returncode:
         print(f"== it ended with exit code {done.returncode}", flush=True)
@@ -142,8 +161,9 @@ def price(session: Session, asked: argparse.Namespace) -> None:
     """Print how long a session is at most, and what it costs."""
     total_s = 0.0
     for workload in asked.workload:
-        # Only rates follow from the ceiling, and lengths do not follow from rates.
-        for step in (session.ceiling(workload), *session.steps(workload, 100.0), session.of_ceiling(workload)):
+        # Rates follow from what is found on the way, but lengths do not follow from rates.
+        steps = [session.ceiling(workload), *session.saturations(workload, 100.0), *session.races(workload, 100.0)]
+        for step in [*steps, session.of_ceiling(workload)]:
             print(f"{step.seconds / 60:7.1f} min  {workload}: {step.title}")
             total_s += step.seconds
     costs = "" if asked.price is None else f", {total_s / 3600 * asked.price:.2f} US$ at {asked.price:g} an hour"
@@ -178,12 +198,18 @@ def main() -> None:
         return
     for workload in asked.workload:
         ceiling = session.ceiling(workload)
-        carry_out(ceiling, to_file=True)
-        if not ceiling.folder.exists():
+        carry_out(ceiling)
+        if not ceiling.result.exists():
             sys.exit(1)
-        for step in session.steps(workload, best(ceiling.folder)):
-            carry_out(step, to_file=False)
-        carry_out(session.of_ceiling(workload), to_file=True)
+        for step in session.saturations(workload, best(ceiling.result)):
+            carry_out(step)
+        saturated = session.saturated(workload)
+        if saturated is None:
+            print(f"no framework holds any load of {workload}: there is nothing to race it at", flush=True)
+            continue
+        for step in session.races(workload, saturated):
+            carry_out(step)
+        carry_out(session.of_ceiling(workload))
     print(asked.out.resolve())
 
 

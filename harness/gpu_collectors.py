@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness.collectors import Reading
 from harness.control import ControlConnection
+from harness.errors import TailraceError
 from harness.gpus import Gpu, handle_of, nvml
 
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
@@ -101,16 +103,25 @@ class NvidiaGpus:
     def __init__(self, gpus: Sequence[Gpu], tell: Callable[..., None]) -> None:
         """``tell(event, **details)`` is called from the collector's thread. To be made before the server is started: in a
         container, only what is there before it can be told from it."""
+        import pynvml
+
         self._exit = contextlib.ExitStack()
-        self._nvml = self._exit.enter_context(nvml())
         self._tell = tell
-        self._gpus = {gpu: handle_of(self._nvml, gpu) for gpu in gpus}
+        try:
+            self._nvml = self._exit.enter_context(nvml())
+            self._gpus = {gpu: handle_of(self._nvml, gpu) for gpu in gpus}
+        except pynvml.NVMLError as error:
+            self._exit.close()
+            raise TailraceError(
+                f"NVML does not tell of {', '.join(gpu.scope for gpu in gpus)}: {error}", remedy="tailrace doctor --gpu"
+            ) from error
         self._left_out: set[tuple[Gpu, str]] = set()
         self._reads = 0
-        self._own: Callable[[], Iterable[int]] = tuple
+        self._own_pids: Callable[[], Iterable[int]] = tuple
+        self._ever_own: set[int] = set()
         self._same_pids = Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE
         self._before = {gpu: self._pids(handle) for gpu, handle in self._gpus.items()}
-        self._told_us = dict.fromkeys(self._gpus, 0)
+        self._told_us = dict.fromkeys(self._gpus, time.time_ns() // 1000)  # the clock of NVML's samples
 
     def close(self) -> None:
         """Let NVML go."""
@@ -118,7 +129,7 @@ class NvidiaGpus:
 
     def serve(self, own_pids: Callable[[], Iterable[int]]) -> None:
         """From now on there is a server, whose processes these are."""
-        self._own = own_pids
+        self._own_pids = own_pids
 
     def read(self) -> list[Reading]:
         seldom = self._reads % self._SELDOM_EVERY == 0
@@ -168,19 +179,24 @@ class NvidiaGpus:
         except self._nvml.NVMLError:
             return set()
 
-    def _is_other(self, gpu: Gpu, own: set[int]) -> Callable[[int], bool]:
-        """Whether a process is none of the server's. In a container NVML goes on telling the pids of the host: of those, the
-        ones that were there before the server cannot be its own, and of others nobody knows better."""
-        if self._same_pids:
-            return lambda pid: pid not in own
-        return lambda pid: pid in self._before[gpu]
+    def _other(self, gpu: Gpu, pids: set[int]) -> set[int]:
+        """Which of these processes on a GPU are none of the server's; to be asked after NVML, for a server's may be new.
+
+        One that was the server's stays so: a process that was killed holds its memory for a moment yet. In a container NVML
+        goes on telling the pids of the host: of those, the ones that were there before the server cannot be its own, and of
+        others nobody knows better.
+        """
+        if not self._same_pids:
+            return pids & self._before[gpu]
+        self._ever_own |= set(self._own_pids())
+        return pids - self._ever_own
 
     def _processes_of(self, gpu: Gpu) -> Query:
         def processes(pynvml: Any, handle: Any) -> Values:
-            is_other = self._is_other(gpu, set(self._own()))
             found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            others = [process for process in found if is_other(process.pid)]
-            own = [process for process in found if not is_other(process.pid)]
+            other = self._other(gpu, {process.pid for process in found})
+            others = [process for process in found if process.pid in other]
+            own = [process for process in found if process.pid not in other]
             values: Values = [("other_processes", float(len(others)), "1")]
             for name, part in (("server", own), ("other", others)):
                 memory = [process.usedGpuMemory for process in part]
@@ -198,11 +214,11 @@ class NvidiaGpus:
                 if error.value != pynvml.NVML_ERROR_NOT_FOUND:
                     raise
                 samples = []  # nobody has computed since
-            is_other = self._is_other(gpu, set(self._own()))
+            other = self._other(gpu, {sample.pid for sample in samples if sample.pid})
             shares: dict[int, list[float]] = {}
             for sample in samples:
                 self._told_us[gpu] = max(self._told_us[gpu], sample.timeStamp)
-                if sample.pid and is_other(sample.pid):
+                if sample.pid in other:
                     shares.setdefault(sample.pid, []).append(sample.smUtil / 100)
             total = sum(sum(share) / len(share) for share in shares.values())
             return [("other_utilization", min(1.0, total), "1")]

@@ -32,7 +32,7 @@ def price_per_hour(experiment: Experiment, device: Device, gpus: Sequence[Gpu]) 
                 f"{path}: there is no price of {name!r}" + (f"; did you mean {near!r}?" if near else ""),
                 remedy=f"add a line: {name}: PRICE (US dollars an hour)",
             )
-    return sum(prices[name] for name in names) / len(names)
+    return sum(prices[name] for name in names) / len(names) if names else None
 
 
 def _read(path: Path) -> dict[str, float]:

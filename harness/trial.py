@@ -243,7 +243,12 @@ class Trial:
         with contextlib.ExitStack() as opened:
             opened.callback(shutil.rmtree, scratch, ignore_errors=True)
             self._stage("deploy", events)
-            if self._gpus:
+            if self._setup.workload.device == "cuda":
+                if len(self._gpus) < self._setup.devices:
+                    raise DeployError(
+                        f"{self._setup.devices} GPUs are asked for, and NVML tells of {len(self._gpus)} by now",
+                        remedy="tailrace doctor --gpu; look for «Xid» in dmesg",
+                    )
                 self._nvidia = NvidiaGpus(self._gpus, events.write)
                 opened.callback(self._nvidia.close)
             deployment = self._deploy(guardian, events, scratch)

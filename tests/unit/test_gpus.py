@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from harness.collectors import Reading, Sampler
 from harness.devices import device_environment
+from harness.errors import TailraceError
 from harness.gpu_collectors import DcgmExporter, NvidiaGpus
 from harness.gpu_figures import gpu_figures, gpus_power_w
 from harness.gpus import Gpu, gpus
@@ -221,6 +222,29 @@ def test_memory_and_use_are_told_apart_by_process(monkeypatch: pytest.MonkeyPatc
     assert read["other_memory_bytes"] == 2 << 30
     assert read["other_processes"] == 1
     assert read["other_utilization"] == 0.25
+
+
+def test_the_memory_of_a_replica_that_was_killed_is_nobody_elses(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    """NVML lists it for a moment yet, when it is no longer in the server's tree."""
+    install(monkeypatch, FakeGpu(processes={11: 4 << 30}))
+    collector = NvidiaGpus(gpus(), told)
+    collector._same_pids = True
+    tree = [11]
+    collector.serve(lambda: tree)
+    collector.read()
+    tree.clear()
+    for _ in range(NvidiaGpus._SELDOM_EVERY):
+        last = values(collector.read())
+        assert not last.get("other_memory_bytes")
+
+
+def test_nvml_that_does_not_answer_is_told_with_a_remedy(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    fake = install(monkeypatch, FakeGpu())
+    found = gpus()
+    fake.has_driver = False
+    with pytest.raises(TailraceError, match=r"NVML does not tell of gpu-0.*\n.*doctor --gpu"):
+        NvidiaGpus(found, told)
+    assert fake.initialised == 0
 
 
 def test_in_a_container_what_was_there_before_the_server_is_not_its_own(
