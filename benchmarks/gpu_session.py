@@ -143,7 +143,9 @@ def carry_out(step: Step) -> None:
     command, prints = [sys.executable, "-m", "harness.cli", *step.command], step.result.suffix == ".json"
     if step.command[0] == "run" and (step.result / "manifest.json").exists():
         command[3:] = ["run", "--resume", str(step.result)]
-    elif step.result.exists():
+    elif (
+        step.result.exists() and step.command[0] != "saturate"
+    ):  # a search goes on by itself, and is quick when it is done
         print(f"done already: {step.result}", flush=True)
         return
     step.result.parent.mkdir(parents=True, exist_ok=True)
