@@ -138,6 +138,13 @@ def bench_faults(session: nox.Session) -> None:
     session.run("tailrace", "run", "faults", *session.posargs)
 
 
+@nox.session(name="bench-gpu")
+def bench_gpu(session: nox.Session) -> None:
+    """Every framework on one GPU beside the bare model; hours: `-- --dry-run` prices it, `-- --device cpu --quick` tries it."""
+    _install(session)
+    session.run("python", "benchmarks/gpu_session.py", *session.posargs)
+
+
 @nox.session(name="bench-loadgen")
 def bench_loadgen(session: nox.Session) -> None:
     """Measure tailrace's load generator beside Locust's FastHttpUser, and beside wrk where that is installed."""

@@ -112,6 +112,8 @@ class DeployRequest:
     nodes: int = 1
     """Of how many nodes a framework with a cluster of its own (:attr:`Adapter.own_cluster`) is to make it. Others are
     deployed once for each node, each time with 1."""
+    devices: int = 1
+    """How many devices each node has; its processes see no others."""
     node_envs: tuple[Mapping[str, str], ...] = ()
     """With a cluster of its own: what each node's processes must get on top of ``server_env``, by the node's index."""
 
@@ -336,6 +338,8 @@ class Adapter(ABC):
     """What of this server listens beyond loopback and cannot be told not to; printed, and kept with the run."""
     baseline: ClassVar[bool] = False
     """Whether it is what the frameworks are measured against, and none itself."""
+    deals_out_gpus: ClassVar[bool] = False
+    """Whether one of its servers spreads its replicas over all GPUs that it sees (``DeployRequest.devices``)."""
     own_cluster: ClassVar[bool] = False
     """Whether several nodes are a cluster of the framework's own, with a way in of its own, rather than servers behind
     the harness's load balancer. ``deploy`` then heeds ``request.nodes``, and ``nodes`` and ``restart_node`` are there."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from harness.spec import Experiment
 
 MAX_LOADGEN_RATE = 200_000
+MAX_BATCH = 1024
 
 app = typer.Typer(
     name="tailrace",
@@ -82,6 +83,29 @@ class ColdstartMode(StrEnum):
     PROCESS = "process"
     PAGE_CACHE = "page-cache"
     MODEL = "model"
+
+
+class DeviceChoice(StrEnum):
+    """Devices of `tailrace ceiling` and `tailrace coldstart`."""
+
+    EMULATED = "emulated"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class PrecisionChoice(StrEnum):
+    """Precisions of `tailrace ceiling` and `tailrace coldstart`."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class EnvironmentKind(StrEnum):
+    """Environments of `tailrace ceiling` and `tailrace coldstart`."""
+
+    VENV = "venv"
+    CURRENT = "current"
 
 
 def _version(asked: bool) -> None:
@@ -430,6 +454,13 @@ def coldstart(
         ),
     ] = ColdstartMode.PROCESS,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Replicas of the model.")] = 1,
+    device: Annotated[
+        DeviceChoice | None, typer.Option(help="cpu, cuda or emulated; default: the workload's first.")
+    ] = (None),
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="Of those that the workload offers.")] = None,
+    environment: Annotated[EnvironmentKind, typer.Option(help="venv, or current: this interpreter.")] = (
+        EnvironmentKind.VENV
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Of the order of starts, and of the workload.")] = 7,
     out: Annotated[Path | None, typer.Option(help="The folder itself; default results/coldstart-TIME.")] = None,
     form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
@@ -443,7 +474,17 @@ def coldstart(
     from harness.store import default_folder
     from reports.coldstart import write
 
-    plan = check(names, workload, trials=trials, mode=mode.value, replicas=replicas, seed=seed)
+    plan = check(
+        names,
+        workload,
+        trials=trials,
+        mode=mode.value,
+        replicas=replicas,
+        seed=seed,
+        device=device.value if device else None,
+        precision=precision.value if precision else None,
+        environment=environment.value,
+    )
     folder, console = out or default_folder("coldstart"), stderr()
     starts = ColdStarts(plan, folder, lambda text: console.print(Text(text, style="dim"), soft_wrap=True))
     signal.signal(signal.SIGTERM, _interrupt)
@@ -465,6 +506,110 @@ def coldstart(
         raise TailraceError(f"{planned - len(done)} of {planned} starts failed", remedy=f"read why above, or in {path}")
 
 
+@app.command()
+def ceiling(
+    workload: Annotated[
+        str | None, typer.Argument(help="A workload's name or folder; left out: that of the runs.")
+    ] = None,
+    run_folders: Annotated[
+        list[Path] | None,
+        typer.Option("--run", metavar="RUN", help="Beside it, what this run reached of it; or a folder of runs."),
+    ] = None,
+    device: Annotated[
+        DeviceChoice | None, typer.Option(help="cpu, cuda or emulated; default: the workload's first.")
+    ] = (None),
+    devices: Annotated[int, typer.Option(min=1, help="Devices over which copies are dealt out.")] = 1,
+    batch: Annotated[str, typer.Option(metavar="N,N,…", help="Items in a call.")] = "1,8",
+    instances: Annotated[str, typer.Option(metavar="N,N,…", help="Copies of the model at work at once.")] = "1",
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="Of those that the workload offers.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled (torch.compile).")] = False,
+    environment: Annotated[EnvironmentKind, typer.Option(help="venv, or current: this interpreter.")] = (
+        EnvironmentKind.VENV
+    ),
+    duration: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds at each batch.")] = 5.0,
+    form: Annotated[TableOrJson, typer.Option("--format", help="table or json.")] = TableOrJson.TABLE,
+) -> None:
+    """Measure the bare model: the same model and batch with no server around it, as fast as it goes.
+
+    With --run, at the batches and numbers of copies of those runs' cells, on their device, in their precision: the goodput
+    of each framework's best cell as a share of that limit.
+    """
+    from harness.ceiling import BareModel, best_cells, told
+    from harness.console import print_ceiling
+    from harness.run import experiment_of
+    from harness.store import RunFolder
+    from harness.summary import summarise
+
+    console = stderr()
+    runs = [RunFolder.open(folder) for given in run_folders or () for folder in _runs_below(given)]
+    asked: dict[str, Any] = {
+        "device": device.value if device else None,
+        "devices": devices,
+        "precision": precision.value if precision else None,
+        "compiled": compiled,
+        "environment": environment.value,
+    }
+    if runs:
+        experiments = [experiment_of(run) for run in runs]
+        first = experiments[0]
+        of_runs = [(e.workload, e.device, e.devices, e.precision, e.compile, e.workload_options) for e in experiments]
+        if workload is not None or any(one != of_runs[0] for one in of_runs):
+            raise InputError(
+                "--run takes the workload, its device and its precision from the runs, which must agree on them",
+                remedy="leave WORKLOAD out, and name runs of one workload on one device in one precision",
+            )
+        workload = first.workload
+        asked = {
+            "device": first.device,
+            "devices": first.devices,
+            "precision": first.precision,
+            "compiled": first.compile,
+            "environment": first.environment,
+            "options": first.workload_options,
+            "seed": first.seed,
+        }
+    elif workload is None:
+        raise InputError(
+            "Missing argument WORKLOAD", remedy="name a workload (tailrace ceiling minilm), or a run (--run RUN)"
+        )
+    reached = best_cells({str(run.folder): summarise(run) for run in runs})
+    points = sorted({(one.batch, one.instances) for one in reached}) or [
+        (size, copies) for copies in _counts("--instances", instances) for size in _counts("--batch", batch)
+    ]
+
+    def note(text: str) -> None:
+        console.print(Text(text, style="dim"), soft_wrap=True)
+
+    bare = BareModel(workload, **asked, on_progress=note)
+    measured = []
+    for size, copies in points:
+        measured.append(bare.measure(size, copies, duration))
+        note(f"batch {size}, {copies} at once: {measured[-1].items_per_s:.1f} items/s")
+    content = {
+        "workload": bare.workload.spec.name,
+        "device": bare.workload.device,
+        "precision": bare.workload.precision,
+        "compiled": bare.workload.compiled,
+        **told(measured, reached),
+    }
+    if form is TableOrJson.JSON:
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        print_ceiling(content, stdout())
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    """The folder, if it is a run's, else all runs below it; a search for a saturation point leaves many."""
+    return sorted(path.parent for path in folder.rglob("manifest.json")) or [folder]
+
+
+def _counts(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and 0 < int(part) <= MAX_BATCH for part in parts):
+        raise InputError(f"{option} {text!r}: give numbers from 1 to {MAX_BATCH}, separated by commas: {option} 1,8")
+    return [int(part) for part in parts]
+
+
 @app.command(name="load-worker")
 def load_worker(
     master: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the run listens (client.listen).")],
@@ -484,15 +629,18 @@ def load_worker(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="What `device: cuda` needs, in its place.")] = False,
+) -> None:
     """Say what this machine lacks, and the command that mends it."""
     from harness.doctor import examine
+    from harness.gpu_doctor import examine_gpus
 
     console = stdout()
     table = Table(show_header=True)
     for heading in ("", "what", "found", "remedy"):
         table.add_column(heading, overflow="fold")
-    findings = examine()
+    findings = examine_gpus() if gpu else examine()
     for finding in findings:
         mark = Text("ok", style="green") if finding.ok else Text("missing" if finding.needed else "optional", "yellow")
         table.add_row(mark, finding.what, Text(finding.found), Text("" if finding.ok else finding.remedy))

@@ -21,20 +21,21 @@ from pydantic import BaseModel
 
 from harness import __version__
 from harness.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
-from harness.emulated_device import device_environment
-from harness.environments import build
+from harness.devices import device_environment
+from harness.environments import Kind, build
 from harness.errors import DeployError, InputError, ServerError, StorageError, TailraceError
 from harness.exchange import Answer, check_answer, exchange
 from harness.faults import refusal
+from harness.gpus import gpus
 from harness.guardian import Guardian, sweep
-from harness.machine import command_line, drop_page_cache, environment_variables, git_state, gpus, hardware, software
+from harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
 from harness.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
 from harness.processes import log_tail, port_open
 from harness.registry import get_adapter
 from harness.spec import validated_options
 from harness.store import ending, make_new_folder, now, write_json
-from harness.workload import Device, PreparedWorkload
-from workloads.catalogue import load_spec, prepare
+from harness.workload import Device, Precision, PreparedWorkload
+from workloads.catalogue import check_arithmetic, load_spec, prepare
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "coldstart.json"
@@ -161,6 +162,8 @@ class Plan:
     mode: Mode
     tuning: Tuning
     seed: int
+    precision: Precision | None = None
+    environment: Kind = "venv"
 
 
 def check(
@@ -171,9 +174,12 @@ def check(
     mode: Mode = "process",
     replicas: int = 1,
     seed: int = 7,
+    device: Device | None = None,
+    precision: Precision | None = None,
+    environment: Kind = "venv",
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
-    """Check what is asked for. ``options`` are the adapters' own, by name.
+    """Check what is asked for. ``options`` are the adapters' own, by name; without a ``device``: the workload's first.
 
     Raises :class:`InputError` for what is unknown or impossible; with ``page-cache`` that is a machine on which this
     user may not drop the page cache, which is tried.
@@ -183,13 +189,22 @@ def check(
         raise InputError("the adapters must be different ones, and one at the least")
     if trials < 1:
         raise InputError(f"{trials} trials cannot be run", remedy="use 1 or more; an interval needs 6")
-    if spec.devices[0] == "cuda" and not gpus():
-        raise InputError(f"the workload {spec.name} needs a GPU, and this machine has none")
+    chosen = device or spec.devices[0]
+    if chosen not in spec.devices:
+        raise InputError(
+            f"the workload {spec.name} cannot run on {chosen}", remedy=f"choose one of: {', '.join(spec.devices)}"
+        )
+    if chosen == "cuda" and not gpus():
+        raise InputError(
+            f"the workload {spec.name} is to run on a GPU, and this machine has none",
+            remedy="`tailrace doctor --gpu` says what is missing",
+        )
+    check_arithmetic(spec, precision, compiled=False)
     tuning = Tuning(replicas=replicas)
     contestants = {name: _contestant(name, (options or {}).get(name, {}), tuning, mode) for name in names}
     if mode == "page-cache":
         drop_page_cache()
-    return Plan(contestants, workload, spec.devices[0], trials, mode, tuning, seed)
+    return Plan(contestants, workload, chosen, trials, mode, tuning, seed, precision, environment)
 
 
 def _contestant(name: str, options: Mapping[str, Any], tuning: Tuning, mode: Mode) -> Contestant:
@@ -386,7 +401,8 @@ class ColdStarts:
             device=plan.device,
             seed=plan.seed,
             options={},
-            environment_kind="venv",
+            environment_kind=plan.environment,
+            precision=plan.precision,
             on_progress=self._note,
         )
         self.record["workload"]["artifact_sha256"] = workload.artifact_sha256
@@ -394,7 +410,7 @@ class ColdStarts:
             if contestant.adapter.exposes:
                 self._note(f"{name}: {contestant.adapter.exposes}")
             needed = [contestant.adapter.requirements, *filter(None, [workload.requirements])]
-            self._environments[name] = build("venv", needed, name=name, on_progress=self._note)
+            self._environments[name] = build(plan.environment, needed, name=name, on_progress=self._note)
             self.record["adapters"][name]["packages"] = dict(self._environments[name].packages)
         return workload
 
@@ -466,9 +482,6 @@ class ColdStarts:
             workdir.mkdir(parents=True)
         except OSError as error:
             raise StorageError.of(workdir, error) from error
-        server_env = dict(device_environment(devices, 1))
-        if workload.device == "cuda":
-            server_env["CUDA_VISIBLE_DEVICES"] = "0"
         return DeployRequest(
             workload=workload,
             models=tuple(workload.references),
@@ -478,7 +491,7 @@ class ColdStarts:
             environment=self._environments[name],
             workdir=workdir,
             scratch=scratch,
-            server_env=server_env,
+            server_env=device_environment(workload.device, devices, gpus()[:1]),
         )
 
 

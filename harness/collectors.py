@@ -232,35 +232,6 @@ class EmulatedDevices:
         return [*readings, Reading("copies", "copies_used", copies_used, "1")]
 
 
-class NvidiaGpus:
-    """Utilisation, memory and power of the first ``devices`` NVIDIA GPUs, through NVML."""
-
-    source = "gpu"
-    interval_s = 0.2
-
-    def __init__(self, devices: int) -> None:
-        import pynvml
-
-        self._nvml = pynvml
-        pynvml.nvmlInit()
-        count = min(devices, pynvml.nvmlDeviceGetCount())
-        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-
-    def read(self) -> list[Reading]:
-        readings = []
-        for index, handle in enumerate(self._handles):
-            scope = f"gpu-{index}"
-            try:
-                share = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-                memory = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
-                readings.append(Reading(scope, "utilization", share, "1"))
-                readings.append(Reading(scope, "memory_bytes", memory, "B"))
-                readings.append(Reading(scope, "power_w", self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000, "W"))
-            except self._nvml.NVMLError:
-                continue  # a reading that this GPU or driver does not offer
-        return readings
-
-
 class ServerMetrics:
     """The server's own metrics, under the canonical names of :class:`harness.adapter.MetricSample`."""
 

@@ -253,6 +253,31 @@ def print_adapter(adapter: Adapter, observed: Mapping[str, Any] | None, console:
     console.print(table)
 
 
+def print_ceiling(content: Mapping[str, Any], console: Console) -> None:
+    """What the bare model can, and beside it what races reached of that."""
+    if content["device"] == "emulated":
+        console.print(Text("emulated accelerator: not a real device", style="yellow"))
+    how = ", compiled" if content["compiled"] else ""
+    console.print(Text(f"{content['workload']} with no server, on {content['device']} in {content['precision']}{how}"))
+    table = Table()
+    for heading in ("batch", "copies", "items/s", "p50 ms", "p99 ms"):
+        table.add_column(heading, justify="right")
+    for one in content["ceilings"]:
+        figures = (f"{one[key]:.2f}" for key in ("items_per_s", "p50_ms", "p99_ms"))
+        table.add_row(str(one["batch"]), str(one["instances"]), *figures)
+    console.print(table)
+    if not content["cells"]:
+        return
+    table = Table()
+    for heading in ("cell", "batch", "copies", "goodput/s", "of the bare model's"):
+        table.add_column(heading, justify="left" if heading == "cell" else "right")
+    for cell in content["cells"]:
+        reached = f"{cell['goodput_rps']:.2f}", f"{cell['of_ceiling']:.0%}"
+        table.add_row(Text(cell["cell"]), str(cell["batch"]), str(cell["instances"]), *reached)
+    console.print(table)
+    console.print(Text("a share below what was offered is the framework's overhead", style="dim"))
+
+
 def print_coldstart(record: Mapping[str, Any], console: Console) -> None:
     """The phases of cold starts and the penalty of the first request, a line for each adapter."""
     from harness.coldstart import MODES, PHASES

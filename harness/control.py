@@ -58,7 +58,7 @@ def process_environment(request: DeployRequest, *, library_path: Iterable[Path] 
     if request.workload.device == "cuda" and (inherited := os.environ.get("LD_LIBRARY_PATH")):
         libraries.append(inherited)  # in some containers the driver is found through it alone
     return {
-        **{name: os.environ[name] for name in ("HOME", "CUDA_VISIBLE_DEVICES") if name in os.environ},
+        **{name: os.environ[name] for name in ("HOME",) if name in os.environ},
         "LANG": "C.UTF-8",
         "PATH": f"{request.environment.bin}:/usr/local/bin:/usr/bin:/bin",
         "TMPDIR": str(request.scratch),

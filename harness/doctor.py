@@ -13,7 +13,8 @@ import psutil
 
 from harness import package_index
 from harness.folders import cache_folder
-from harness.machine import cpu_count, gpus, raise_file_limit
+from harness.gpus import gpus
+from harness.machine import cpu_count, raise_file_limit
 
 _DISK_NEEDED_BYTES = 4 << 30
 _MEMORY_NEEDED_BYTES = 4 << 30
@@ -128,8 +129,8 @@ def _gpu() -> Finding:
     return Finding(
         "NVIDIA GPU",
         bool(found),
-        ", ".join(gpu["name"] for gpu in found) or "none",
-        "only for `device: cuda`; everything else runs without",
+        ", ".join(gpu.name for gpu in found) or "none",
+        "only for `device: cuda`; everything else runs without (tailrace doctor --gpu)",
         needed=False,
     )
 

@@ -72,5 +72,5 @@ def check_answer(
         outputs: Tensors = endpoint.codec.decode(headers, body)
     except ServerError as error:
         return f"{model}, payload {payload_id}: {error.message}"
-    difference = tensor_mismatch(outputs, workload.references[model][payload_id], workload.spec.tolerance)
+    difference = tensor_mismatch(outputs, workload.references[model][payload_id], workload.tolerance)
     return None if difference is None else f"{model}, payload {payload_id}: {difference}"

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from harness.errors import InputError
+from harness.gpus import gpus
 
 ENVIRONMENT_VARIABLES = (
     "CI",
@@ -36,7 +37,7 @@ def hardware() -> dict[str, Any]:
         "cpu_model": _cpu_model(),
         "cpu_count": cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [gpu["name"] for gpu in gpus()],
+        "gpus": [gpu.name for gpu in gpus()],
         "kernel": platform.release(),
         "os": _os_name(),
         "machine": platform.machine(),
@@ -79,28 +80,6 @@ def _os_name() -> str:
         return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
     except OSError:
         return platform.system()
-
-
-def gpus() -> list[dict[str, Any]]:
-    """The NVIDIA GPUs that NVML sees: ``index``, ``name``, ``memory_bytes``; empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-            found.append(
-                {"index": index, "name": name if isinstance(name, str) else name.decode(), "memory_bytes": memory}
-            )
-        return found
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

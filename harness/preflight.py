@@ -16,8 +16,10 @@ from harness.environments import build
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
-from harness.machine import gpus, page_cache_refusal, raise_file_limit
+from harness.gpus import gpus
+from harness.machine import page_cache_refusal, raise_file_limit
 from harness.popularity import draw
+from harness.prices import price_per_hour
 from harness.registry import get_adapter
 from harness.ruler import NULL_SERVER
 from harness.schedule import most_at_once
@@ -36,7 +38,7 @@ from harness.trial import TrialSetup
 from harness.workload import Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
 from traces.trace import Trace, compress_time, rescale, window, with_tail
-from workloads.catalogue import load_spec, prepare
+from workloads.catalogue import check_arithmetic, load_spec, prepare
 
 _SPARE_FILES = 256
 """File descriptors that the generator needs beside its connections."""
@@ -102,8 +104,11 @@ def check(experiment: Experiment) -> Checked:
     spec = load_spec(experiment.workload)
     device = experiment.device or spec.devices[0]
     _check_workload(experiment, spec, device)
+    check_arithmetic(spec, experiment.precision, experiment.compile)
+    price_per_hour(experiment, device, gpus()[: experiment.devices] if device == "cuda" else [])
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
     _check_nodes(experiment, device, contestants)
+    _check_gpus_per_node(experiment, device, contestants)
     _check_replicas(experiment)
     tunings = {cell: _expressed(experiment, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)}
     for cell, expressed in tunings.items():
@@ -132,12 +137,9 @@ def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) 
         if experiment.devices > found:
             raise InputError(
                 f"`devices`: {experiment.devices} GPUs are asked for, this machine has {found}",
-                remedy="lower `devices`, or run on a machine with more" if found else "use `device: cpu`",
-            )
-        if experiment.devices > 1:
-            raise InputError(
-                "`devices`: adapters place replicas on one GPU so far, and goodput per device would be wrong",
-                remedy="use `devices: 1`",
+                remedy="lower `devices`, run on a machine with more, or look at CUDA_VISIBLE_DEVICES"
+                if found
+                else "use `device: cpu`; `tailrace doctor --gpu` says what is missing for `cuda`",
             )
 
 
@@ -181,6 +183,23 @@ def _check_nodes(experiment: Experiment, device: Device, contestants: Mapping[st
                 f"`nodes`: {name} over {contestant.protocol} has no health check that a load balancer could ask",
                 remedy=f"use `nodes: 1`, or remove {name} from `adapters`",
             )
+
+
+def _check_gpus_per_node(experiment: Experiment, device: Device, contestants: Mapping[str, Contestant]) -> None:
+    """CUDA lets a process have several GPUs, or one MIG instance; and not every framework deals replicas out over GPUs."""
+    if device != "cuda" or (each := experiment.devices // experiment.nodes) == 1:
+        return
+    as_nodes = f"use `nodes: {experiment.devices}`, each of which has one"
+    for name, contestant in contestants.items():
+        if not contestant.adapter.deals_out_gpus:
+            raise InputError(
+                f"`devices`: a server of {name} puts all of its replicas on one GPU, and each is to have {each}",
+                remedy=f"{as_nodes}, or remove {name} from `adapters`",
+            )
+    if any(gpu.instance is not None for gpu in gpus()[: experiment.devices]):
+        raise InputError(
+            f"`devices`: CUDA lets a process have one MIG instance, and each node is to have {each}", remedy=as_nodes
+        )
 
 
 def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
@@ -336,6 +355,8 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         device=checked.device,
         seed=experiment.seed,
         options=experiment.workload_options,
+        precision=experiment.precision,
+        compiled=experiment.compile,
         environment_kind=experiment.environment,
         on_progress=on_progress,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.adapter import Deployment, DeployRequest, Tuning, WireProtocol
-from harness.emulated_device import device_environment
+from harness.devices import device_environment
 from harness.environments import Kind, build
 from harness.errors import EnvironmentBuildError, StorageError
 from harness.guardian import Guardian
@@ -212,7 +212,7 @@ class NullServer:
             environment=environment,
             workdir=self._folder,
             scratch=scratch,
-            server_env=device_environment(scratch / "devices", 1),
+            server_env=device_environment("cpu", scratch / "devices"),
             host=self._host,
         )
         return adapter.start(request, guardian)

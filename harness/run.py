@@ -64,7 +64,7 @@ def resume_run(folder: Path, observer: Observer) -> Summary:
                 f"{folder} is complete: all of its {len(run.manifest['trials'])} trials are done",
                 remedy="make its report again with `tailrace report`, or start a new run",
             )
-        checked = check(_experiment_of(run))
+        checked = check(experiment_of(run))
         _refuse_other_conditions(run, checked)
         cleaned = _clean(observer)
         set_aside = _set_aside(run, observer)
@@ -160,7 +160,7 @@ def size_in_words(checked: Checked) -> str:
     )
 
 
-def _experiment_of(run: RunFolder) -> Experiment:
+def experiment_of(run: RunFolder) -> Experiment:
     """The experiment of a run that began earlier, as its manifest holds it."""
     path, manifest = run.folder / "manifest.json", run.manifest
     try:

@@ -32,7 +32,7 @@ from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
 from harness.popularity import Models
-from harness.workload import Device, Slo
+from harness.workload import Device, Precision, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -303,6 +303,12 @@ class Experiment(_Strict):
     models: Models = Field(
         default=Models(count=1), description="How many models of the workload are served, a number or keys (below)."
     )
+    precision: Precision | None = Field(
+        default=None, description="`fp32`, `bf16` or `fp16`, of those that the workload offers; left out: fp32."
+    )
+    compile: bool = Field(
+        default=False, description="Whether the model is compiled (`torch.compile`), where the workload offers it."
+    )
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."
     )
@@ -314,6 +320,14 @@ class Experiment(_Strict):
         gt=0,
         description="What one device costs in an hour, US dollars: your own price, for nothing is assumed; left out: no figure "
         "per dollar.",
+    )
+    device_prices: str | None = Field(
+        default=None, description="In place of that price: a YAML file of your own, device names and their prices."
+    )
+    dcgm_exporter: str | None = Field(
+        default=None,
+        pattern=r"^[^:/\s]+:\d{1,5}$",
+        description="HOST:PORT of NVIDIA's DCGM exporter; left out: localhost:9400, if one answers there.",
     )
     nodes: int = Field(
         default=1,
@@ -390,6 +404,8 @@ class Experiment(_Strict):
             name for name in self.adapters if all(s.adapters and name not in s.adapters for s in self.scenarios)
         ]:
             raise ValueError(f"scenarios: none is for {', '.join(idle)}; leave it out of `adapters`")
+        if self.device_prices is not None and self.device_price_per_hour is not None:
+            raise ValueError("device_prices and device_price_per_hour are both given: leave one of them out")
         for name in self.options:
             if name not in self.adapters:
                 raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")

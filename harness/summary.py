@@ -7,15 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from harness.aftermath import accounting, aftermath, pair
 from harness.comparison import comparisons, over_trials
+from harness.gpu_figures import gpu_figures, gpus_power_w
 from harness.metrics import (
     MEASURED_COLUMNS,
     NS_PER_S,
-    Floats,
     Measured,
     Percentile,
     claim_percentile,
@@ -23,6 +21,7 @@ from harness.metrics import (
     percentile,
 )
 from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from harness.samples import Samples
 from harness.schedule import Phase
 from harness.steadiness import steadiness
 from harness.store import RunFolder, TrialFolder, write_json
@@ -99,7 +98,8 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
     arrivals = len(trace)
     p50, p90, p99 = (claim_percentile(response, q) for q in (0.50, 0.90, 0.99))
     usage = resource_use(facts, samples, span_s)
-    verdict, reasons = judge(facts, trace, warmup, usage, steady, ruler.get(facts["protocol"]))
+    gpus = gpu_figures(samples, span_s)
+    verdict, reasons = judge(facts, trace, warmup, usage, steady, ruler.get(facts["protocol"]), gpus)
     calm = expects_steady(facts)
     return {
         "trial": trial.id,
@@ -126,7 +126,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "goodput_rps": good / span_s,
         "goodput_rps_per_device": good / span_s / devices,
         "goodput_per_dollar": goodput_per_dollar(good / span_s, devices, price),
-        "goodput_per_joule": goodput_per_joule(good / span_s, gpus_power_w(samples, devices, span_s)),
+        "goodput_per_joule": goodput_per_joule(good / span_s, gpus_power_w(gpus, devices, span_s)),
         "slo_attainment": good / arrivals if arrivals else math.nan,
         "p50_ms": p50.value,
         "p50_ci_ms": _interval(p50),
@@ -156,6 +156,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "send_lag_max_ms": float(lag.max()) if len(lag) else math.nan,
         "start_lag_p99_ms": (facts.get("load_generator") or {}).get("start_lag_p99_ms"),
         **usage,
+        "gpus": gpus,
         "cold_start_s": (facts.get("cold_start") or {}).get("first_answer_s"),
         "cold_start_phases_s": facts.get("cold_start"),
         "outputs": facts.get("outputs"),
@@ -209,14 +210,6 @@ def goodput_per_joule(goodput_rps: float, power_w: float | None) -> float | None
     return goodput_rps / power_w if power_w else None
 
 
-def gpus_power_w(samples: Samples, devices: int, span_s: float) -> float | None:
-    """Mean power of all GPUs together over the trace, watts; ``None`` unless each of them told its own, for a part of the
-    power would flatter."""
-    means = [samples.mean("gpu", "power_w", span_s, scope) for scope in samples.scopes("gpu", "power_w")]
-    known = [mean for mean in means if mean is not None]
-    return sum(known) if len(known) == devices else None
-
-
 def cold_copies(samples: Samples, span_s: float) -> int | None:
     """How many copies of the model gave their first answer within the trace; ``None`` where that is not told."""
     t_s, used = samples.series("device", "copies_used")
@@ -228,63 +221,6 @@ def cold_copies(samples: Samples, span_s: float) -> int | None:
 
 def _interval(claimed: Percentile) -> list[float] | None:
     return None if claimed.low is None or claimed.high is None else [claimed.low, claimed.high]
-
-
-class Samples:
-    """Readings of the collectors, by source, scope and metric."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-
-    def scopes(self, source: str, metric: str) -> list[str]:
-        """The scopes for which a source gave a metric."""
-        return sorted(set(self._select(source, metric)["scope"].to_pylist()))
-
-    def _select(self, source: str, metric: str, scope: str | None = None) -> pa.Table:
-        chosen = pc.and_(pc.equal(self._table["source"], source), pc.equal(self._table["metric"], metric))
-        if scope is not None:
-            chosen = pc.and_(chosen, pc.equal(self._table["scope"], scope))
-        return self._table.filter(chosen).sort_by("t_ns")
-
-    def series(self, source: str, metric: str, scope: str | None = None) -> tuple[Floats, Floats]:
-        """Times in seconds from the epoch, and values, in order."""
-        table = self._select(source, metric, scope)
-        return table["t_ns"].to_numpy() / NS_PER_S, np.asarray(table["value"].to_numpy(), dtype=np.float64)
-
-    def mean(self, source: str, metric: str, span_s: float, scope: str | None = None) -> float | None:
-        """The mean of a gauge over the trace; ``None`` without readings."""
-        t_s, values = self.series(source, metric, scope)
-        values = values[(t_s >= 0) & (t_s <= span_s)]
-        return float(values.mean()) if len(values) else None
-
-    def halves(self, source: str, metric: str, span_s: float) -> float | None:
-        """Relative change of a gauge's mean from the first half of the trace to the second; ``None`` where one of them
-        has fewer than three readings."""
-        t_s, values = self.series(source, metric)
-        first, second = values[(t_s >= 0) & (t_s < span_s / 2)], values[(t_s >= span_s / 2) & (t_s <= span_s)]
-        return float(second.mean() / first.mean() - 1) if min(len(first), len(second)) >= 3 else None
-
-    def peak(self, source: str, metric: str, span_s: float) -> float | None:
-        """The largest reading over the trace; ``None`` without readings."""
-        t_s, values = self.series(source, metric)
-        values = values[(t_s >= 0) & (t_s <= span_s)]
-        return float(values.max()) if len(values) else None
-
-    def grown(self, source: str, metric: str) -> float | None:
-        """By how much a counter grew from its first reading to its last, over all scopes; ``None`` without readings."""
-        series = [self.series(source, metric, scope)[1] for scope in self.scopes(source, metric)]
-        return float(sum(values[-1] - values[0] for values in series)) if series else None
-
-    def rate(self, source: str, metric: str, span_s: float, scope: str | None = None) -> float | None:
-        """The mean increase per second of a counter over the trace, by linear interpolation at its ends."""
-        t_s, values = self.series(source, metric, scope)
-        if len(t_s) < 2 or span_s <= 0:
-            return None
-        start, end = max(0.0, float(t_s[0])), min(span_s, float(t_s[-1]))
-        if end <= start:
-            return None
-        at_start, at_end = np.interp([start, end], t_s, values)
-        return float(at_end - at_start) / (end - start)
 
 
 _OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy")

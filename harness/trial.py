@@ -35,21 +35,23 @@ from harness.collectors import (
     EmulatedDevices,
     Host,
     Nodes,
-    NvidiaGpus,
     OwnProcesses,
     Replicas,
     Sampler,
     ServerMetrics,
     ServerProcesses,
 )
-from harness.emulated_device import device_environment
+from harness.devices import device_environment
 from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from harness.exchange import check_answer, exchange
 from harness.faults import Nemesis, PlannedFault
+from harness.gpu_collectors import DCGM_PORT, DcgmExporter, NvidiaGpus
+from harness.gpus import Gpu, gpus
 from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
-from harness.processes import log_tail
+from harness.prices import price_per_hour
+from harness.processes import descendants, log_tail
 from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
 from harness.scaler import Scaler, label
 from harness.schedule import WARMUP_GAP_S, Phase, Schedule, build_schedule
@@ -150,6 +152,8 @@ class Trial:
         self._collector_errors: list[BaseException] = []
         self._measuring = False
         self._wedged: Probe | None = None
+        self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
+        self._nvidia: NvidiaGpus | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -165,7 +169,8 @@ class Trial:
             "transient": setup.transient,
             "device": setup.workload.device,
             "devices": setup.devices,
-            "device_price_per_hour": setup.experiment.device_price_per_hour,
+            "gpus": [{"gpu": gpu.scope, "name": gpu.name, "uuid": gpu.uuid} for gpu in self._gpus],
+            "device_price_per_hour": price_per_hour(setup.experiment, setup.workload.device, self._gpus),
             "protocol": setup.protocol,
             "slo_ms": setup.slo_ms,
             "span_s": setup.span_s,
@@ -240,8 +245,17 @@ class Trial:
     def _run(self, guardian: Guardian, events: EventLog) -> None:
         scratch = Path(tempfile.mkdtemp(prefix="tailrace-"))
         guardian.remove_later(glob.escape(str(scratch)))
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(shutil.rmtree, scratch, ignore_errors=True)
             self._stage("deploy", events)
+            if self._setup.workload.device == "cuda":
+                if len(self._gpus) < self._setup.devices:
+                    raise DeployError(
+                        f"{self._setup.devices} GPUs are asked for, and NVML tells of {len(self._gpus)} by now",
+                        remedy="tailrace doctor --gpu; look for «Xid» in dmesg",
+                    )
+                self._nvidia = NvidiaGpus(self._gpus, events.write)
+                opened.callback(self._nvidia.close)
             deployment = self._deploy(guardian, events, scratch)
             try:
                 self._bring_up(deployment, events)
@@ -260,8 +274,6 @@ class Trial:
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
                     deployment.stop(_STOP_GRACE_S)
                     events.write("stopped")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         if self._collector_errors:
             error = self._collector_errors[0]
             raise (
@@ -293,6 +305,7 @@ class Trial:
             scratch=scratch,
             server_env=node_envs[0],
             host=setup.experiment.server_host,
+            devices=setup.devices_per_node,
             node_envs=tuple(node_envs),
         )
         cluster = Cluster(setup.adapter, request, guardian, setup.layout)
@@ -306,10 +319,8 @@ class Trial:
         each = self._setup.devices_per_node
         folder = device_folder(scratch, node)
         folder.mkdir(parents=True)
-        variables = dict(device_environment(folder, each))
-        if self._setup.workload.device == "cuda":
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(node * each, (node + 1) * each)))
-        return variables
+        own = self._gpus[node * each : (node + 1) * each]
+        return device_environment(self._setup.workload.device, folder, own, each)
 
     def _bring_up(self, deployment: Cluster, events: EventLog) -> None:
         """Cold start by phase: process spawned → port open → ready (so it says) → first correct answer."""
@@ -530,8 +541,14 @@ class Trial:
                     [device_folder(scratch, node) for node in range(setup.layout.nodes)], setup.devices_per_node
                 )
             )
-        if setup.workload.device == "cuda":
-            collectors.append(NvidiaGpus(setup.devices))
+        if self._nvidia is not None:
+            self._nvidia.serve(lambda: [ref.pid for root in deployment.trees() for ref, _ in descendants(root)])
+            collectors.append(self._nvidia)
+            exporter = DcgmExporter(setup.experiment.dcgm_exporter or f"127.0.0.1:{DCGM_PORT}", self._gpus)
+            if exporter.answers():
+                collectors.append(exporter)
+            elif setup.experiment.dcgm_exporter is not None:
+                self.facts["warnings"].append(f"no DCGM exporter answers at {setup.experiment.dcgm_exporter}")
         sampler = Sampler(
             collectors,
             self._folder.folder / "samples",

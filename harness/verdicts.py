@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,14 @@ FREQUENCY_LIMIT = 0.20
 """Fall of the mean CPU frequency from the first half of the trace to the second above which a host is noisy."""
 
 
+THROTTLED_LIMIT = 0.05
+"""Share of the trace during which a GPU's clocks were held down above which it is a throttled one."""
+OTHER_GPU_USE_LIMIT = 0.02
+"""Mean share of a GPU's time used by processes that are not the server's above which it is a shared one."""
+OTHER_GPU_MEMORY_LIMIT = 256 << 20
+"""Bytes of its memory that they may hold: what a desktop takes, but less than a CUDA context with a model in it."""
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a trial is not simply VALID: a stable code, a sentence with the numbers, and a remedy."""
@@ -43,13 +51,15 @@ def judge(
     host: Mapping[str, float | None],
     steady: Steadiness | None = None,
     ruler: Mapping[str, Any] | None = None,
+    gpus: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Verdict, list[Reason]]:
     """The verdict on one trial.
 
     ``facts`` is the trial's ``trial.json``; ``host`` holds ``steal`` and ``outside_load`` as mean shares and
     ``frequency_change`` (``None``: not known); ``steady`` is what :func:`harness.steadiness.steadiness` found; ``ruler`` is
-    the run's calibration of the generator with this trial's protocol (:func:`harness.ruler.calibrate`). What an injected
-    fault does to a server is a result, never a reason.
+    the run's calibration of the generator with this trial's protocol (:func:`harness.ruler.calibrate`); ``gpus`` are the
+    figures of each (:func:`harness.gpu_figures.gpu_figures`). What an injected fault does to a server is a result, never a
+    reason.
     """
     reasons = [
         *_completeness(facts),
@@ -57,6 +67,7 @@ def judge(
         *_clocks(facts, trace),
         *_server(facts, trace, warmup),
         *_host(facts, host),
+        *_gpus(gpus),
         *_steadiness(facts, warmup, steady),
     ]
     if any(reason.effect == "INVALID" for reason in reasons):
@@ -242,6 +253,48 @@ def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Re
     if not texts:
         return []
     return [Reason("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials", "UNKNOWN")]
+
+
+def _gpus(gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
+    """What makes figures of a GPU those of its cooling, its power limit or its neighbours."""
+    reasons = []
+    if lost := [gpu["gpu"] for gpu in gpus if gpu["lost"]]:
+        remedy = "look for «Xid» in dmesg; reset it (nvidia-smi -r), or restart the machine"
+        reasons.append(_invalid("gpu-lost", f"the driver lost {', '.join(lost)} during the trial", remedy))
+    if throttled := [gpu for gpu in gpus if (gpu["throttled"] or 0.0) > THROTTLED_LIMIT]:
+        texts = [
+            f"{gpu['gpu']} for {gpu['throttled']:.0%} of the trace ("
+            + ", ".join(f"{kind} {gpu[f'throttled_{kind}']:.0%}" for kind in _COOLING if gpu[f"throttled_{kind}"])
+            + ")"
+            for gpu in throttled
+        ]
+        remedies = [remedy for kind, remedy in _COOLING.items() if any(gpu[f"throttled_{kind}"] for gpu in throttled)]
+        text = f"clocks were held down: {'; '.join(texts)}"
+        reasons.append(Reason("gpu-throttled", text, "; ".join(remedies), "UNKNOWN"))
+    if shared := [text for text in map(_others_on, gpus) if text]:
+        remedy = "end them (nvidia-smi lists them), or choose another GPU by CUDA_VISIBLE_DEVICES"
+        reasons.append(Reason("gpu-shared", "; ".join(shared), remedy, "UNKNOWN"))
+    return reasons
+
+
+_COOLING = {
+    "thermal": "cool the GPU, or fix a clock that it can hold (nvidia-smi -lgc MHZ)",
+    "power": "raise its power limit (nvidia-smi -pl WATT), or fix a clock that it can hold (nvidia-smi -lgc MHZ)",
+    "hardware": "see what slows it down: nvidia-smi -q -d PERFORMANCE",
+}
+
+
+def _others_on(gpu: Mapping[str, Any]) -> str | None:
+    """What processes that are not the server's had of a GPU, if that is too much."""
+    memory, use, count = gpu["other_memory_bytes"], gpu["other_utilization"], gpu["other_processes"] or 0
+    had = []
+    if (use or 0.0) > OTHER_GPU_USE_LIMIT:
+        had.append(f"used {use:.0%} of {gpu['gpu']}")
+    if (memory or 0.0) > OTHER_GPU_MEMORY_LIMIT:
+        had.append(f"held {memory / 2**30:.1f} GiB of {gpu['gpu']}")
+    if count and memory is None:
+        had.append(f"were {count:.0f} on {gpu['gpu']} (of which the driver tells no memory)")
+    return f"processes outside the trial {' and '.join(had)}" if had else None
 
 
 def _steadiness(facts: Mapping[str, Any], warmup: Measured, steady: Steadiness | None) -> list[Reason]:

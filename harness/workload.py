@@ -14,6 +14,7 @@ Tensors = dict[str, NDArray[np.generic]]
 """Named tensors. For one payload without a batch axis; for a batch with the batch as axis 0."""
 
 Device = Literal["emulated", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class TensorSpec(BaseModel):
@@ -52,6 +53,10 @@ class WorkloadSpec(BaseModel):
     outputs: tuple[TensorSpec, ...]
     slo: Slo
     tolerance: Tolerance = Tolerance()
+    lower_precisions: dict[Literal["bf16", "fp16"], Tolerance] = {}
+    """Precisions that it offers beside fp32, each with its tolerance in place of the one above; references stay fp32."""
+    compiles: bool = False
+    """Whether it offers to be compiled (``torch.compile``)."""
     payloads: int = Field(default=64, ge=1)
     """How many distinct payloads a run uses; arrivals draw from them with the run's seed."""
     cost: dict[str, float] = {}
@@ -76,6 +81,13 @@ class PreparedWorkload:
     requirements: Path | None
     payloads: tuple[Tensors, ...]
     references: dict[str, tuple[Tensors, ...]]
+    precision: Precision = "fp32"
+    compiled: bool = False
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far answers in its precision may lie from the references."""
+        return self.spec.tolerance if self.precision == "fp32" else self.spec.lower_precisions[self.precision]
 
 
 def mismatch(outputs: Tensors, reference: Tensors, tolerance: Tolerance) -> str | None:

@@ -90,7 +90,7 @@ PER_JOULE = Benefit(
     "Good requests per joule",
     words=lambda value: quantity(value, "good requests per joule"),
     sentence="{}",
-    note=lambda cells: "Energy of the GPUs alone, from their own readings of power over the trace.",
+    note=lambda cells: "Energy of the GPUs alone, from their own counters, or readings of power, over the trace.",
 )
 
 

@@ -23,8 +23,9 @@ from harness.metrics import (
     series,
 )
 from harness.records import SAMPLE_SCHEMA
+from harness.samples import Samples
 from harness.store import RunFolder, TrialFolder
-from harness.summary import Samples, Summary, summarise
+from harness.summary import Summary, summarise
 from reports.conditions import Conditions
 from reports.svg import slots
 from reports.text import printable

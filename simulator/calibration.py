@@ -19,8 +19,9 @@ from scipy.optimize import minimize, nnls
 from harness.errors import InputError
 from harness.metrics import MEASURED_COLUMNS, Floats, Ints, measured, percentile
 from harness.records import SAMPLE_SCHEMA
+from harness.samples import Samples
 from harness.store import TrialFolder
-from harness.summary import Samples, summarise_trial
+from harness.summary import summarise_trial
 from simulator.engine import NS_PER_S, Simulated, simulate
 from simulator.system import Batching, Router, Service, System, WindowOpens, load_system
 

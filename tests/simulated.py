@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from harness.records import SAMPLE_SCHEMA
-from harness.summary import Samples
+from harness.samples import Samples
 from simulator.calibration import Trial
 from simulator.engine import NS_PER_S, Simulated, simulate
 from simulator.system import Batching, Service, System

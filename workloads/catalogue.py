@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from harness.adapter import ServerEnvironment
 from harness.environments import Progress
 from harness.errors import InputError, StorageError, TailraceError
 from harness.folders import cache_folder
-from harness.workload import Device, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
+from harness.workload import Device, Precision, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
 
 _HERE = Path(__file__).parent
 _RUNNER = _HERE / "prepare_artifact.py"
@@ -47,13 +48,15 @@ def prepare(
     seed: int,
     options: Mapping[str, float],
     environment_kind: environments.Kind,
+    precision: Precision | None = None,
+    compiled: bool = False,
     on_progress: Progress | None = None,
 ) -> PreparedWorkload:
     """Make a workload concrete: build its artifact, payloads and references, or take them from the cache.
 
     They are built in the workload's own environment (``build-requirements.txt`` in its folder; without that file the
     harness's interpreter does it), never inside this process. The artifact's SHA-256 is checked whenever it comes from
-    the cache; a damaged one is built again.
+    the cache; a damaged one is built again. Whatever the ``precision``, references are those of fp32, not compiled.
 
     Raises :class:`InputError` for a workload, device or option that cannot be used,
     :class:`~harness.errors.EnvironmentBuildError` when its environment cannot be built, and
@@ -67,8 +70,11 @@ def prepare(
             f"the workload {spec.name} does not run on `device: {device}`",
             remedy=f"choose one of: {', '.join(spec.devices)}",
         )
+    check_arithmetic(spec, precision, compiled)
+    chosen = _checked_options(spec, options)
     job: dict[str, object] = {
-        "options": _checked_options(spec, options),
+        "options": {**chosen, **_arithmetic(spec, precision or "fp32", compiled)},
+        "reference_options": {**chosen, **_arithmetic(spec, "fp32", compiled=False)},
         "seed": seed,
         "payloads": spec.payloads,
         "models": list(models),
@@ -85,12 +91,13 @@ def prepare(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / "artifacts" / f"{spec.name}-{key}"
 
-    if ready := _load(target, spec, models, device=device, folder=folder, progress=progress):
+    made = _Made(device, precision or "fp32", compiled, folder, progress)
+    if ready := _load(target, spec, models, made):
         return ready
     try:
         lock = target.with_name(f"{target.name}.lock")
         with environments.exclusive(lock, lambda: progress(f"waiting for another preparation of {spec.name}")):
-            if ready := _load(target, spec, models, device=device, folder=folder, progress=progress):
+            if ready := _load(target, spec, models, made):
                 return ready
             environment = environments.build(
                 kind, requirements, name=f"{spec.name}-build", on_progress=on_progress, compile_bytecode=False
@@ -108,7 +115,7 @@ def prepare(
             f"the workload {spec.name} could not be written to {target.parent}: {error.strerror or error}",
             remedy="free some space there, or set TAILRACE_CACHE to another folder",
         ) from error
-    ready = _load(target, spec, models, device=device, folder=folder, progress=progress)
+    ready = _load(target, spec, models, made)
     if ready is None:
         raise StorageError(
             f"the workload {spec.name} cannot be read back from {target}",
@@ -149,6 +156,29 @@ def _read_spec(folder: Path) -> WorkloadSpec:
         raise InputError(
             f"{path}: `{field}`: {first['msg']}{hint}", remedy="see docs/extend.md, «add a workload»"
         ) from error
+
+
+def check_arithmetic(spec: WorkloadSpec, precision: Precision | None, compiled: bool) -> None:
+    """Raises :class:`InputError` for a precision or a compilation that a workload does not offer."""
+    offered = ["fp32", *spec.lower_precisions] if spec.lower_precisions else []
+    if precision is not None and precision not in offered:
+        raise InputError(
+            f"`precision`: the workload {spec.name} does not offer {precision}; it offers "
+            + (f"{', '.join(offered)}" if offered else "no choice of precision"),
+            remedy="choose one of these" if offered else "leave `precision` out",
+        )
+    if compiled and not spec.compiles:
+        raise InputError(
+            f"`compile`: the workload {spec.name} does not offer to be compiled", remedy="leave `compile` out"
+        )
+
+
+def _arithmetic(spec: WorkloadSpec, precision: Precision, compiled: bool) -> dict[str, object]:
+    """What build.py is told of what the workload lets choose."""
+    return {
+        **({"precision": precision} if spec.lower_precisions else {}),
+        **({"compile": compiled} if spec.compiles else {}),
+    }
 
 
 def _checked_options(spec: WorkloadSpec, options: Mapping[str, float]) -> dict[str, float]:
@@ -219,9 +249,18 @@ def _check_arrays(path: Path, declared: Sequence[TensorSpec], spec: WorkloadSpec
         )
 
 
-def _load(
-    target: Path, spec: WorkloadSpec, models: Sequence[str], *, device: Device, folder: Path, progress: Progress
-) -> PreparedWorkload | None:
+@dataclass(frozen=True)
+class _Made:
+    """What a prepared workload is told of beside what lies in the cache."""
+
+    device: Device
+    precision: Precision
+    compiled: bool
+    folder: Path
+    progress: Progress
+
+
+def _load(target: Path, spec: WorkloadSpec, models: Sequence[str], made: _Made) -> PreparedWorkload | None:
     if not target.is_dir():
         return None
     artifact = target / "artifact"
@@ -232,13 +271,15 @@ def _load(
         payloads = _rows(target / "payloads.npz")
         references = {name: _rows(target / f"references-{index}.npz") for index, name in enumerate(models)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        progress(f"the prepared workload in {target} is damaged ({error}); preparing it again")
+        made.progress(f"the prepared workload in {target} is damaged ({error}); preparing it again")
         return None
-    requirements = folder / "requirements.txt"
+    requirements = made.folder / "requirements.txt"
     return PreparedWorkload(
         spec=spec,
-        device=device,
-        model_file=folder / "model.py",
+        device=made.device,
+        precision=made.precision,
+        compiled=made.compiled,
+        model_file=made.folder / "model.py",
         artifact=artifact,
         artifact_sha256=sealed,
         requirements=requirements if requirements.is_file() else None,

@@ -1,9 +1,9 @@
 """Runs a workload's ``build.py`` and ``model.py`` in the workload's own interpreter: artifact, payloads, references.
 
 A script of the standard library and numpy, started with one argument, a JSON file: ``folder`` (the workload's), ``out``
-(an empty folder), ``options``, ``seed``, ``payloads`` (how many) and ``models`` (names). It writes ``out/artifact/``,
-``out/payloads.npz`` and for the i-th model ``out/references-i.npz``; arrays have the payloads as axis 0. Its lines on
-stdout that begin with ``progress: `` are for the user.
+(an empty folder), ``options`` and ``reference_options``, ``seed``, ``payloads`` (how many) and ``models`` (names). It
+writes ``out/artifact/``, ``out/payloads.npz`` and for the i-th model ``out/references-i.npz``; arrays have the payloads as
+axis 0. Its lines on stdout that begin with ``progress: `` are for the user.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,24 @@ def main(job_file: str) -> None:
     artifact = out / "artifact"
     artifact.mkdir()
     build.build_artifact(artifact, job["options"], job["seed"])
+    with tempfile.TemporaryDirectory(dir=out.parent) as other:
+        # In the precision, and by the code, that nobody doubts: what is served in another is held to the same answers.
+        reference = artifact
+        if job["reference_options"] != job["options"]:
+            _progress("building the artifact of the references")
+            reference = Path(other)
+            build.build_artifact(reference, job["reference_options"], job["seed"])
+        _answer(job, build, str(reference), out)
+
+
+def _answer(job: dict[str, Any], build: Any, artifact: str, out: Path) -> None:
     payloads = build.make_payloads(job["payloads"], job["seed"])
     _save(out / "payloads.npz", payloads)
 
-    model_class = _module(folder / "model.py").Model
+    model_class = _module(Path(job["folder"]) / "model.py").Model
     for index, name in enumerate(job["models"]):
         _progress(f"computing the reference answers of {name}")
-        model = model_class(str(artifact), name, "cpu")
+        model = model_class(artifact, name, "cpu")
         # One payload at a time: a reference must not depend on what else is in its batch.
         answers = [model.predict({key: value[np.newaxis] for key, value in row.items()}) for row in payloads]
         _save(out / f"references-{index}.npz", [{key: value[0] for key, value in row.items()} for row in answers])

@@ -261,6 +261,7 @@ class RayServe(Adapter):
     """The adapter."""
 
     name: ClassVar[str] = "ray_serve"
+    deals_out_gpus: ClassVar[bool] = True
     title: ClassVar[str] = "Ray Serve"
     homepage: ClassVar[str] = "https://docs.ray.io/en/latest/serve/"
     protocols: ClassVar[tuple[WireProtocol, ...]] = ("http",)

@@ -51,7 +51,7 @@ def files(request: DeployRequest) -> dict[str, str]:
     # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
     # loaded later and for replicas that start while others end.
     num_cpus = 2 * _most_per_node(tuning) * len(request.models) + 2
-    num_gpus = None if request.workload.device == "cuda" else 0  # None: those that there are
+    num_gpus = request.devices if request.workload.device == "cuda" else 0
     ray: dict[str, Any] = {
         "init": {
             "num_cpus": num_cpus,
@@ -70,11 +70,11 @@ def files(request: DeployRequest) -> dict[str, str]:
     return {"serve.json": json.dumps(serve, indent=1) + "\n", "ray.json": json.dumps(ray, indent=1) + "\n"}
 
 
-def _node(num_cpus: int, num_gpus: int | None) -> dict[str, int | str]:
+def _node(num_cpus: int, num_gpus: int) -> dict[str, int | str]:
     """The options of ``ray start`` for a worker node. A port of 0 is one that is free: nodes share this machine."""
     return {
         "num-cpus": num_cpus,
-        **({} if num_gpus is None else {"num-gpus": num_gpus}),
+        "num-gpus": num_gpus,
         "object-store-memory": _NODE_STORE_BYTES,
         "node-ip-address": _NODE_ADDRESS,
         "min-worker-port": 0,
@@ -98,6 +98,9 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
         deployment["num_replicas"] = _most_per_node(tuning) * request.nodes
     if tuning.autoscale is not None:
         deployment["autoscaling_config"] = _autoscaling(tuning.autoscale, request.nodes)
+    if workload.device == "cuda":
+        replicas = _most_per_node(tuning) * len(request.models)
+        deployment["ray_actor_options"] = {"num_gpus": gpu_share(replicas, request.devices)}
     if tuning.queue_limit is not None:
         deployment["max_queued_requests"] = tuning.queue_limit
     if tuning.max_batch is not None:
@@ -133,6 +136,12 @@ def _autoscaling(wanted: Autoscale, nodes: int) -> dict[str, float]:
         # Replicas report every 10 s otherwise, and an average over less than that would be of nothing.
         scaling["metrics_interval_s"] = wanted.averaged_over_s / _REPORTS_PER_AVERAGE
     return scaling
+
+
+def gpu_share(replicas: int, devices: int) -> float:
+    """The ``num_gpus`` of one replica that spreads ``replicas`` evenly over ``devices``; at most one each."""
+    per_device = math.ceil(replicas / devices)
+    return math.floor(10_000 / per_device) / 10_000  # Ray counts in ten-thousandths; rounding up would not fit
 
 
 def _most_per_node(tuning: Tuning) -> int:

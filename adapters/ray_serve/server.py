@@ -112,12 +112,6 @@ def application(args: dict[str, Any]) -> serve.Application:
     return _deployment.bind(args)
 
 
-def gpu_share(replicas: int, devices: int) -> float:
-    """The ``num_gpus`` of one replica that spreads ``replicas`` evenly over ``devices``; at most one each."""
-    per_device = math.ceil(replicas / devices)
-    return math.floor(10_000 / per_device) / 10_000  # Ray counts in ten-thousandths; rounding up would not fit
-
-
 class _Server:
     """What the control socket can ask for."""
 
@@ -125,12 +119,6 @@ class _Server:
         self._nodes = nodes
         self._applications = config["applications"]
         self._logging = config["logging_config"]
-        self._num_gpus = 0.0
-        if any(one["args"]["device"] == "cuda" for one in self._applications):
-            devices = int(ray.cluster_resources().get("GPU", 0))
-            if devices == 0:
-                raise RuntimeError("device: cuda, but Ray finds no NVIDIA GPU on this machine")
-            self._num_gpus = gpu_share(sum(map(_most_replicas, self._applications)), devices)
 
     def run_all(self) -> None:
         """Deploy every application; returns when Serve says that all run. Raises ``RuntimeError`` when one cannot."""
@@ -204,8 +192,6 @@ class _Server:
 
     def _target(self, one: dict[str, Any]) -> serve.Application:
         options = {key: value for key, value in one["deployments"][0].items() if key != "name"}
-        if self._num_gpus:
-            options["ray_actor_options"] = {"num_gpus": self._num_gpus}
         # One version for good, as `serve deploy` has it: by serve.run() alone every deployment would be of another version,
         # and a change of num_replicas replace all replicas, one after the other. But a change of the limit per node, which
         # does so in any case, Serve takes no notice of if the version stays.
@@ -231,12 +217,6 @@ def _run(targets: list[serve.RunTarget]) -> None:
 def _joined() -> int:
     """How many worker nodes live, by what the head knows."""
     return len([node for node in ray.nodes() if node["Alive"]]) - 1
-
-
-def _most_replicas(one: dict[str, Any]) -> int:
-    deployment = one["deployments"][0]
-    most = deployment.get("autoscaling_config", {}).get("max_replicas") or deployment.get("num_replicas", 1)
-    return int(most)
 
 
 def _answer(server: _Server, request: dict[str, Any]) -> dict[str, Any]:

@@ -309,6 +309,7 @@ class TorchServe(Adapter):
     """The adapter."""
 
     name: ClassVar[str] = "torchserve"
+    deals_out_gpus: ClassVar[bool] = True
     title: ClassVar[str] = "TorchServe"
     homepage: ClassVar[str] = "https://pytorch.org/serve/"
     protocols: ClassVar[tuple[WireProtocol, ...]] = ("http",)

@@ -114,8 +114,8 @@ def _properties(request: DeployRequest) -> dict[str, str]:
         # A Python process every minute, for figures that are collected anyway.
         "disable_system_metrics": "true",
     }
-    if request.workload.device != "cuda":
-        properties["number_of_gpu"] = "0"
+    # Workers are dealt out over so many, in turn.
+    properties["number_of_gpu"] = str(request.devices if request.workload.device == "cuda" else 0)
     spec, largest_batch = request.workload.spec, request.tuning.max_batch or 1
     for key, size_bytes in (
         ("max_request_size", _item_bytes(spec.inputs)),

@@ -235,6 +235,7 @@ class Triton(Adapter):
     """The adapter."""
 
     name: ClassVar[str] = "triton"
+    deals_out_gpus: ClassVar[bool] = True
     title: ClassVar[str] = "NVIDIA Triton"
     homepage: ClassVar[str] = "https://github.com/triton-inference-server/server"
     protocols: ClassVar[tuple[WireProtocol, ...]] = ("http", "grpc")

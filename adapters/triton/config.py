@@ -100,10 +100,23 @@ def _tensors(field: str, specs: tuple[TensorSpec, ...], batches: bool) -> list[s
 
 
 def _instance_group(request: DeployRequest) -> list[str]:
-    count = "" if request.tuning.replicas is None else f" count: {request.tuning.replicas}"
-    # Triton counts instances per GPU; one GPU named makes its count that of all replicas.
-    kind = "KIND_GPU gpus: [ 0 ]" if request.workload.device == "cuda" else "KIND_CPU"
-    return [f"instance_group {{ kind: {kind}{count} }}"]
+    replicas = request.tuning.replicas
+    if request.workload.device != "cuda":
+        return [f"instance_group {{ kind: KIND_CPU{'' if replicas is None else f' count: {replicas}'} }}"]
+    if replicas is None:
+        return [_on_gpus(range(request.devices))]  # Triton's default: one on each
+    # Triton counts instances per GPU of a group; what does not come out even makes a second one.
+    each, more = divmod(replicas, request.devices)
+    return [
+        *([_on_gpus(range(request.devices), each)] if each else []),
+        *([_on_gpus(range(more), 1)] if more else []),
+    ]
+
+
+def _on_gpus(gpus: range, count: int | None = None) -> str:
+    """A group on GPUs by their number among those that the server sees."""
+    numbered = ", ".join(map(str, gpus))
+    return f"instance_group {{ kind: KIND_GPU gpus: [ {numbered} ]{'' if count is None else f' count: {count}'} }}"
 
 
 def _dynamic_batching(tuning: Tuning) -> list[str]:

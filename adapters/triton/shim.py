@@ -28,7 +28,12 @@ class TritonPythonModel:
             raise ImportError(f"{parameters['model_file']} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        self._model = module.Model(parameters["artifact"], args["model_name"], parameters["device"])
+        device = parameters["device"]
+        if device == "cuda":
+            device = (
+                f"cuda:{args['model_instance_device_id']}"  # Triton deals instances out, the backend does not see to it
+            )
+        self._model = module.Model(parameters["artifact"], args["model_name"], device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One ``predict()`` over all requests, stacked along axis 0; one response per request, in order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +23,22 @@ pytestmark = [
 
 # Runs a workload's model.py as a server would: argv are model.py, artifact, payloads and an output file. Batches of
 # each size walk over the payloads; the rows of every size are saved under it.
-SERVE = """
-import importlib.util, sys
+SERVE = r"""
+import importlib.util, pathlib, re, sys
 import numpy as np
+import torch
+
+# The devices that are written into a trace, which it does not leave whatever it is loaded on.
+def baked(artifact):
+    trace = pathlib.Path(artifact) / "model.pt"
+    graph = str(torch.jit.load(trace).inlined_graph) if trace.exists() else ""
+    return re.findall(r'Device = prim::Constant\[value="([^"]+)"\]', graph)
+
 spec = importlib.util.spec_from_file_location("model", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 model = module.Model(sys.argv[2], "m", "cpu")
+assert not any(device == "cpu" for device in baked(sys.argv[2])), "would compute there on a GPU, too"
 with np.load(sys.argv[3], allow_pickle=False) as archive:
     inputs = {name: archive[name] for name in archive.files}
 for array in inputs.values():
@@ -42,7 +52,6 @@ for size in (1, 3, 16):
     ]
     for name in rows[0]:
         answers[f"{name}-{size}"] = np.concatenate([row[name] for row in rows])
-import torch
 assert torch.get_num_threads() == 1
 assert "transformers" not in sys.modules
 np.savez(sys.argv[4], numpy_version=np.array(np.__version__), **answers)
@@ -51,7 +60,7 @@ np.savez(sys.argv[4], numpy_version=np.array(np.__version__), **answers)
 
 @pytest.fixture(scope="module", params=["minilm", "resnet50"])
 def prepared(request: pytest.FixtureRequest) -> PreparedWorkload:
-    return catalogue.prepare(request.param, models=("m",), device="cpu", seed=7, options={}, environment_kind="venv")
+    return _prepared(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,34 @@ def _served(prepared: PreparedWorkload, python: Path, out: Path) -> dict[str, np
     assert done.returncode == 0, done.stderr
     with np.load(out, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+def test_in_lower_precision_answers_are_held_to_those_in_fp32(server: ServerEnvironment, tmp_path: Path) -> None:
+    """In bf16, which CPUs compute too: near the same references, and not equal to them."""
+    ordinary, lower = (_prepared("minilm", precision=precision) for precision in ("fp32", "bf16"))
+    np.testing.assert_array_equal(_references(ordinary), _references(lower))
+    served = _served(lower, server.python, tmp_path / "answers.npz")
+    served.pop("numpy_version")
+    for answers in served.values():
+        assert answers.dtype == np.float32
+        apart = np.abs(answers - _references(lower)).max()
+        assert ordinary.tolerance.atol < apart < lower.tolerance.atol
+    assert lower.tolerance.atol < np.abs(_references(lower)[0] - _references(lower)[1]).max() / 5
+
+
+def test_a_compiled_model_answers_alike(server: ServerEnvironment, tmp_path: Path) -> None:
+    prepared = _prepared("minilm", compiled=True)
+    assert [path.name for path in prepared.artifact.iterdir()] == ["model.pt2"]
+    served = _served(prepared, server.python, tmp_path / "answers.npz")
+    served.pop("numpy_version")
+    for answers in served.values():
+        np.testing.assert_allclose(answers, _references(prepared), atol=prepared.tolerance.atol)
+
+
+def _prepared(name: str, **arithmetic: Any) -> PreparedWorkload:
+    return catalogue.prepare(
+        name, models=("m",), device="cpu", seed=7, options={}, environment_kind="venv", **arithmetic
+    )
 
 
 def _references(prepared: PreparedWorkload) -> np.ndarray:
@@ -103,16 +140,17 @@ def test_the_tolerance_tells_wrong_answers_apart(prepared: PreparedWorkload) -> 
 
 
 def test_nothing_in_the_artifact_runs_on_loading(prepared: PreparedWorkload) -> None:
-    """TorchScript only: an archive of code that its own interpreter runs, never Python's pickle."""
+    """TorchScript: an archive of code that its own interpreter runs, never Python's pickle; nor that of an exported one."""
     assert [path.name for path in prepared.artifact.iterdir()] == ["model.pt"]
     source = prepared.model_file.read_text()
     assert "torch.jit.load" in source
     assert "torch.load(" not in source
+    assert source.index('"TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"') < source.index("torch.export.load(")
 
 
 def test_minilm_is_the_published_model(tmp_path: Path) -> None:
     """Our embeddings are those of sentence-transformers itself, at any padded length."""
-    prepared = catalogue.prepare("minilm", models=("m",), device="cpu", seed=7, options={}, environment_kind="venv")
+    prepared = _prepared("minilm")
     folder = prepared.model_file.parent
     builder = environments.build(
         "venv", [folder / "build-requirements.txt"], name="minilm-build", compile_bytecode=False

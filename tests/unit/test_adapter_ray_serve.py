@@ -110,9 +110,10 @@ def test_autoscaling_takes_the_place_of_a_number_of_replicas(tmp_path: Path) -> 
     files = ADAPTER.render(request_for(tuning, tmp_path, device="cuda", proxy="python"))
     deployment = json.loads(files["serve.json"])["applications"][0]["deployments"][0]
     scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 6}
-    assert deployment == {"name": "Model", "autoscaling_config": scaling}
+    share = {"num_gpus": 0.125}  # for the most replicas that there may be of two models
+    assert deployment == {"name": "Model", "autoscaling_config": scaling, "ray_actor_options": share}
     ray = json.loads(files["ray.json"])
-    assert ray["init"]["num_gpus"] is None, "Ray counts the GPUs itself"
+    assert ray["init"]["num_gpus"] == 1
     assert ray["init"]["num_cpus"] > 8
     assert "RAY_SERVE_ENABLE_HA_PROXY" not in ray["environment"]
 
@@ -172,7 +173,27 @@ def test_the_tuning_is_what_each_of_several_nodes_holds(
 
     on_gpus = json.loads(ADAPTER.render(replace(request_for(tuning, tmp_path, device="cuda"), nodes=2))["ray.json"])
     assert on_gpus["init"]["num_gpus"] == 0
-    assert "num-gpus" not in on_gpus["node"], "each node counts its GPUs itself"
+    assert on_gpus["node"]["num-gpus"] == 1
+
+
+@given(replicas=st.integers(1, 64), devices=st.integers(1, 8))
+def test_shares_of_a_gpu_fit_and_spread(replicas: int, devices: int) -> None:
+    share = config.gpu_share(replicas, devices)
+    per_device = int(1 / share + 1e-9)
+    assert 0 < share <= 1 and per_device * devices >= replicas, "all find a place"
+    assert (per_device - 1) * devices < replicas, "and no GPU has room for more than its even part"
+
+
+def test_replicas_have_their_share_of_the_nodes_gpus(tmp_path: Path) -> None:
+    request = replace(request_for(Tuning(replicas=3), tmp_path, device="cuda"), models=("alpha",), devices=2)
+    files = ADAPTER.render(request)
+    assert json.loads(files["ray.json"])["init"]["num_gpus"] == 2
+    (deployment,) = json.loads(files["serve.json"])["applications"][0]["deployments"]
+    assert deployment["ray_actor_options"] == {"num_gpus": 0.5}
+    (on_cpu,) = json.loads(ADAPTER.render(request_for(Tuning(replicas=3), tmp_path))["serve.json"])["applications"][0][
+        "deployments"
+    ]
+    assert "ray_actor_options" not in on_cpu
 
 
 def test_nodes_are_processes_with_environments_and_folders_of_their_own(tmp_path: Path) -> None:

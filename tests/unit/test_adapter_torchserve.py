@@ -136,7 +136,7 @@ def test_all_addresses_are_those_asked_for_and_the_ports_come_with_each_start() 
 
 def test_gpus_are_hidden_unless_asked_for() -> None:
     assert properties(on("emulated", Tuning()))["number_of_gpu"] == "0"
-    assert "number_of_gpu" not in properties(on("cuda", Tuning()))
+    assert properties(replace(on("cuda", Tuning()), devices=2))["number_of_gpu"] == "2"
 
 
 def test_limits_of_bodies_grow_with_the_workload() -> None:

@@ -116,6 +116,27 @@ def test_on_cuda_the_count_is_that_of_one_gpu_and_gpu_defaults_stay() -> None:
 
 
 @pytest.mark.parametrize(
+    ("replicas", "devices", "groups"),
+    [
+        (None, 2, [([0, 1], None)]),
+        (1, 2, [([0], 1)]),
+        (4, 2, [([0, 1], 2)]),
+        (5, 2, [([0, 1], 2), ([0], 1)]),
+        (7, 4, [([0, 1, 2, 3], 1), ([0, 1, 2], 1)]),
+    ],
+)
+def test_instances_are_dealt_out_over_the_gpus(
+    replicas: int | None, devices: int, groups: list[tuple[list[int], int | None]]
+) -> None:
+    request = replace(on("cuda", Tuning(replicas=replicas)), devices=devices)
+    config = text_format.Parse(model_config(request, "alpha"), model_config_pb2.ModelConfig())
+    assert [(list(group.gpus), group.count or None) for group in config.instance_group] == groups
+    assert {group.kind for group in config.instance_group} == {model_config_pb2.ModelInstanceGroup.KIND_GPU}
+    if replicas is not None:
+        assert sum(group.count * len(group.gpus) for group in config.instance_group) == replicas
+
+
+@pytest.mark.parametrize(
     ("tuning", "block"),
     [
         (Tuning(max_batch=1), None),
@@ -336,8 +357,8 @@ class Shim:
 
 
 @pytest.fixture
-def start_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Shim]:
-    def start(predict: str) -> Shim:
+def start_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shim]:
+    def start(predict: str, device: str = "cpu", gpu: str = "0") -> Shim:
         logged: list[str] = []
         backend: Any = types.ModuleType("triton_python_backend_utils")
         backend.InferenceResponse = Response
@@ -358,20 +379,27 @@ def start_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
             "    def __init__(self, *arguments): self.arguments = arguments\n"
             f"    def predict(self, inputs):\n        x = inputs['x']; self.calls.append(len(x))\n        {predict}\n"
         )
-        texts = {"model_file": str(model_file), "artifact": "/a", "device": "cpu"}
+        texts = {"model_file": str(model_file), "artifact": "/a", "device": device}
         config = {
             "input": [{"name": "x"}],
             "output": [{"name": "y"}],
             "parameters": {name: {"string_value": text} for name, text in texts.items()},
         }
         python_model = module.TritonPythonModel()
-        python_model.initialize({"model_config": json.dumps(config), "model_name": "alpha"})
+        python_model.initialize(
+            {"model_config": json.dumps(config), "model_name": "alpha", "model_instance_device_id": gpu}
+        )
         return Shim(python_model, logged)
 
     return start
 
 
-def test_the_shim_stacks_a_batch_into_one_call(start_shim: Callable[[str], Shim]) -> None:
+def test_an_instance_computes_on_the_gpu_that_it_was_dealt(start_shim: Callable[..., Shim]) -> None:
+    assert start_shim("return {'y': x}", "cuda", "3").python_model._model.arguments[2] == "cuda:3"
+    assert start_shim("return {'y': x}", "emulated").python_model._model.arguments[2] == "emulated"
+
+
+def test_the_shim_stacks_a_batch_into_one_call(start_shim: Callable[..., Shim]) -> None:
     shim = start_shim("return {'y': x * 2, 'unasked': x}")
     model = shim.python_model._model
     assert model.arguments == ("/a", "alpha", "cpu")
@@ -393,9 +421,7 @@ def test_the_shim_stacks_a_batch_into_one_call(start_shim: Callable[[str], Shim]
         ("return {}", "KeyError: 'y'"),
     ],
 )
-def test_what_a_failing_model_raises_goes_through(
-    start_shim: Callable[[str], Shim], predict: str, message: str
-) -> None:
+def test_what_a_failing_model_raises_goes_through(start_shim: Callable[..., Shim], predict: str, message: str) -> None:
     """Triton fails the whole batch by it, and counts the requests as failed."""
     kind, _, words = message.partition(": ")
     with pytest.raises(Exception, match=re.escape(words)) as raised:

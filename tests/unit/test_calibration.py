@@ -12,8 +12,8 @@ import pytest
 
 from harness.errors import InputError
 from harness.records import SAMPLE_SCHEMA
+from harness.samples import Samples
 from harness.store import RunFolder
-from harness.summary import Samples
 from simulator.calibration import TOLD, calibrate, counted_service, fit_error, predict, read_trial
 from simulator.system import Service, System, load_system
 from tests.conftest import tailrace

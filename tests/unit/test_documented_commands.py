@@ -19,7 +19,18 @@ from tests.synthetic import make_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = {"tune", "saturate", "pareto", "coldstart", "loadgen", "load-worker", "validate-sim", "clean", "calibrate"}
+LONG = {
+    "ceiling",
+    "tune",
+    "saturate",
+    "pareto",
+    "coldstart",
+    "loadgen",
+    "load-worker",
+    "validate-sim",
+    "clean",
+    "calibrate",
+}
 """These start servers, look for other runs of this user's, or need a run that a server made."""
 
 

@@ -14,6 +14,7 @@ from harness.errors import InputError
 from harness.preflight import check
 from harness.registry import all_adapters, get_adapter
 from harness.spec import Experiment
+from tests.fake_nvml import FakeGpu, install
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -92,3 +93,53 @@ def test_what_is_expressible_is_refused_no_more_and_nothing_is_invented(
     assert adapter.expressible(expressed, options, protocol) == (expressed, {})
     for knob, reason in left_out.items():
         assert f"`{knob}" in reason
+
+
+def on_gpus(**changes: Any) -> Experiment:
+    return experiment(workload="minilm", device="cuda", scenarios=[{"name": "one"}], **changes)
+
+
+def test_gpus_that_are_not_there_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeGpu())
+    check(on_gpus())
+    with pytest.raises(InputError, match="2 GPUs are asked for, this machine has 1"):
+        check(on_gpus(devices=2))
+    install(monkeypatch)
+    with pytest.raises(InputError, match="doctor --gpu"):
+        check(on_gpus())
+
+
+def test_several_gpus_are_for_frameworks_that_deal_them_out_or_for_several_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, FakeGpu("GPU-a"), FakeGpu("GPU-b"))
+    check(on_gpus(devices=2, adapters=["triton", "ray_serve", "torchserve"]))
+    with pytest.raises(InputError, match=r"kserve puts all of its replicas on one GPU.*\n.*`nodes: 2`"):
+        check(on_gpus(devices=2))
+    check(on_gpus(devices=2, nodes=2))
+
+
+def test_a_process_has_one_mig_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeGpu("GPU-a", mig=[FakeGpu("MIG-x", instance=1), FakeGpu("MIG-y", instance=2)]))
+    with pytest.raises(InputError, match="one MIG instance"):
+        check(on_gpus(devices=2, adapters=["triton"]))
+    check(on_gpus(devices=2, nodes=2, adapters=["triton"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, "workload emulated does not offer bf16; it offers no choice of precision"),
+        ({"precision": "fp32"}, "it offers no choice"),
+        ({"compile": True}, "`compile`: the workload emulated does not offer to be compiled"),
+    ],
+)
+def test_a_workload_without_such_a_choice_refuses_it(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check(experiment(**changes))
+
+
+def test_the_torch_workloads_offer_precisions_and_compilation() -> None:
+    for workload in ("minilm", "resnet50"):
+        for precision in ("fp32", "bf16", "fp16"):
+            check(experiment(workload=workload, precision=precision, compile=True))

@@ -25,8 +25,8 @@ from harness.comparison import paired_ratio
 from harness.errors import InputError, StorageError
 from harness.metrics import measured, percentile, samples_needed
 from harness.records import SAMPLE_SCHEMA
+from harness.samples import Samples
 from harness.store import RunFolder, write_json
-from harness.summary import Samples
 from reports.benefits import ATTAINMENT, GOODPUT, PER_DOLLAR, PER_JOULE, others
 from reports.columns import COLUMNS, fields
 from reports.contestants import UNSEEN, left_out, profiles

@@ -10,7 +10,8 @@ import pyarrow as pa
 from harness.collectors import EmulatedDevices
 from harness.emulated_device import read_counters
 from harness.records import SAMPLE_SCHEMA
-from harness.summary import Samples, cold_copies
+from harness.samples import Samples
+from harness.summary import cold_copies
 
 
 def samples(*rows: tuple[float, str, str, str, float]) -> Samples:

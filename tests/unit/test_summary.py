@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.comparison import t_interval
+from harness.gpu_figures import gpu_figures, gpus_power_w
 from harness.records import SAMPLE_SCHEMA
+from harness.samples import Samples
 from harness.store import RunFolder, write_json
 from harness.summary import (
-    Samples,
     goodput_per_dollar,
     goodput_per_joule,
-    gpus_power_w,
     jsonable,
     summarise,
     write_summary,
@@ -65,9 +65,10 @@ def test_power_is_of_all_gpus_together_or_not_known(watts: list[float]) -> None:
         "unit": ["W"] * len(readings),
     }
     samples = Samples(pa.table(columns, schema=SAMPLE_SCHEMA))
-    assert gpus_power_w(samples, len(watts), 10.0) == pytest.approx(sum(watts))
-    assert gpus_power_w(samples, len(watts) + 1, 10.0) is None, "one of them told nothing"
-    assert gpus_power_w(samples, len(watts), 0.5) is None, "nothing was read in the trace"
+    figures = gpu_figures(samples, 10.0)
+    assert gpus_power_w(figures, len(watts), 10.0) == pytest.approx(sum(watts))
+    assert gpus_power_w(figures, len(watts) + 1, 10.0) is None, "one of them told nothing"
+    assert gpus_power_w(gpu_figures(samples, 0.5), len(watts), 0.5) is None, "nothing was read in the trace"
 
 
 def test_dollars_and_joules_are_told_where_price_and_power_are_known(tmp_path: Path) -> None:

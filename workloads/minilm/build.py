@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 TOKENS = 32
+_LARGEST_BATCH = 1024
 
 SENTENCES = """\
 The ferry leaves the island at six, whether or not the fog has lifted.
@@ -72,14 +74,36 @@ def _package() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def build_artifact(folder: Path, options: Mapping[str, float], seed: int) -> None:
-    """The network without its pooling as a TorchScript trace, which takes batches of any size."""
+class Network(torch.nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
+    """The network with its mask made here: transformers would make it on a device that a trace could not leave again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Attention written out in plain operations: the fused kinds decide by the shapes of the example.
+        network = AutoModel.from_pretrained(_package(), attn_implementation="eager", return_dict=False)
+        self.network = network.eval().to(dtype)
+        self._dtype = dtype
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Both int64[n, tokens] → states[n, tokens, 384] in the network's precision."""
+        padding = 1 - attention_mask[:, None, None, :].to(self._dtype)
+        states: torch.Tensor = self.network(input_ids, attention_mask=padding * torch.finfo(self._dtype).min)[0]
+        return states
+
+
+def build_artifact(folder: Path, options: Mapping[str, Any], seed: int) -> None:
+    """The network without its pooling: a TorchScript trace, or exported for ``torch.compile``; batches of any size."""
     torch.set_num_threads(1)
-    # Attention written out in plain operations: the fused kinds decide by the shapes of the example.
-    network = AutoModel.from_pretrained(_package(), attn_implementation="eager", return_dict=False).eval()
-    example = torch.ones((2, TOKENS), dtype=torch.int64)
+    network = Network({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options["precision"]])
+    ids, mask = (torch.ones((2, TOKENS), dtype=torch.int64) for _ in range(2))
+    if options["compile"]:
+        batch = {0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)}
+        with torch.no_grad():
+            program = torch.export.export(network.eval(), (ids, mask), dynamic_shapes=(batch, batch))
+        torch.export.save(program, folder / "model.pt2")
+        return
     with torch.inference_mode():
-        torch.jit.trace(network, (example, example), strict=False).save(folder / "model.pt")
+        torch.jit.trace(network.eval(), (ids, mask), strict=False).save(folder / "model.pt")
 
 
 def make_payloads(count: int, seed: int) -> list[dict[str, NDArray[np.generic]]]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+_TOKENS = 32
+"""Of the exported network; the traced one takes sentences of any length."""
+
 
 class Model:
-    """The traced network ``model.pt`` of the artifact; ``name`` makes no difference to its answers."""
+    """The network of the artifact: traced (``model.pt``), or exported (``model.pt2``) and compiled here, which takes up to a
+    minute; ``name`` makes no difference to its answers."""
 
     def __init__(self, artifact: str, name: str, device: str) -> None:
         # One thread per replica: replicas share the cores, and threads that wait for each other swing tenfold.
         torch.set_num_threads(1)
         self._device = torch.device(device)
-        self._network = torch.jit.load(Path(artifact) / "model.pt", map_location=self._device)
+        self._network = _load(Path(artifact), self._device)
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``input_ids`` and ``attention_mask`` int64[n, tokens] → ``embedding`` float32[n, 384]."""
@@ -24,7 +30,19 @@ class Model:
             ids, mask = (
                 torch.as_tensor(np.array(inputs[name]), device=self._device) for name in ("input_ids", "attention_mask")
             )
-            states = self._network(ids, mask)[0]
-            own = mask.unsqueeze(-1).to(states.dtype)
+            states = self._network(ids, mask).float()
+            own = mask.unsqueeze(-1).float()
             mean = (states * own).sum(1) / own.sum(1).clamp(min=1e-9)
             return {"embedding": torch.nn.functional.normalize(mean, dim=1).cpu().numpy()}
+
+
+def _load(artifact: Path, device: torch.device) -> Any:
+    exported = artifact / "model.pt2"
+    if not exported.exists():
+        return torch.jit.load(artifact / "model.pt", map_location=device)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # or it would unpickle whatever the file holds
+    network = torch.compile(torch.export.load(exported).module().to(device), dynamic=True)
+    with torch.inference_mode():
+        for batch in (1, 2):  # torch compiles for one item, and for any other number of them
+            network(*(torch.ones((batch, _TOKENS), dtype=torch.int64, device=device) for _ in range(2)))
+    return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 _SIDE = 224
 _CALIBRATION_IMAGES = 16
+_LARGEST_BATCH = 1024
 
 
-def build_artifact(folder: Path, options: Mapping[str, float], seed: int) -> None:
-    """The network as a TorchScript trace, which takes batches of any size."""
+def build_artifact(folder: Path, options: Mapping[str, Any], seed: int) -> None:
+    """The network: a TorchScript trace, or exported for ``torch.compile``; batches of any size."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     network = ResNetForImageClassification(ResNetConfig(num_labels=1000, return_dict=False))
@@ -32,7 +34,16 @@ def build_artifact(folder: Path, options: Mapping[str, float], seed: int) -> Non
         classifier = network.classifier[-1]
         classifier.weight /= logits.std(0).unsqueeze(1)
         classifier.bias.copy_((classifier.bias - logits.mean(0)) / logits.std(0))
-        torch.jit.trace(network, images[:2], strict=False).save(folder / "model.pt")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options["precision"]]
+    network, example = network.to(dtype), images[:2].to(dtype)
+    if options["compile"]:
+        batch = {0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)}
+        with torch.no_grad():
+            program = torch.export.export(network, (example,), dynamic_shapes=(batch,))
+        torch.export.save(program, folder / "model.pt2")
+        return
+    with torch.inference_mode():
+        torch.jit.trace(network, example, strict=False).save(folder / "model.pt")
 
 
 def make_payloads(count: int, seed: int) -> list[dict[str, NDArray[np.generic]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,16 +12,32 @@ from numpy.typing import NDArray
 
 
 class Model:
-    """The traced network ``model.pt`` of the artifact; ``name`` makes no difference to its answers."""
+    """The network of the artifact: traced (``model.pt``), or exported (``model.pt2``) and compiled here, which takes up to a
+    minute; ``name`` makes no difference to its answers."""
 
     def __init__(self, artifact: str, name: str, device: str) -> None:
         # One thread per replica: replicas share the cores, and threads that wait for each other swing tenfold.
         torch.set_num_threads(1)
         self._device = torch.device(device)
-        self._network = torch.jit.load(Path(artifact) / "model.pt", map_location=self._device)
+        self._network = _load(Path(artifact), self._device)
+        self._dtype = next(self._network.parameters()).dtype
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``image`` float32[n, 3, 224, 224] → ``logits`` float32[n, 1000]."""
         with torch.inference_mode():
-            image = torch.as_tensor(np.array(inputs["image"]), device=self._device)
-            return {"logits": self._network(image)[0].cpu().numpy()}
+            image = torch.as_tensor(np.array(inputs["image"]), device=self._device).to(self._dtype)
+            return {"logits": self._network(image)[0].float().cpu().numpy()}
+
+
+def _load(artifact: Path, device: torch.device) -> Any:
+    exported = artifact / "model.pt2"
+    if not exported.exists():
+        return torch.jit.load(artifact / "model.pt", map_location=device)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # or it would unpickle whatever the file holds
+    network = torch.export.load(exported).module().to(device)
+    dtype = next(network.parameters()).dtype
+    compiled = torch.compile(network, dynamic=True)
+    with torch.inference_mode():
+        for batch in (1, 2):  # torch compiles for one item, and for any other number of them
+            compiled(torch.zeros((batch, 3, 224, 224), dtype=dtype, device=device))
+    return compiled

@@ -1,0 +1,102 @@
+"""What a device costs: from the experiment or from a user's own file, and into the facts of a trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.adapter import NoOptions, ServerEnvironment, Tuning
+from harness.cluster import Layout
+from harness.errors import InputError
+from harness.gpus import gpus
+from harness.observer import Observer
+from harness.prices import price_per_hour
+from harness.registry import get_adapter
+from harness.spec import Experiment, interleave
+from harness.store import TrialFolder
+from harness.trial import Trial, TrialSetup
+from harness.workload import PreparedWorkload
+from tests.fake_nvml import FakeGpu, install
+from workloads.catalogue import load_spec
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate({"name": "x", "adapters": ["null"], "trace": "steady", **changes})
+
+
+def facts(asked: Experiment, folder: Path) -> dict[str, Any]:
+    """Of a trial that has not begun."""
+    spec = load_spec("minilm")
+    adapter, (plan, *_) = get_adapter("null"), interleave(asked)
+    nowhere = folder / "nowhere"
+    setup = TrialSetup(
+        experiment=asked,
+        plan=plan,
+        adapter=adapter,
+        options=NoOptions(),
+        environment=ServerEnvironment(nowhere, "current"),
+        environment_s=0.0,
+        workload=PreparedWorkload(spec, asked.device or "cpu", nowhere, nowhere, "", None, (), {}),
+        protocol="http",
+        slo_ms=100.0,
+        arrivals_ns=np.zeros(1, np.int64),
+        span_s=1.0,
+        transient=False,
+        trace_name="steady",
+        faults=(),
+        layout=Layout(nodes=1),
+        tuning=Tuning(),
+        left_out={},
+    )
+    return Trial(setup, TrialFolder(folder / "trial"), Observer()).facts
+
+
+def test_the_price_of_the_experiment_stands_in_the_facts_of_its_trials(tmp_path: Path) -> None:
+    assert facts(experiment(device="cpu", device_price_per_hour=0.4), tmp_path)["device_price_per_hour"] == 0.4
+    assert facts(experiment(device="cpu"), tmp_path)["device_price_per_hour"] is None
+
+
+def test_a_gpu_costs_what_the_users_own_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, FakeGpu("GPU-a", "NVIDIA H100"), FakeGpu("GPU-b", "NVIDIA L4"))
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("NVIDIA H100: 3.5\nNVIDIA L4: 0.5\ncpu: 0.1\n")
+    one = experiment(device="cuda", device_prices=str(prices))
+    told = facts(one, tmp_path)
+    assert told["device_price_per_hour"] == 3.5
+    assert told["gpus"] == [{"gpu": "gpu-0", "name": "NVIDIA H100", "uuid": "GPU-a"}]
+    assert price_per_hour(one, "cuda", gpus()) == 2.0, "the mean, for figures go by the number of devices"
+    assert price_per_hour(one, "cpu", []) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("NVIDIA H10: 3\n", "no price of 'NVIDIA H100'; did you mean 'NVIDIA H10'"),
+        ("", "no price of 'NVIDIA H100'"),
+        ("- 3\n", "this is a list"),
+        ("NVIDIA H100: free\n", "'free' is no price"),
+        ("NVIDIA H100: 0\n", "0 is no price"),
+        ("NVIDIA H100: true\n", "True is no price"),
+        ("NVIDIA H100: .inf\n", "inf is no price"),
+        ("a: [\n", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, message: str
+) -> None:
+    install(monkeypatch, FakeGpu(name="NVIDIA H100"))
+    prices = tmp_path / "prices.yaml"
+    if text is not None:
+        prices.write_text(text)
+    with pytest.raises(InputError) as raised:
+        price_per_hour(experiment(device_prices=str(prices)), "cuda", gpus())
+    assert message in str(raised.value) and "prices.yaml" in str(raised.value)
+
+
+def test_one_price_is_enough() -> None:
+    with pytest.raises(ValueError, match="both given"):
+        experiment(device_prices="p.yaml", device_price_per_hour=1)
