@@ -37,6 +37,16 @@ class ProcessRef:
         return _start_ticks(self.pid) == self.started_ticks
 
 
+def inner_pid(process: ProcessRef) -> int:
+    """The pid that a process has for itself: in a container another one than here. That of here when it has gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return process.pid
+    pids = next((line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")), [])
+    return int(pids[-1]) if pids else process.pid
+
+
 def _start_ticks(pid: int) -> int | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")

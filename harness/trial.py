@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,9 @@ from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
 from harness.workload import PreparedWorkload
+
+if TYPE_CHECKING:
+    from harness.containers import ContainerHost
 
 _VERIFIED_PAYLOADS = 16
 """Payloads whose answers are compared with the reference before the clock starts, per model."""
@@ -290,11 +293,33 @@ class Trial:
             host=setup.experiment.server_host,
             node_envs=tuple(node_envs),
         )
-        cluster = Cluster(setup.adapter, request, guardian, setup.layout)
+        servers = self._server_host(guardian, scratch)
+        cluster = Cluster(setup.adapter, request, servers, guardian, setup.layout)
         self.facts["warnings"] += cluster.notes
-        self._spawned_ns = guardian.spawned_ns(cluster.process)
+        self._spawned_ns = servers.spawned_ns(cluster.process)
         events.write("spawned", mono_ns=self._spawned_ns, pid=cluster.process.pid)
         return cluster
+
+    def _server_host(self, guardian: Guardian, scratch: Path) -> Guardian | ContainerHost:
+        """Who runs the servers: the guardian itself, or containers of its own."""
+        setup = self._setup
+        if not setup.environment.image:
+            return guardian
+        from harness.containers import ContainerHost, Limits
+        from harness.engine import Engine
+
+        chosen, workload = setup.experiment.containers, setup.workload
+        return ContainerHost(
+            guardian,
+            Engine.connect(),
+            setup.environment.image,
+            reads=[setup.adapter.folder, workload.model_file.parent, workload.artifact],
+            writes=[self._folder.server.absolute(), scratch],
+            limits=Limits(chosen.cpus, None if chosen.memory_mb is None else chosen.memory_mb << 20),
+            address=setup.experiment.server_host,
+            gpus=workload.device == "cuda",
+            one_network=setup.adapter.own_cluster and setup.layout.nodes > 1,
+        )
 
     def _device_environment(self, scratch: Path, node: int) -> dict[str, str]:
         """What a node's processes must know of the devices that are its own."""
