@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -223,7 +223,6 @@ class ProcessHost(Protocol):
         """How a spawned process ended, in words, as far as that is known."""
 
 
-@runtime_checkable
 class Containers(ProcessHost, Protocol):
     """A process host whose processes run in containers, one for each that was spawned."""
 

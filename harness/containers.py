@@ -7,6 +7,8 @@ ends them, whatever becomes of the harness.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,6 +31,7 @@ _START_PATIENCE_S = 10.0
 _POLL_S = 0.005
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - whose size is asked
 _KILLED = 128
+_PUBLISHER = "docker-proxy"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Container:
     name: str
     id: str
     log: Path
-    network: str
+    ports: list[int]
     paused: bool = False
     connected: bool = True
     ending: str | None = None
@@ -82,6 +86,8 @@ class ContainerHost:
         self._containers: dict[ProcessRef, _Container] = {}
         self._spawned_ns: dict[ProcessRef, int] = {}
         self._lock = threading.RLock()  # faults come from a thread of their own
+        self._published: set[ProcessRef] = set()
+        self._publishers: list[ProcessRef] = []
         self._network = guardian.make_network()
 
     # -- a process host ------------------------------------------------------------------------------------------
@@ -125,7 +131,7 @@ class ContainerHost:
         )
         self._hand_over()
         asked_ns = time.monotonic_ns()
-        started = _Container(name, self._guardian.start_container(spec), log, spec.network)
+        started = _Container(spec.name, self._guardian.start_container(spec), log, spec.ports)
         process = self._main_process(started)
         with self._lock:
             self._containers[process] = started
@@ -138,9 +144,7 @@ class ContainerHost:
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         """See :class:`harness.adapter.ProcessHost`; never touches a process outside of these containers."""
-        with self._lock:
-            roots = list(self._containers)
-        if not any(found == process for root in roots for found, _ in descendants(root)):
+        if not any(found == process for root, _ in self._all() for found, _ in descendants(root)):
             return False
         try:
             os.kill(process.pid, signal_number)
@@ -230,12 +234,35 @@ class ContainerHost:
             self._engine.connect_to(container.id, self._network)
         container.connected = True
 
-    def living(self) -> dict[str, str]:
-        """The ids of the containers that run, by name."""
-        with self._lock:
-            return {one.name: one.id for process, one in self._containers.items() if process.alive()}
+    # -- what is collected of them -------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Mapping[str, Any]]:
+        """What the engine counts of the containers that run, by name."""
+        found = {}
+        for process, container in self._all():
+            if process.alive():
+                with contextlib.suppress(EngineError):  # it may end at this moment
+                    found[container.name] = self._engine.statistics(container.id)
+        return found
+
+    def publishers(self) -> list[ProcessRef]:
+        """The engine's processes through which connections reach the containers' ports."""
+        seen = {process for process, container in self._all() if container.connected and process.alive()}
+        if seen != self._published:
+            self._published = seen
+            self._publishers = _publishers({port for _, one in self._all() for port in one.ports})
+        return self._publishers
+
+    def endings(self) -> list[dict[str, str]]:
+        """Every container that has ended, with how."""
+        told = ((container.name, self.ending(process)) for process, container in self._all())
+        return [{"container": name, "how": how} for name, how in told if how is not None]
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _all(self) -> list[tuple[ProcessRef, _Container]]:
+        with self._lock:
+            return list(self._containers.items())
 
     def _container(self, process: ProcessRef) -> _Container | None:
         with self._lock:
@@ -316,13 +343,25 @@ def describe_end(state: Mapping[str, object]) -> str:
     """How a container ended, by its state."""
     status = int(str(state["ExitCode"]))
     if state.get("OOMKilled"):
-        return f"it had no memory left (OOM), exit status {status}"
+        return f"the kernel killed what had no memory left (OOM), exit status {status}"
     if status > _KILLED:
         try:
             return f"ended by {signal.Signals(status - _KILLED).name}, exit status {status}"
         except ValueError:
             pass
     return f"exit status {status}" + (f": {state['Error']}" if state.get("Error") else "")
+
+
+def _publishers(ports: set[int]) -> list[ProcessRef]:
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = process.info["cmdline"] or []
+        if process.info["name"] == _PUBLISHER and any(
+            word == "-host-port" and number in map(str, ports) for word, number in itertools.pairwise(words)
+        ):
+            with contextlib.suppress(ProcessLookupError):
+                found.append(ProcessRef.of(process.pid))
+    return found
 
 
 def _control_groups(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from docker.errors import ImageNotFound
+from docker.errors import APIError, ImageNotFound
 
 from harness import package_index
 from harness.adapter import Adapter, ServerEnvironment
@@ -30,6 +31,8 @@ USER_ID = 10001
 # Raised when images are built differently from the same files, so that old ones are not reused.
 _FORMAT = 1
 _TAIL_LINES = 30
+_STEP = re.compile(r"Step \d+/\d+ : (?P<instruction>\w+).*")
+_LAYER = re.compile(r" ---> (?P<id>[0-9a-f]{12})")
 _BASE_ARGUMENT = re.compile(r"^ARG\s+BASE_IMAGE=(?P<image>\S+)\s*$", re.MULTILINE)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # Not what is on a path of this machine: the builder does not see it.
@@ -68,7 +71,7 @@ def build(
         if image is None:
             for sentence in _not_handed_on():
                 progress(sentence)
-            image = _build(engine, adapter.name, context, base, tag, progress)
+            image = _build(engine, adapter.name, context, base, base_id, tag, progress)
     packages = json.loads(ask(engine, image, _PACKAGES))
     return ServerEnvironment(PYTHON, "docker", dict(sorted(packages.items(), key=lambda p: str(p[0]).lower())), image)
 
@@ -151,11 +154,12 @@ def _pull(engine: Engine, reference: str, name: str, progress: Progress) -> str:
 
 
 def _build(
-    engine: Engine, name: str, context: Mapping[str, bytes], base: str, tag: str, progress: Progress
+    engine: Engine, name: str, context: Mapping[str, bytes], base: str, base_id: str, tag: str, progress: Progress
 ) -> str:
     progress(f"building the image of {name} on {base}")
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    failure = None
+    stages: list[str] = []
+    made = failure = None
     with told(f"build the image of {name}"):
         for line in engine.api.build(
             fileobj=_archive({**context, **_package_access()}),
@@ -172,8 +176,16 @@ def _build(
             failure = failure or line.get("error")
             for said in str(line.get("stream", "")).splitlines():
                 tail.append(said)
-                if said.startswith("Step "):
-                    progress(f"{name}: {said}")
+                if step := _STEP.fullmatch(said):
+                    progress(f"{name}: {said:.100}")
+                    if step["instruction"] == "FROM" and made is not None:
+                        stages.append(made)
+                elif (layer := _LAYER.fullmatch(said)) and layer["id"] not in base_id:
+                    made = layer["id"]
+    # What a stage before the last has left is in the image already, and may hold what is no business of any image.
+    for stage in stages:
+        with contextlib.suppress(APIError):  # the engine may still need it
+            engine.api.remove_image(stage)
     image = None if failure else _present(engine, tag)
     if image is None:
         raise EnvironmentBuildError(

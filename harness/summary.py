@@ -260,7 +260,7 @@ class Samples:
         return float(at_end - at_start) / (end - start)
 
 
-_OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy")
+_OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy", "port-publisher")
 """Beside the server: what of the machine's load is the run's own doing."""
 
 

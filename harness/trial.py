@@ -32,11 +32,13 @@ from harness.adapter import (
 from harness.cluster import Cluster, Layout
 from harness.collectors import (
     Collector,
+    ContainerStatistics,
     EmulatedDevices,
     Host,
     Nodes,
     NvidiaGpus,
     OwnProcesses,
+    Publishers,
     Replicas,
     Sampler,
     ServerMetrics,
@@ -149,6 +151,7 @@ class Trial:
         self._collector_errors: list[BaseException] = []
         self._measuring = False
         self._wedged: Probe | None = None
+        self._containers: ContainerHost | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -258,6 +261,8 @@ class Trial:
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
                     deployment.stop(_STOP_GRACE_S)
                     events.write("stopped")
+                if self._containers is not None:
+                    self.facts["containers_ended"] = self._containers.endings()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if self._collector_errors:
@@ -309,7 +314,7 @@ class Trial:
         from harness.engine import Engine
 
         chosen, workload = setup.experiment.containers, setup.workload
-        return ContainerHost(
+        self._containers = ContainerHost(
             guardian,
             Engine.connect(),
             setup.environment.image,
@@ -320,6 +325,7 @@ class Trial:
             gpus=workload.device == "cuda",
             one_network=setup.adapter.own_cluster and setup.layout.nodes > 1,
         )
+        return self._containers
 
     def _device_environment(self, scratch: Path, node: int) -> dict[str, str]:
         """What a node's processes must know of the devices that are its own."""
@@ -538,6 +544,8 @@ class Trial:
         ]
         if generator_pid is not None:
             collectors.append(OwnProcesses("load-generator", generator_pid))
+        if self._containers is not None:
+            collectors += [ContainerStatistics(self._containers.statistics), Publishers(self._containers.publishers)]
         if "scrape" in capabilities:
             collectors.append(ServerMetrics(deployment))
         if deployment.node_count > 1:

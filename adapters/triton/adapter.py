@@ -84,11 +84,8 @@ class _Bundle:
         """Ask the environment's interpreter. Raises :class:`DeployError` when something is missing."""
         python = environment.python
         found = ask_interpreter(environment, _PROBE)
-        libraries = (Path(found["library"]).parent,) if found["library"] else ()
-        if found["wheel"]:
-            libraries += (Path(found["wheel"]).parent.parent / "nvidia_pytriton.libs",)
-        if found["installed"]:
-            return cls(Path(_INSTALLED), None, libraries)
+        if found["installed"] and not found["wheel"]:
+            return cls(Path(_INSTALLED), None, ())  # the vendor's, whose image knows where its libraries are
         if not found["wheel"]:
             raise DeployError(
                 f"{python} has no package nvidia-pytriton, which carries the server",
@@ -107,6 +104,9 @@ class _Bundle:
                 f"(on Debian and Ubuntu: install the package libpython{version})",
                 detail=f"looked in {', '.join(found['folders'])}",
             )
+        libraries = (Path(found["library"]).parent, Path(found["wheel"]).parents[1] / "nvidia_pytriton.libs")
+        if found["installed"]:
+            return cls(Path(_INSTALLED), None, libraries)
         return cls(Path(found["wheel"]), Path(found["stub"]), libraries)
 
     def backends(self, folder: Path) -> Path:
