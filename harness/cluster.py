@@ -332,8 +332,7 @@ class Cluster(Deployment):
         """Whether a node's port is open; of a framework's own cluster, whether the node lives."""
         if self._own:
             return index in self.living()
-        endpoint = self._members[index].endpoint
-        return port_open(endpoint.host, endpoint.port)
+        return self._listens(self._members[index])
 
     def node_ready(self, index: int) -> bool:
         """Whether a node says that it is ready, and the balancer thinks so too."""
@@ -366,7 +365,11 @@ class Cluster(Deployment):
 
     def open(self) -> bool:
         """Whether every server's port is open."""
-        return all(port_open(m.endpoint.host, m.endpoint.port) for m in self._members.values())
+        return all(map(self._listens, self._members.values()))
+
+    def _listens(self, member: Deployment) -> bool:
+        published = bool(self._requests[0].environment.image)
+        return port_open(member.endpoint.host, member.endpoint.port, published=published)
 
     def claims_ready(self) -> bool:
         if self._balancer is None:

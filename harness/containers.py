@@ -206,7 +206,10 @@ class ContainerHost:
         container = self._container(process)
         if container is None:
             return None
-        if not process.alive() and not container.removed:
+        if container.ending is None and not process.alive():
+            # Its first process ends with the server's, and the engine knows of it an instant later.
+            with contextlib.suppress(EngineError):
+                self._engine.await_end(container.id)
             self._note_ending(container)
         return container.ending
 

@@ -136,7 +136,7 @@ class Engine:
                 spec.image,
                 ["sh", "-c", _INTO_LOG, spec.log, *spec.argv],
                 entrypoint=[],
-                name=spec.labels[RUN] + "-" + spec.name,
+                name=f"tailrace-{spec.labels[RUN]}-{spec.name}",
                 user=spec.user,
                 environment=spec.env,
                 working_dir=spec.cwd,
@@ -190,6 +190,10 @@ class Engine:
         """SIGKILL of all that runs in it; returns when it has ended. Nothing happens to one that has."""
         with told("kill a container"), contextlib.suppress(APIError):  # 409: it does not run
             self.api.kill(container)
+        self.await_end(container)
+
+    def await_end(self, container: str) -> None:
+        """Return when it has ended."""
         with told("see a container end"):
             self.api.wait(container, timeout=_TIMEOUT_S)
 
