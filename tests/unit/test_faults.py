@@ -98,7 +98,9 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refusal(kind, triton, Tuning(), 2, containers=True) is None
         assert refusal(kind, ray_serve, Tuning(), 1, containers=True) is None
     assert "share one address" in str(refusal("disconnect_node", ray_serve, Tuning(), 2, containers=True))
-    assert refusal("slow_node", triton, Tuning(), 2, containers=True) is None, "the engine has control groups of its own"
+    assert refusal("slow_node", triton, Tuning(), 2, containers=True) is None, (
+        "the engine has control groups of its own"
+    )
 
 
 def test_fault_refusals_of_adapters_name_known_kinds() -> None:
