@@ -80,6 +80,8 @@ class ServerEnvironment:
     kind: str
     packages: Mapping[str, str] = field(default_factory=dict)
     """Installed distributions and their versions, for the manifest."""
+    image: str = ""
+    """Of kind ``docker``: the id of the image, in which ``python`` is a path."""
 
     @property
     def bin(self) -> Path:
@@ -116,6 +118,12 @@ class DeployRequest:
     """How many devices each node has; its processes see no others."""
     node_envs: tuple[Mapping[str, str], ...] = ()
     """With a cluster of its own: what each node's processes must get on top of ``server_env``, by the node's index."""
+
+    @property
+    def listen(self) -> str:
+        """The address that a server has to listen on for its ports to be reached on ``host``: in a container all of its
+        own, since they are published on ``host`` and nowhere else."""
+        return "0.0.0.0" if self.environment.image else self.host  # noqa: S104 - inside a container
 
 
 @dataclass(frozen=True)
@@ -177,8 +185,18 @@ class MetricSample:
 class ProcessHost(Protocol):
     """Who owns the processes of a run (the guardian): adapters start and signal servers through it alone."""
 
-    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
-        """Start a process in a session of its own, stdout and stderr to ``log``. ``env`` is its whole environment."""
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        ports: Sequence[int] = (),
+    ) -> ProcessRef:
+        """Start a process in a session of its own, stdout and stderr to ``log``. ``env`` is its whole environment. Where it
+        runs in a container, ``ports`` are those that are published: all that the harness asks it on."""
 
     def signal(self, process: ProcessRef, signal_number: int) -> bool:
         """Send a signal to this very process; False when it has gone already."""
@@ -200,7 +218,24 @@ class ProcessHost(Protocol):
         """
 
     def remove_later(self, path: Path | str) -> None:
-        """Remove this file, folder or glob pattern when the run ends, however it ends."""
+        """Remove this file, folder or glob pattern when the run ends, however it ends. A folder that exists is one that
+        processes spawned from now on use beside those of the request."""
+
+    def ending(self, process: ProcessRef) -> str | None:
+        """How a spawned process ended, in words, as far as that is known."""
+
+
+class Containers(ProcessHost, Protocol):
+    """A process host whose processes run in containers, one for each that was spawned."""
+
+    def limit_memory(self, process: ProcessRef, memory_bytes: int | None) -> None:
+        """Let a container have so much memory; ``None``: as much as before. Raises :class:`harness.errors.TailraceError`."""
+
+    def disconnect(self, process: ProcessRef) -> None:
+        """Take a container off its network. Raises :class:`harness.errors.TailraceError`."""
+
+    def reconnect(self, process: ProcessRef) -> None:
+        """Put it back, with the ports that it had. Raises :class:`harness.errors.TailraceError`."""
 
 
 class Deployment(ABC):
@@ -262,8 +297,9 @@ class Deployment(ABC):
     def check_alive(self) -> None:
         """Raise :class:`DeployError` with the log's tail when the server's main process has gone."""
         if not self.process.alive():
+            how = self.host.ending(self.process)
             raise DeployError(
-                "the server's main process has ended",
+                "the server's main process has ended" + (f": {how}" if how else ""),
                 remedy=f"read the log: {self.log}",
                 detail=log_tail(self.log),
             )
@@ -355,6 +391,11 @@ class Adapter(ABC):
     def requirements(self) -> Path:
         """The lock file of the server's environment."""
         return self.folder / "requirements.txt"
+
+    @property
+    def dockerfile(self) -> Path:
+        """What the image of ``environment: docker`` is made by; without this file there is none."""
+        return self.folder / "Dockerfile"
 
     def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
         """Why this framework cannot express that tuning: knob → a sentence; empty when it can."""

@@ -69,7 +69,10 @@ class Cluster(Deployment):
     """All nodes of one trial. Its capabilities are those of the adapter's own deployments, of which it has one for each
     server, or one for the whole of a framework's own cluster."""
 
-    def __init__(self, adapter: Adapter, request: DeployRequest, host: ProcessHost, layout: Layout) -> None:
+    def __init__(
+        self, adapter: Adapter, request: DeployRequest, host: ProcessHost, companions: ProcessHost, layout: Layout
+    ) -> None:
+        """``host`` runs the servers, ``companions`` what is put between client and servers."""
         self._adapter = adapter
         self._layout = layout
         self._lock = threading.RLock()
@@ -92,12 +95,13 @@ class Cluster(Deployment):
             # Whose models alone come and go is there from the beginning.
             for index in self._present if layout.cold_start != "model" else range(len(self._requests)):
                 self._members[index] = adapter.start(self._requests[index], host)
-            endpoint = self._way_in(request, host, alone)
+            endpoint = self._way_in(request, companions, alone)
         except BaseException:
             for member in self._members.values():
                 with contextlib.suppress(TailraceError):
                     member.stop(0.0)
             raise
+        self._companion_host = companions
         first = self._members[0]
         super().__init__(host, first.process, endpoint, first.log)
         self.notes = list(dict.fromkeys(note for member in self._members.values() for note in member.notes))
@@ -328,8 +332,7 @@ class Cluster(Deployment):
         """Whether a node's port is open; of a framework's own cluster, whether the node lives."""
         if self._own:
             return index in self.living()
-        endpoint = self._members[index].endpoint
-        return port_open(endpoint.host, endpoint.port)
+        return self._listens(self._members[index])
 
     def node_ready(self, index: int) -> bool:
         """Whether a node says that it is ready, and the balancer thinks so too."""
@@ -362,7 +365,11 @@ class Cluster(Deployment):
 
     def open(self) -> bool:
         """Whether every server's port is open."""
-        return all(port_open(m.endpoint.host, m.endpoint.port) for m in self._members.values())
+        return all(map(self._listens, self._members.values()))
+
+    def _listens(self, member: Deployment) -> bool:
+        published = bool(self._requests[0].environment.image)
+        return port_open(member.endpoint.host, member.endpoint.port, published=published)
 
     def claims_ready(self) -> bool:
         if self._balancer is None:
@@ -464,7 +471,7 @@ class Cluster(Deployment):
         """End what stands before the nodes, whose open connections servers would wait for, and all nodes."""
         self.stop_watching()
         for process in self.companions().values():
-            self.host.stop_tree(process, 0.5)
+            self._companion_host.stop_tree(process, 0.5)
         failures: list[TailraceError] = []
         for member in list(self._members.values()):
             try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import pyarrow as pa
@@ -196,6 +197,54 @@ def _number(path: Path) -> float | None:
         return float(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+class ContainerStatistics:
+    """What the engine counts of each container: CPU time, for how long its limit held it back, memory without the page
+    cache that could be given back, and processes."""
+
+    source = "container"
+    interval_s = 1.0
+
+    def __init__(self, statistics: Callable[[], Mapping[str, Mapping[str, Any]]]) -> None:
+        """``statistics`` are those of the containers that run, by name, as the engine tells them."""
+        self._statistics = statistics
+
+    def read(self) -> list[Reading]:
+        readings = []
+        for name, told in self._statistics().items():
+            cpu, memory = told.get("cpu_stats", {}), told.get("memory_stats", {})
+            if "usage" not in memory:
+                continue  # it has just ended
+            # The name in control groups of version 1 and of version 2.
+            details = memory.get("stats", {})
+            cache = details.get("total_inactive_file", details.get("inactive_file", 0))
+            readings += [
+                Reading(name, "cpu_s_total", cpu["cpu_usage"]["total_usage"] / 1e9, "s"),
+                Reading(name, "throttled_s_total", cpu.get("throttling_data", {}).get("throttled_time", 0) / 1e9, "s"),
+                Reading(name, "memory_bytes", memory["usage"] - cache, "B"),
+                Reading(name, "processes", told.get("pids_stats", {}).get("current", 0), "1"),
+            ]
+        return readings
+
+
+class Publishers:
+    """CPU time of what hands connections on from this machine to containers: a cost of publishing their ports, and nobody
+    else's load."""
+
+    source = "port-publisher"
+    interval_s = 1.0
+
+    def __init__(self, publishers: Callable[[], Iterable[ProcessRef]]) -> None:
+        self._publishers = publishers
+        self._cpu_s: dict[ProcessRef, float] = {}
+
+    def read(self) -> list[Reading]:
+        for ref in self._publishers():
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(ref.pid).cpu_times()
+                self._cpu_s[ref] = times.user + times.system
+        return [Reading("process", "cpu_s_total", sum(self._cpu_s.values()), "s")]
 
 
 class EmulatedDevices:

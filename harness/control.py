@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -67,11 +68,22 @@ def process_environment(request: DeployRequest, *, library_path: Iterable[Path] 
     }
 
 
+@functools.cache
+def _ask_image(image: str, program: str) -> str:
+    """An image never changes: it is asked once."""
+    from harness import images
+    from harness.engine import Engine
+
+    return images.ask(Engine.connect(), image, program)
+
+
 def ask_interpreter(environment: ServerEnvironment, program: str) -> Any:
     """What a program prints as JSON in the server's interpreter, isolated from the user's settings and folder.
 
-    Raises :class:`DeployError` when the interpreter does not run.
+    Raises :class:`DeployError` when the interpreter does not run, :class:`EngineError` when that is one of an image.
     """
+    if environment.image:
+        return json.loads(_ask_image(environment.image, program))
     try:
         answer = subprocess.run(
             [environment.python, "-I", "-c", program],

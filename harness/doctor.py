@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from harness import package_index
+from harness.errors import EngineError
 from harness.folders import cache_folder
 from harness.gpus import gpus
 from harness.machine import cpu_count, raise_file_limit
@@ -45,6 +46,7 @@ def examine() -> list[Finding]:
         _files(),
         _indexes(),
         _gpu(),
+        _engine(),
         _browser(),
     ]
 
@@ -131,6 +133,24 @@ def _gpu() -> Finding:
         bool(found),
         ", ".join(gpu.name for gpu in found) or "none",
         "only for `device: cuda`; everything else runs without (tailrace doctor --gpu)",
+        needed=False,
+    )
+
+
+def _engine() -> Finding:
+    from harness.engine import Engine
+
+    try:
+        engine = Engine.connect()
+        engine.check_local()
+        found, remedy = f"Docker {engine.version()}", None
+    except EngineError as error:
+        found, remedy = error.message, error.remedy
+    return Finding(
+        "container engine",
+        remedy is None,
+        found,
+        f"only for `environment: docker`: {remedy}",
         needed=False,
     )
 

@@ -29,6 +29,7 @@ from harness.errors import EnvironmentBuildError, InputError
 from harness.folders import cache_folder
 
 Kind = Literal["venv", "current"]
+"""Interpreters of this machine; images are :mod:`harness.images`' business."""
 Progress = Callable[[str], None]
 
 # Raised when environments are built differently from the same requirement files, so that old ones are not reused.

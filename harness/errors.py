@@ -44,6 +44,10 @@ class EnvironmentBuildError(TailraceError):
     """The interpreter that a server or a workload runs in could not be built."""
 
 
+class EngineError(TailraceError):
+    """The container engine cannot be reached, or refuses what it was asked for."""
+
+
 class TrialPrunedError(TailraceError):
     """Whoever watches a trial has seen enough of it. What it recorded is kept, and it is no measurement."""
 

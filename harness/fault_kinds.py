@@ -20,6 +20,8 @@ class FaultKind:
     """Capabilities of the adapter without which it cannot be done."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Its parameters in an experiment, with what they are when left out. ``duration_s`` among them: it lasts and is healed."""
+    contained: bool = False
+    """Whether it is done by the container engine, and so to containers alone."""
 
 
 FAULT_KINDS: Mapping[str, FaultKind] = {
@@ -34,6 +36,20 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
         "node",
         (),
         {"duration_s": 10, "cpus": 0.2},
+    ),
+    "memory_limit": FaultKind(
+        "a node's container may use less memory than before; what asks for more is killed by the kernel",
+        "node",
+        (),
+        {"duration_s": 10, "memory_mb": 512},
+        contained=True,
+    ),
+    "disconnect_node": FaultKind(
+        "a node's container is taken off its network, then put back: connections end, and new ones are refused",
+        "node",
+        (),
+        {"duration_s": 5},
+        contained=True,
     ),
     "partition": FaultKind(
         "nothing passes between a node and those who ask it; connections stay open, and what was sent arrives in the end",

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from harness.adapter import Adapter, Replica, Tuning
+from harness.adapter import Adapter, Containers, ProcessHost, Replica, Tuning
 from harness.cgroups import refusal as cgroup_refusal
 from harness.cluster import Cluster
 from harness.errors import TailraceError
@@ -71,20 +71,25 @@ def plan_faults(
     return sorted(planned, key=lambda fault: fault.at_s)
 
 
-def refusal(kind: str, adapter: Adapter, tuning: Tuning, nodes: int) -> str | None:
-    """Why a fault cannot be done to a framework on this machine; ``None`` when it can."""
+def refusal(kind: str, adapter: Adapter, tuning: Tuning, nodes: int, *, containers: bool = False) -> str | None:
+    """Why a fault cannot be done to a framework on this machine, whose nodes are ``containers`` or processes; ``None`` when
+    it can."""
     missing = [name for name in FAULT_KINDS[kind].needs if name not in adapter.capabilities()]
     if missing:
         return f"its adapter does not have the capability `{'`, `'.join(missing)}`"
     if kind == "rolling_restart" and nodes < 2:
         return "with one node it would be an outage: it needs `nodes: 2` or more"
-    if kind == "slow_node" and (reason := cgroup_refusal()):
+    if FAULT_KINDS[kind].contained and not containers:
+        return "it is done to containers alone: it needs `environment: docker`"
+    if kind == "disconnect_node" and adapter.own_cluster and nodes > 1:
+        return "the nodes of its own cluster share one address, and none can be taken off the network by itself"
+    if kind == "slow_node" and not containers and (reason := cgroup_refusal()):
         return reason
     return adapter.fault_refusals(tuning).get(kind)
 
 
 def fault_matrix(adapters: Iterable[Adapter]) -> dict[str, dict[str, str | None]]:
-    """Adapter → kind → why it cannot be done to two nodes of it on this machine, ``None`` where it can."""
+    """Adapter → kind → why it cannot be done to two nodes of it, processes of this machine, ``None`` where it can."""
     tuning = Tuning(replicas=1)
     return {adapter.name: {kind: refusal(kind, adapter, tuning, 2) for kind in FAULT_KINDS} for adapter in adapters}
 
@@ -256,7 +261,7 @@ class Nemesis(threading.Thread):
         self._apply(hit)
         self._injected(hit, self._cluster.node_name(index), now, pid=process.pid)
 
-    _pause_node = _slow_node = _do_to_node
+    _pause_node = _slow_node = _memory_limit = _disconnect_node = _do_to_node
 
     # -- the connections to a node -------------------------------------------------------------------------------
 
@@ -321,6 +326,10 @@ class Nemesis(threading.Thread):
                     raise _MissedError("the node had gone by itself")
             case "slow_node":
                 host.limit_cpus(_known(hit.process), parameters["cpus"])
+            case "memory_limit":
+                _contained(host).limit_memory(_known(hit.process), round(parameters["memory_mb"] * 2**20))
+            case "disconnect_node":
+                _contained(host).disconnect(_known(hit.process))
             case "latency":
                 cluster.links.latency(hit.link, parameters["round_trip_ms"])
             case "packet_loss":
@@ -341,6 +350,10 @@ class Nemesis(threading.Thread):
                 host.signal_tree(_known(hit.process), signal.SIGCONT)
             case "slow_node":
                 host.limit_cpus(_known(hit.process), None)
+            case "memory_limit":
+                _contained(host).limit_memory(_known(hit.process), None)
+            case "disconnect_node":
+                _contained(host).reconnect(_known(hit.process))
             case "packet_loss":
                 cluster.links.clear(hit.link, "stalls")
             case "latency" | "partition" | "reset":
@@ -350,6 +363,10 @@ class Nemesis(threading.Thread):
 def _known(process: ProcessRef | None) -> ProcessRef:
     assert process is not None  # noqa: S101 - set by whoever hit a process
     return process
+
+
+def _contained(host: ProcessHost) -> Containers:
+    return cast(Containers, host)  # for other hosts such a fault is refused before the run
 
 
 def link_faults(kinds: Iterable[str]) -> bool:

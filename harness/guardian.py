@@ -8,6 +8,9 @@ Three layers, because each alone leaks:
   whatever the server daemonises still belongs to exactly one tree. Should the guardian die, the keeper is told by
   the kernel (``PR_SET_PDEATHSIG``; reliable here, for the guardian has one thread) and ends its tree.
 * A *ledger* file names the processes and paths of a run, so that after a power cut ``tailrace clean`` can find them.
+
+Containers are started by the guardian too, and carry its ledger's name as a label: by that it ends them, and so does the next
+run should the guardian have been killed, for then nobody else does.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -35,6 +39,9 @@ from harness.cgroups import CpuGroup, is_group
 from harness.errors import DeployError, StorageError, TailraceError
 from harness.folders import state_folder
 from harness.processes import ProcessRef
+
+if TYPE_CHECKING:
+    from harness.engine import ContainerSpec, Engine
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -145,6 +152,7 @@ class _GuardianServer:
         self._stopped: set[tuple[int, int]] = set()
         self._removals: list[str] = []
         self._groups: dict[tuple[int, int], CpuGroup] = {}
+        self._engine: Engine | None = None
 
     def serve(self) -> None:
         """Answer requests until the harness says goodbye or its end of the socket closes; then clean up."""
@@ -161,13 +169,18 @@ class _GuardianServer:
                     answer = getattr(self, f"_{request['do']}")(request)
                 except OSError as error:
                     answer = {"error": str(error)}
+                except TailraceError as error:
+                    answer = {"error": error.message}
                 self._control.sendall(json.dumps({**answer, "id": request["id"]}).encode() + b"\n")
+        contained, missed = self._remove_containers()
         killed = _kill_descendants()
         removed = remove_paths(self._removals)
-        if graceful:
+        if missed:
+            self._write_ledger()  # as of one that was killed: the next run tries again
+        elif graceful:
             self._ledger.unlink(missing_ok=True)
         else:
-            self._write_ledger(cleaned={"processes": killed, "paths": removed})
+            self._write_ledger(cleaned={"processes": killed, "paths": [*contained, *removed]})
 
     def _lines(self) -> Iterator[bytes]:
         buffer = b""
@@ -182,6 +195,7 @@ class _GuardianServer:
             "guardian": [own.pid, own.started_ticks],
             "processes": [list(key) for key in self._keepers],
             "paths": self._removals,
+            "containers": self._engine is not None,
             "cleaned": cleaned,
         }
         staged = self._ledger.with_suffix(".tmp")
@@ -286,6 +300,35 @@ class _GuardianServer:
         group.limit(request["cpus"], lambda: [child.pid for child in _children(keeper)])
         return {}
 
+    def _make_network(self, request: dict[str, Any]) -> dict[str, Any]:
+        from harness.engine import Engine
+
+        self._engine = Engine.connect()
+        self._write_ledger()  # before there is anything to be found
+        self._engine.make_network(f"tailrace-{self._run}", self._run)
+        return {"network": f"tailrace-{self._run}"}
+
+    def _start_container(self, request: dict[str, Any]) -> dict[str, Any]:
+        from harness.engine import RUN, ContainerSpec
+
+        assert self._engine is not None  # noqa: S101 - the network comes first
+        spec = ContainerSpec(**request["spec"])
+        spec.labels[RUN] = self._run
+        return {"container": self._engine.start(spec)}
+
+    @property
+    def _run(self) -> str:
+        return self._ledger.stem
+
+    def _remove_containers(self) -> tuple[list[str], bool]:
+        """What containers and networks there were, and whether some may still be there."""
+        if self._engine is None:
+            return [], False
+        try:
+            return self._engine.remove_all(self._run), False
+        except TailraceError:
+            return [], True
+
     def _remove_later(self, request: dict[str, Any]) -> dict[str, Any]:
         self._removals.append(request["path"])
         self._write_ledger()
@@ -373,7 +416,16 @@ class Guardian:
             except OSError as error:
                 raise TailraceError("the guardian process has ended; its servers ended with it") from error
 
-    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        ports: Sequence[int] = (),
+    ) -> ProcessRef:
         """See :class:`harness.adapter.ProcessHost`. Raises :class:`DeployError` when the program cannot be started."""
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "log": str(log)}
@@ -420,6 +472,21 @@ class Guardian:
         """See :class:`harness.adapter.ProcessHost`."""
         self._ask(do="remove_later", path=str(path))
 
+    def ending(self, process: ProcessRef) -> str | None:
+        """See :class:`harness.adapter.ProcessHost`: of processes it is not known."""
+        return None
+
+    def make_network(self) -> str:
+        """Make a container network of this run's own; returns its name. Before the first container."""
+        return str(self._checked("get a network", do="make_network")["network"])
+
+    def start_container(self, spec: ContainerSpec) -> str:
+        """Start a container that ends with this run; returns its id. Raises :class:`DeployError` when it does not start."""
+        answer = self._ask(do="start_container", spec=asdict(spec))
+        if "error" in answer:
+            raise DeployError(f"{spec.name} could not be started: {answer['error']}", detail=" ".join(spec.argv))
+        return str(answer["container"])
+
 
 def sweep() -> list[str]:
     """Clean what crashed runs left, and say so: one sentence for each thing that was ended or removed.
@@ -447,6 +514,15 @@ def sweep() -> list[str]:
                         process.kill()
                 told.append(f"ended process {pid} and what it had started, left by a crashed run")
         told += [f"removed {path}, left by a crashed run" for path in remove_paths(content["paths"])]
+        if content.get("containers") and content["cleaned"] is None:
+            from harness.engine import Engine
+
+            try:
+                left = Engine.connect().remove_all(ledger.stem)
+            except TailraceError as error:
+                told.append(f"a crashed run may have left containers, and they cannot be looked for: {error.message}")
+                continue  # its ledger stays, for the next time
+            told += [f"removed {thing}, left by a crashed run" for thing in left]
         ledger.unlink(missing_ok=True)
     return told
 

@@ -79,7 +79,8 @@ class NodeWatch(threading.Thread):
                 self._events.write("node-stopped", node=self._cluster.node_name(index), pid=before.pid)
                 self._coming.pop(index, None)
             elif before is not None and before != after:
-                self._events.write("node-died", node=self._cluster.node_name(index), pid=before.pid)
+                how = self._cluster.host.ending(before)
+                self._events.write("node-died", node=self._cluster.node_name(index), pid=before.pid, how=how)
                 self._coming.pop(index, None)
                 self.deaths += index not in self._holding
                 if after is None:  # else somebody has started it again already

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -107,6 +108,7 @@ def check(experiment: Experiment) -> Checked:
     check_arithmetic(spec, experiment.precision, experiment.compile)
     price_per_hour(experiment, device, gpus()[: experiment.devices] if device == "cuda" else [])
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
+    _check_environment(experiment, contestants)
     _check_nodes(experiment, device, contestants)
     _check_gpus_per_node(experiment, device, contestants)
     _check_replicas(experiment)
@@ -168,6 +170,19 @@ def _expressed(experiment: Experiment, contestant: Contestant, scenario: Scenari
     return Expressed(tuning, left_out)
 
 
+def _check_environment(experiment: Experiment, contestants: Mapping[str, Contestant]) -> None:
+    if experiment.environment != "docker":
+        return
+    from harness.engine import Engine
+
+    if missing := [name for name, contestant in contestants.items() if not contestant.adapter.dockerfile.is_file()]:
+        raise InputError(
+            f"`environment: docker`: no image can be built for {', '.join(missing)}, whose folder has no Dockerfile",
+            remedy="use `environment: venv`, or write one (docs/containers.md)",
+        )
+    Engine.connect().check_local()
+
+
 def _check_nodes(experiment: Experiment, device: Device, contestants: Mapping[str, Contestant]) -> None:
     if experiment.nodes == 1:
         return
@@ -204,7 +219,7 @@ def _check_gpus_per_node(experiment: Experiment, device: Device, contestants: Ma
 
 def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
     for kind in scenario.fault_kinds:
-        if reason := refusal(kind, adapter, tuning, experiment.nodes):
+        if reason := refusal(kind, adapter, tuning, experiment.nodes, containers=experiment.environment == "docker"):
             raise InputError(
                 f"`scenarios.{scenario.name}`: {kind} cannot be done to {adapter.name}: {reason}",
                 remedy=f"remove the fault, or {adapter.name} from `adapters`",
@@ -288,7 +303,7 @@ def _balancer_environment(checked: Checked, on_progress: Callable[[str], None]) 
     if experiment.nodes == 1 or all(contestant.adapter.own_cluster for contestant in checked.contestants.values()):
         return None
     null = get_adapter(NULL_SERVER)
-    return build(experiment.environment, [null.requirements], name=null.name, on_progress=on_progress)
+    return build(experiment.own_interpreters, [null.requirements], name=null.name, on_progress=on_progress)
 
 
 def make_trace(experiment: Experiment, spec: WorkloadSpec, seed: int, mean_rate: float | None = None) -> Trace:
@@ -346,6 +361,18 @@ def _check_traffic(experiment: Experiment, trace: Trace) -> None:
         )
 
 
+def _environment(
+    experiment: Experiment, adapter: Adapter, requirements: Sequence[Path], on_progress: Callable[[str], None]
+) -> ServerEnvironment:
+    if experiment.environment != "docker":
+        return build(experiment.environment, requirements, name=adapter.name, on_progress=on_progress)
+    from harness.engine import Engine
+    from harness.images import build as build_image
+
+    base_image = experiment.containers.base_images.get(adapter.name)
+    return build_image(Engine.connect(), adapter, requirements, base_image=base_image, on_progress=on_progress)
+
+
 def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSetup]:
     """Build environments and the workload's artifact, and settle every trial, in the order in which they will run."""
     experiment = checked.experiment
@@ -357,7 +384,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         options=experiment.workload_options,
         precision=experiment.precision,
         compiled=experiment.compile,
-        environment_kind=experiment.environment,
+        environment_kind=experiment.own_interpreters,
         on_progress=on_progress,
     )
     environments = {}
@@ -366,7 +393,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         if workload.requirements is not None:
             requirements.append(workload.requirements)
         started_ns = time.monotonic_ns()
-        environment = build(experiment.environment, requirements, name=name, on_progress=on_progress)
+        environment = _environment(experiment, contestant.adapter, requirements, on_progress)
         environments[name] = (environment, (time.monotonic_ns() - started_ns) / 1e9)
     layout = Layout(
         nodes=experiment.nodes,

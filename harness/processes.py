@@ -15,6 +15,7 @@ _OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 10_000
 """Below lie the ports of well-known services."""
 _ROOM_NEEDED = 2_000
+_CLOSED_WITHIN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class ProcessRef:
     def alive(self) -> bool:
         """Whether this very process still runs (a zombie does not count as running)."""
         return _start_ticks(self.pid) == self.started_ticks
+
+
+def inner_pid(process: ProcessRef) -> int:
+    """The pid that a process has for itself: in a container another one than here. That of here when it has gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return process.pid
+    pids = next((line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")), [])
+    return int(pids[-1]) if pids else process.pid
 
 
 def _start_ticks(pid: int) -> int | None:
@@ -99,13 +110,25 @@ def _candidates(count: int) -> Iterator[int]:
     yield from itertools.repeat(0, count)
 
 
-def port_open(host: str, port: int, timeout_s: float = 0.2) -> bool:
-    """Whether something accepts TCP connections there."""
+def port_open(host: str, port: int, timeout_s: float = 0.2, *, published: bool = False) -> bool:
+    """Whether something accepts TCP connections there.
+
+    ``published``: it is the port of a container, where the engine itself accepts every connection at once, and closes it
+    again when nobody listens inside. Servers wait for a request, or speak first.
+    """
     try:
-        with socket.create_connection((host, port), timeout=timeout_s):
-            return True
+        with socket.create_connection((host, port), timeout=timeout_s) as connection:
+            return not published or _stays_open(connection)
     except OSError:
         return False
+
+
+def _stays_open(connection: socket.socket) -> bool:
+    connection.settimeout(_CLOSED_WITHIN_S)
+    try:
+        return bool(connection.recv(1))
+    except TimeoutError:
+        return True
 
 
 def log_tail(path: Path, lines: int = 30) -> str:

@@ -253,7 +253,7 @@ def _calibrate(checked: Checked, setups: list[TrialSetup], run: RunFolder, obser
                 mean_rate=max(mean for mean, _ in rates),
                 peak_rate=max(peak for _, peak in rates),
                 step_s=experiment.calibration.step_s,
-                environment=experiment.environment,
+                environment=experiment.own_interpreters,
                 host=experiment.server_host,
                 workers=load_workers(experiment.client),
                 max_connections=experiment.client.max_connections,
@@ -332,15 +332,20 @@ def _provenance(run: RunFolder, setups: list[TrialSetup]) -> dict[str, Any]:
     """What is known only once environments and artifact are there. Refuses others than the run began with."""
     adapters, workload = run.manifest["adapters"], run.manifest["workload"]
     packages = {setup.adapter.name: dict(setup.environment.packages) for setup in setups}
+    images = {setup.adapter.name: setup.environment.image for setup in setups}
     artifact = setups[0].workload.artifact_sha256
     if "artifact_sha256" in workload:
         then = {name: told["packages"] for name, told in adapters.items()}
         _refuse(
             run,
             _differences("packages of", then, packages)
+            + _differences("image of", {name: told.get("image", "") for name, told in adapters.items()}, images)
             + _differences("artifact SHA-256", workload["artifact_sha256"], artifact),
         )
     return {
-        "adapters": {name: {**told, "packages": packages[name]} for name, told in adapters.items()},
+        "adapters": {
+            name: {**told, "packages": packages[name], **({"image": images[name]} if images[name] else {})}
+            for name, told in adapters.items()
+        },
         "workload": {**workload, "artifact_sha256": artifact},
     }

@@ -81,6 +81,7 @@ class FaultParameters(_Strict):
 
     duration_s: float | None = Field(default=None, ge=0, description="How long it lasts before it is healed.")
     cpus: float | None = Field(default=None, gt=0, description="`slow_node`: CPUs that are left to the node.")
+    memory_mb: float | None = Field(default=None, ge=16, description="`memory_limit`: MiB that are left to the node.")
     round_trip_ms: float | None = Field(default=None, gt=0, description="`latency`: added to every round trip.")
     share: float | None = Field(
         default=None, gt=0, le=1, description="`packet_loss`: share of what is sent that stalls."
@@ -290,6 +291,19 @@ class Calibration(_Strict):
     step_s: float = Field(default=0.5, ge=0.1, le=60, description="How long it sends at each rate.")
 
 
+class ContainerChoice(_Strict):
+    """How servers run under `environment: docker`."""
+
+    base_images: dict[str, str] = Field(
+        default={},
+        description="The image that an adapter's own is built on, by adapter name; left out: the one that its Dockerfile names.",
+    )
+    cpus: float | None = Field(default=None, gt=0, description="CPUs that each container may use; left out: all.")
+    memory_mb: int | None = Field(
+        default=None, ge=64, description="MiB of memory, without swap, that each container may use; left out: all."
+    )
+
+
 class Experiment(_Strict):
     """One experiment: adapters × scenarios, each repeated ``trials`` times, interleaved."""
 
@@ -345,9 +359,13 @@ class Experiment(_Strict):
         ge=0,
         description="How long `supervision: restart` waits first; doubled with every death that follows within 10 s.",
     )
-    environment: Literal["venv", "current"] = Field(
+    environment: Literal["venv", "current", "docker"] = Field(
         default="venv",
-        description="Where servers run: `venv` (built from the adapter's lock file, cached) or `current` (this interpreter).",
+        description="Where servers run: `venv` (built from the adapter's lock file, cached), `current` (this interpreter) or "
+        "`docker` (a container of the adapter's image, built and cached likewise).",
+    )
+    containers: ContainerChoice = Field(
+        default=ContainerChoice(), description="`environment: docker`: images and limits (keys below)."
     )
     trace: TraceChoice = Field(description="The traffic: a trace's name, or a mapping (keys below).")
     rate_by_workload: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -406,10 +424,19 @@ class Experiment(_Strict):
             raise ValueError(f"scenarios: none is for {', '.join(idle)}; leave it out of `adapters`")
         if self.device_prices is not None and self.device_price_per_hour is not None:
             raise ValueError("device_prices and device_price_per_hour are both given: leave one of them out")
-        for name in self.options:
-            if name not in self.adapters:
-                raise ValueError(f"options: {name!r} is not among the adapters {list(self.adapters)}")
+        if self.environment != "docker" and self.containers != ContainerChoice():
+            raise ValueError(f"containers: says something about containers, and `environment` is {self.environment!r}")
+        for key, told in (("options", self.options), ("containers.base_images", self.containers.base_images)):
+            for name in told:
+                if name not in self.adapters:
+                    raise ValueError(f"{key}: {name!r} is not among the adapters {list(self.adapters)}")
         return self
+
+    @property
+    def own_interpreters(self) -> Literal["venv", "current"]:
+        """Where runs what is beside the servers and no container: the builder of the artifact, the null server that the
+        generator is measured against, the load balancer."""
+        return "venv" if self.environment == "docker" else self.environment
 
     def tuning_of(self, scenario: Scenario) -> Tuning:
         """The knobs that are asked for under a scenario."""

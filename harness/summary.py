@@ -223,7 +223,7 @@ def _interval(claimed: Percentile) -> list[float] | None:
     return None if claimed.low is None or claimed.high is None else [claimed.low, claimed.high]
 
 
-_OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy")
+_OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy", "port-publisher")
 """Beside the server: what of the machine's load is the run's own doing."""
 
 

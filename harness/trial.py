@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,12 @@ from harness.adapter import (
 from harness.cluster import Cluster, Layout
 from harness.collectors import (
     Collector,
+    ContainerStatistics,
     EmulatedDevices,
     Host,
     Nodes,
     OwnProcesses,
+    Publishers,
     Replicas,
     Sampler,
     ServerMetrics,
@@ -60,6 +62,9 @@ from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
 from harness.workload import PreparedWorkload
+
+if TYPE_CHECKING:
+    from harness.containers import ContainerHost
 
 _VERIFIED_PAYLOADS = 16
 """Payloads whose answers are compared with the reference before the clock starts, per model."""
@@ -154,6 +159,7 @@ class Trial:
         self._wedged: Probe | None = None
         self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
         self._nvidia: NvidiaGpus | None = None
+        self._containers: ContainerHost | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -274,6 +280,8 @@ class Trial:
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
                     deployment.stop(_STOP_GRACE_S)
                     events.write("stopped")
+                if self._containers is not None:
+                    self.facts["containers_ended"] = self._containers.endings()
         if self._collector_errors:
             error = self._collector_errors[0]
             raise (
@@ -308,11 +316,34 @@ class Trial:
             devices=setup.devices_per_node,
             node_envs=tuple(node_envs),
         )
-        cluster = Cluster(setup.adapter, request, guardian, setup.layout)
+        servers = self._server_host(guardian, scratch)
+        cluster = Cluster(setup.adapter, request, servers, guardian, setup.layout)
         self.facts["warnings"] += cluster.notes
-        self._spawned_ns = guardian.spawned_ns(cluster.process)
+        self._spawned_ns = servers.spawned_ns(cluster.process)
         events.write("spawned", mono_ns=self._spawned_ns, pid=cluster.process.pid)
         return cluster
+
+    def _server_host(self, guardian: Guardian, scratch: Path) -> Guardian | ContainerHost:
+        """Who runs the servers: the guardian itself, or containers of its own."""
+        setup = self._setup
+        if not setup.environment.image:
+            return guardian
+        from harness.containers import ContainerHost, Limits
+        from harness.engine import Engine
+
+        chosen, workload = setup.experiment.containers, setup.workload
+        self._containers = ContainerHost(
+            guardian,
+            Engine.connect(),
+            setup.environment.image,
+            reads=[setup.adapter.folder, workload.model_file.parent, workload.artifact],
+            writes=[self._folder.server.absolute(), scratch],
+            limits=Limits(chosen.cpus, None if chosen.memory_mb is None else chosen.memory_mb << 20),
+            address=setup.experiment.server_host,
+            gpus=workload.device == "cuda",
+            one_network=setup.adapter.own_cluster and setup.layout.nodes > 1,
+        )
+        return self._containers
 
     def _device_environment(self, scratch: Path, node: int) -> dict[str, str]:
         """What a node's processes must know of the devices that are its own."""
@@ -529,6 +560,8 @@ class Trial:
         ]
         if generator_pid is not None:
             collectors.append(OwnProcesses("load-generator", generator_pid))
+        if self._containers is not None:
+            collectors += [ContainerStatistics(self._containers.statistics), Publishers(self._containers.publishers)]
         if "scrape" in capabilities:
             collectors.append(ServerMetrics(deployment))
         if deployment.node_count > 1:

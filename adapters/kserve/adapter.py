@@ -207,7 +207,7 @@ class KServe(Adapter):
                 str(self.folder / "server.py"),
                 *config.flags(request),
                 f"--models={request.workdir / 'config' / 'models.json'}",
-                f"--host={request.host}",
+                f"--host={request.listen}",
                 f"--http_port={http_port}",
                 f"--grpc_port={grpc_port}",
                 f"--metrics_port={metrics_port}",
@@ -219,6 +219,7 @@ class KServe(Adapter):
             },
             cwd=request.workdir,
             log=log,
+            ports=(http_port, grpc_port, metrics_port),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         if request.protocol == "http":

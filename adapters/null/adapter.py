@@ -172,13 +172,13 @@ class Null(Adapter):
         environment = {**process_environment(request), "PYTHONUNBUFFERED": "1"}
         if _fixed(request.options):
             answers.place(request, request.scratch)
-            environment |= {"TAILRACE_HOST": request.host, "TAILRACE_PORT": str(port)}
+            environment |= {"TAILRACE_HOST": request.listen, "TAILRACE_PORT": str(port)}
             command = [python, "-c", HAPROXY_LAUNCH, "-db", "-f", str(configured / haproxy.CONFIG)]
         else:
             placed = request.scratch / _CONFIG
             rendered = json.loads((configured / _CONFIG).read_text(encoding="utf-8"))
             here = {
-                "host": request.host,
+                "host": request.listen,
                 "port": port,
                 "answers": answers.place(request, request.scratch),
                 "log_folder": str(request.workdir / "logs"),
@@ -186,7 +186,7 @@ class Null(Adapter):
             placed.write_text(json.dumps({**rendered, **here}), encoding="utf-8")
             command = [python, str(self.folder / "server.py"), str(placed)]
         log = request.workdir / "logs" / "server.log"
-        process = host.spawn(self.name, command, env=environment, cwd=request.scratch, log=log)
+        process = host.spawn(self.name, command, env=environment, cwd=request.scratch, log=log, ports=(port,))
         spec = request.workload.spec
         codec = (
             RawHTTP(request.host, port, PATH + "{model}", spec.inputs, spec.outputs)

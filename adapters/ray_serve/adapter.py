@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ from harness.adapter import (
 from harness.codecs import RawHTTP
 from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_environment, socket_folder
 from harness.errors import DeployError, ServerError
-from harness.processes import ProcessRef, descendants, free_ports, log_tail
+from harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
 
 _TITLE = re.compile(rf"ray::ServeReplica:(?P<model>[^:]+):{config.DEPLOYMENT}\b")
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
@@ -226,7 +226,7 @@ class RayServeDeployment(Deployment):
         if len(self.nodes()) < len(self._worker_nodes):
             return False
         running = self._ask({"do": "whole"}, TIMEOUT_S)
-        return running is not None and set(running) <= {replica.process.pid for replica in self.replicas()}
+        return running is not None and set(running) <= {inner_pid(replica.process) for replica in self.replicas()}
 
     def _routed(self) -> set[str]:
         status, body = self._serve.ask("GET", "/-/routes")
@@ -324,6 +324,7 @@ class RayServe(Adapter):
         (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
         env = _environment(request, ports, folder)
         log = request.workdir / "logs" / "ray_serve.log"
+        worker_nodes = self._worker_nodes(request, folder, env) if request.nodes > 1 else []
         process = host.spawn(
             "ray_serve",
             [
@@ -339,6 +340,8 @@ class RayServe(Adapter):
             env=env,
             cwd=request.workdir,
             log=log,
+            # In containers the worker nodes share the network of this first one.
+            ports=(*astuple(ports), *(node.metrics_port for node in worker_nodes)),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         codec = RawHTTP(request.host, ports.http, config.ROUTE, inputs, outputs)
@@ -351,7 +354,7 @@ class RayServe(Adapter):
             request=request,
             ports=ports,
             folder=folder,
-            worker_nodes=self._worker_nodes(request, folder, env) if request.nodes > 1 else (),
+            worker_nodes=worker_nodes,
         )
 
     def _worker_nodes(self, request: DeployRequest, folder: Path, env: Mapping[str, str]) -> list[_WorkerNode]:

@@ -40,7 +40,7 @@ class Options(BaseModel):
 def files(request: DeployRequest) -> dict[str, str]:
     """``serve.json`` in the schema of ``serve deploy``; ``ray.json`` with what is Ray's and not Serve's."""
     tuning = request.tuning
-    http_options: dict[str, Any] = {"host": request.host}
+    http_options: dict[str, Any] = {"host": request.listen}
     if tuning.server_timeout_s is not None:
         http_options["request_timeout_s"] = tuning.server_timeout_s
     serve = {

@@ -373,7 +373,8 @@ class TorchServe(Adapter):
     def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
         """Start the frontend in the folder of the rendered configuration."""
         installed = _Installation.find(request.environment)
-        java = find_java(installed.java)
+        # What is installed on this machine is not in an image, which carries one anyway.
+        java = installed.java if request.environment.image and installed.java else find_java(installed.java)
         ports = dict(zip(config.PORTS, choose_ports(self, request), strict=True))
         folder = socket_folder(request, host, prefix="ts-", longest=len("/.ts.sock.65535"))
         logs = request.workdir / "logs"
@@ -408,6 +409,7 @@ class TorchServe(Adapter):
             env=environment,
             cwd=request.workdir / "config",
             log=log,
+            ports=tuple(ports.values()),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         codec = RawHTTP(request.host, ports["inference"], "/predictions/{model}", inputs, outputs)

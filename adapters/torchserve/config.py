@@ -95,12 +95,12 @@ def ready_workers(description: Mapping[str, Any]) -> int:
 def _properties(request: DeployRequest) -> dict[str, str]:
     inference, management, metrics, grpc_inference, grpc_management = (f"$${port_variable(name)}$$" for name in PORTS)
     properties = {
-        "inference_address": f"http://{request.host}:{inference}",
-        "management_address": f"http://{request.host}:{management}",
-        "metrics_address": f"http://{request.host}:{metrics}",
-        "grpc_inference_address": request.host,
+        "inference_address": f"http://{request.listen}:{inference}",
+        "management_address": f"http://{request.listen}:{management}",
+        "metrics_address": f"http://{request.listen}:{metrics}",
+        "grpc_inference_address": request.listen,
         "grpc_inference_port": grpc_inference,
-        "grpc_management_address": request.host,
+        "grpc_management_address": request.listen,
         "grpc_management_port": grpc_management,
         "disable_token_authorization": "true",
         "enable_model_api": "true",  # models come and go through it

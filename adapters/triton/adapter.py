@@ -41,20 +41,30 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory live
 _TEMPORARY = Path("/tmp")  # noqa: S108 - fixed in the Python backend, which does not ask for TMPDIR
 _STUB_ENVIRONMENTS = "python_env_*"
 
-# Run in the server's interpreter: where the wheel lies, and where that interpreter's shared library may lie.
-_PROBE = """
-import importlib.util, json, os, sys, sysconfig
+_INSTALLED = "/opt/tritonserver"
+"""Where the vendor's images have the server, and this adapter's too."""
+
+# Run in the server's interpreter, which may be in an image: where an installed server, the wheel and the worker that fits the
+# interpreter lie, and the interpreter's shared library.
+_PROBE = f"""
+import glob, importlib.util, json, os, sys, sysconfig
+def existing(paths):
+    return next((path for path in paths if os.path.isfile(path)), None)
+version = "%d.%d" % sys.version_info[:2]
 spec = importlib.util.find_spec("pytriton")
+server = spec.submodule_search_locations[0] + "/tritonserver" if spec else ""
+stubs = server + "/python_backend_stubs/"
 libdir = sysconfig.get_config_var("LIBDIR") or ""
-print(json.dumps({
-    "pytriton": spec.submodule_search_locations[0] if spec else None,
-    "version": "%d.%d" % sys.version_info[:2],
-    "folders": [
-        libdir,
-        os.path.join(libdir, sysconfig.get_config_var("MULTIARCH") or ""),
-        os.path.join(sys.base_prefix, "lib"),
-    ],
-}))
+folders = [libdir, os.path.join(libdir, sysconfig.get_config_var("MULTIARCH") or ""), os.path.join(sys.base_prefix, "lib")]
+print(json.dumps({{
+    "installed": os.path.isfile("{_INSTALLED}/bin/tritonserver"),
+    "wheel": server,
+    "version": version,
+    "stub": existing([stubs + version + "/{_STUB}"]),
+    "stub_versions": sorted(os.path.basename(path) for path in glob.glob(stubs + "3.*")),
+    "library": existing(os.path.join(folder, "libpython%s.so.1.0" % version) for folder in folders if folder),
+    "folders": [folder for folder in folders if folder],
+}}))
 """
 
 
@@ -63,9 +73,9 @@ class _Bundle:
     """The parts of the wheel and of the interpreter that a server needs."""
 
     server: Path
-    """``pytriton/tritonserver`` in the environment's site-packages."""
-    stub: Path
-    """The backend's worker program, one per Python version."""
+    """``pytriton/tritonserver`` in the environment's site-packages, or where a server is installed."""
+    stub: Path | None
+    """The backend's worker program, one per Python version; ``None``: the installed server has it in place."""
     libraries: tuple[Path, ...]
     """Folders for ``LD_LIBRARY_PATH``: without the second, workers miss libcudart and the server hangs silently."""
 
@@ -74,35 +84,39 @@ class _Bundle:
         """Ask the environment's interpreter. Raises :class:`DeployError` when something is missing."""
         python = environment.python
         found = ask_interpreter(environment, _PROBE)
-        if found["pytriton"] is None:
+        if found["installed"] and not found["wheel"]:
+            return cls(Path(_INSTALLED), None, ())  # the vendor's, whose image knows where its libraries are
+        if not found["wheel"]:
             raise DeployError(
                 f"{python} has no package nvidia-pytriton, which carries the server",
                 remedy="use `environment: venv`, or install adapters/triton/requirements.txt into that interpreter",
             )
         version = found["version"]
-        server = Path(found["pytriton"]) / "tritonserver"
-        stub = server / "python_backend_stubs" / version / _STUB
-        if not stub.is_file():
-            versions = sorted(path.name for path in stub.parent.parent.glob("3.*"))
+        if not found["stub"]:
             raise DeployError(
                 f"the nvidia-pytriton of {python} has no backend worker for Python {version}",
-                remedy=f"use a Python among {', '.join(versions) or '(none: the wheel is damaged, reinstall it)'}",
+                remedy=f"use a Python among {', '.join(found['stub_versions']) or '(none: the wheel is damaged, reinstall it)'}",
             )
-        library = f"libpython{version}.so.1.0"
-        folder = next((Path(f) for f in found["folders"] if f and (Path(f) / library).is_file()), None)
-        if folder is None:
+        if not found["library"]:
             raise DeployError(
-                f"{python} comes without {library}, which Triton's backend workers load",
+                f"{python} comes without libpython{version}.so.1.0, which Triton's backend workers load",
                 remedy="use a Python that was built with --enable-shared "
                 f"(on Debian and Ubuntu: install the package libpython{version})",
-                detail=f"looked in {', '.join(f for f in found['folders'] if f)}",
+                detail=f"looked in {', '.join(found['folders'])}",
             )
-        return cls(server, stub, (folder, server.parent.parent / "nvidia_pytriton.libs"))
+        libraries = (Path(found["library"]).parent, Path(found["wheel"]).parents[1] / "nvidia_pytriton.libs")
+        if found["installed"]:
+            return cls(Path(_INSTALLED), None, libraries)
+        return cls(Path(found["wheel"]), Path(found["stub"]), libraries)
 
-    def place_backend(self, folder: Path) -> None:
-        """Lay out a backend directory with the Python backend and the worker that fits the interpreter."""
+    def backends(self, folder: Path) -> Path:
+        """The backend directory: that of the installed server, else one laid out in ``folder`` with the Python backend and
+        the worker that fits the interpreter."""
+        if self.stub is None:
+            return self.server / "backends"
         shutil.copytree(self.server / "backends" / "python", folder / "python", dirs_exist_ok=True)
         shutil.copy(self.stub, folder / "python" / _STUB)
+        return folder
 
 
 class TritonDeployment(Deployment):
@@ -291,8 +305,7 @@ class Triton(Adapter):
                 f"triton starts its workers through a shell and quotes nothing, so it cannot use {str(request.scratch)!r}",
                 remedy="set TMPDIR to a folder without blanks or other special characters in its path",
             )
-        backends = request.scratch / "backends"
-        bundle.place_backend(backends)
+        backends = bundle.backends(request.scratch / "backends")
         prefix = f"tailrace_triton_{secrets.token_hex(8)}_"
         host.remove_later(_SHARED_MEMORY / f"{prefix}*")
         log = request.workdir / "logs" / "tritonserver.log"
@@ -311,6 +324,7 @@ class Triton(Adapter):
             env=process_environment(request, library_path=bundle.libraries),
             cwd=request.workdir / "config",
             log=log,
+            ports=(http_port, grpc_port, metrics_port),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         if request.protocol == "http":

@@ -38,9 +38,9 @@ def flags(request: DeployRequest) -> list[str]:
         # A model that was unloaded on purpose is no illness of the server: readiness is asked per model.
         "--strict-readiness=false",
         "--exit-timeout-secs=5",
-        f"--http-address={request.host}",
-        f"--grpc-address={request.host}",
-        f"--metrics-address={request.host}",
+        f"--http-address={request.listen}",
+        f"--grpc-address={request.listen}",
+        f"--metrics-address={request.listen}",
     ]
     if request.workload.device != "cuda":
         chosen += ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]

@@ -109,7 +109,16 @@ class Host:
     def __init__(self) -> None:
         self.spawned: list[tuple[list[str], dict[str, str]]] = []
 
-    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        ports: Sequence[int] = (),
+    ) -> ProcessRef:
         self.spawned.append((list(argv), dict(env)))
         return ProcessRef.of(os.getpid())
 

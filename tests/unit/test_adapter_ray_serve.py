@@ -57,7 +57,16 @@ class RecordingHost:
         self.killed: list[ProcessRef] = []
         self.to_remove: list[str] = []
 
-    def spawn(self, name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> ProcessRef:
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        ports: Sequence[int] = (),
+    ) -> ProcessRef:
         self.argv, self.env = argv, env
         self.spawned.append((name, argv, env))
         return ProcessRef(1, len(self.spawned))

@@ -225,7 +225,9 @@ class Spawning:
     def __init__(self) -> None:
         self.removed = []
 
-    def spawn(self, _name: str, argv: list[str], *, env: dict[str, str], cwd: Path, log: Path) -> ProcessRef:
+    def spawn(
+        self, _name: str, argv: list[str], *, env: dict[str, str], cwd: Path, log: Path, ports: tuple[int, ...]
+    ) -> ProcessRef:
         self.argv, self.env, self.cwd, self.log = argv, env, cwd, log
         return ProcessRef.of(os.getpid())
 

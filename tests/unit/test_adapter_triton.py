@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -215,33 +215,79 @@ def test_an_interpreter_that_does_not_run_is_named(tmp_path: Path) -> None:
         ADAPTER.deploy(request, Host())
 
 
-@pytest.fixture
-def fake_environment(tmp_path: Path) -> ServerEnvironment:
+def found(folder: Path, **other: object) -> ServerEnvironment:
     """A program in an interpreter's place that says where everything lies."""
-    version = "3.11"
-    stub = tmp_path / "site" / "pytriton" / "tritonserver" / "python_backend_stubs" / version
-    stub.mkdir(parents=True)
-    (stub / "triton_python_backend_stub").touch()
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / f"libpython{version}.so.1.0").touch()
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/sh\n"
-        f'echo \'{{"pytriton": "{tmp_path}/site/pytriton", "version": "{version}", "folders": ["{tmp_path}/lib"]}}\'\n'
-    )
+    wheel = folder / "site" / "pytriton" / "tritonserver"
+    stub = wheel / "python_backend_stubs" / "3.11" / "triton_python_backend_stub"
+    for file in (stub, wheel / "backends" / "python" / "model.py", folder / "lib" / "libpython3.11.so.1.0"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    said = {
+        "installed": False,
+        "wheel": str(wheel),
+        "version": "3.11",
+        "stub": str(stub),
+        "stub_versions": ["3.9", "3.11"],
+        "library": str(folder / "lib" / "libpython3.11.so.1.0"),
+        "folders": [str(folder / "lib")],
+        **other,
+    }
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\n")
     python.chmod(0o755)
     return ServerEnvironment(python, "venv")
 
 
-def test_what_an_interpreter_lacks_is_named(fake_environment: ServerEnvironment, tmp_path: Path) -> None:
-    request = replace(REQUEST, environment=fake_environment)
-    (tmp_path / "lib" / "libpython3.11.so.1.0").unlink()
+@pytest.fixture
+def fake_environment(tmp_path: Path) -> ServerEnvironment:
+    return found(tmp_path)
+
+
+def test_what_an_interpreter_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match=r"comes without libpython3\.11\.so\.1\.0"):
-        ADAPTER.deploy(request, Host())
-    stubs = tmp_path / "site" / "pytriton" / "tritonserver" / "python_backend_stubs"
-    (stubs / "3.11").rename(stubs / "3.9")
+        ADAPTER.deploy(replace(REQUEST, environment=found(tmp_path, library=None)), Host())
     with pytest.raises(DeployError, match=r"no backend worker for Python 3\.11.*\n.*among 3\.9"):
-        ADAPTER.deploy(request, Host())
+        ADAPTER.deploy(replace(REQUEST, environment=found(tmp_path, stub=None)), Host())
+
+
+class Recorder:
+    """A process host that starts nothing."""
+
+    def spawn(
+        self, _name: str, argv: list[str], *, env: dict[str, str], ports: tuple[int, ...], **_: Any
+    ) -> ProcessRef:
+        self.argv, self.env, self.ports = argv, env, ports
+        return ProcessRef.of(os.getpid())
+
+    def remove_later(self, _path: Path) -> None: ...
+
+
+def test_the_wheels_server_gets_a_backend_folder_with_the_worker_that_fits(tmp_path: Path) -> None:
+    host = Recorder()
+    ADAPTER.deploy(replace(REQUEST, environment=found(tmp_path), workdir=tmp_path, scratch=tmp_path), cast(Any, host))
+    assert host.argv[0] == f"{tmp_path}/site/pytriton/tritonserver/bin/tritonserver"
+    assert f"--backend-directory={tmp_path}/backends" in host.argv
+    assert {path.name for path in (tmp_path / "backends" / "python").iterdir()} >= {"triton_python_backend_stub"}
+    assert host.env["LD_LIBRARY_PATH"] == f"{tmp_path}/lib:{tmp_path}/site/nvidia_pytriton.libs"
+    assert {f"--http-port={host.ports[0]}", f"--grpc-port={host.ports[1]}", f"--metrics-port={host.ports[2]}"} <= set(
+        host.argv
+    )
+
+
+def test_an_installed_server_is_used_where_it_is_with_its_own_libraries(tmp_path: Path) -> None:
+    host = Recorder()
+    environment = found(tmp_path, installed=True, wheel="", stub=None)
+    ADAPTER.deploy(replace(REQUEST, environment=environment, workdir=tmp_path, scratch=tmp_path), cast(Any, host))
+    assert host.argv[0] == "/opt/tritonserver/bin/tritonserver"
+    assert "--backend-directory=/opt/tritonserver/backends" in host.argv
+    assert "LD_LIBRARY_PATH" not in host.env
+    assert not (tmp_path / "backends").exists()
+
+
+def test_in_a_container_it_listens_where_its_published_ports_reach_it() -> None:
+    inside = replace(REQUEST, environment=ServerEnvironment(Path("/opt/server/bin/python"), "docker", image="sha256:1"))
+    assert "--http-address=0.0.0.0" in ADAPTER.render(inside)["tritonserver.args"]
+    assert f"--http-address={REQUEST.host}" in ADAPTER.render(REQUEST)["tritonserver.args"]
 
 
 def test_ports_are_checked_before_anything_starts(fake_environment: ServerEnvironment) -> None:

@@ -92,6 +92,15 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "one worker" in str(refusal("model_reload", get_adapter("kserve"), Tuning(replicas=2), 2))
     assert refusal("model_reload", get_adapter("kserve"), Tuning(replicas=1), 2) is None
     assert "`load_model`" in str(refusal("model_reload", get_adapter("null"), Tuning(), 2))
+    triton, ray_serve = get_adapter("triton"), get_adapter("ray_serve")
+    for kind in ("memory_limit", "disconnect_node"):
+        assert "`environment: docker`" in str(refusal(kind, triton, Tuning(), 2))
+        assert refusal(kind, triton, Tuning(), 2, containers=True) is None
+        assert refusal(kind, ray_serve, Tuning(), 1, containers=True) is None
+    assert "share one address" in str(refusal("disconnect_node", ray_serve, Tuning(), 2, containers=True))
+    assert refusal("slow_node", triton, Tuning(), 2, containers=True) is None, (
+        "the engine has control groups of its own"
+    )
 
 
 def test_fault_refusals_of_adapters_name_known_kinds() -> None:
@@ -113,6 +122,9 @@ class FakeCluster:
             kill_tree=self._record("kill_tree", alive),
             signal_tree=self._record("signal_tree", 3),
             limit_cpus=self._record("limit_cpus", None),
+            limit_memory=self._record("limit_memory", None),
+            disconnect=self._record("disconnect", None),
+            reconnect=self._record("reconnect", None),
         )
         self.links = SimpleNamespace(
             latency=self._record("latency", 1),
@@ -175,6 +187,22 @@ def test_what_lasts_is_healed_in_time(tmp_path: Path) -> None:
     for told in nemesis.done:
         assert told["injected_s"] >= told["at_s"]
         assert told["healed_s"] - told["injected_s"] >= told["duration_s"] - 1e-6
+
+
+def test_what_is_done_to_containers_alone_is_taken_back(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    faults = planned(
+        {"kind": "memory_limit", "at_s": 0, "duration_s": 0.2, "target": 0, "memory_mb": 512},
+        {"kind": "disconnect_node", "at_s": 0.1, "duration_s": 0.2, "target": 1},
+    )
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.6)
+    assert cluster.did == [
+        ("limit_memory", ProcessRef(10, 1), 512 << 20),
+        ("disconnect", ProcessRef(11, 1)),
+        ("limit_memory", ProcessRef(10, 1), None),
+        ("reconnect", ProcessRef(11, 1)),
+    ]
+    assert [told["target"] for told in nemesis.done] == ["node-0", "node-1"]
 
 
 def test_the_end_heals_what_is_not_healed_yet(tmp_path: Path) -> None:
