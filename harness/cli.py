@@ -651,7 +651,7 @@ def doctor(
 
 @app.command()
 def clean() -> None:
-    """End processes and remove files that a crashed run left; runs in progress are not touched."""
+    """End processes and containers and remove files that a crashed run left; runs in progress are not touched."""
     from harness.guardian import sweep
 
     told = sweep()

@@ -85,6 +85,7 @@ class ContainerHost:
         self._one_network = one_network
         self._containers: dict[ProcessRef, _Container] = {}
         self._spawned_ns: dict[ProcessRef, int] = {}
+        self._numbers = itertools.count()
         self._lock = threading.RLock()  # faults come from a thread of their own
         self._published: set[ProcessRef] = set()
         self._publishers: list[ProcessRef] = []
@@ -109,7 +110,7 @@ class ContainerHost:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
         spec = ContainerSpec(
-            name=f"{name}-{len(self._spawned_ns)}",
+            name=f"{name}-{next(self._numbers)}",
             image=self._image,
             argv=list(argv),
             # The image knows nothing of this machine's users.
