@@ -273,7 +273,9 @@ def test_pages_methods_and_sizes_that_are_not_there_are_told(bench: Bench) -> No
         kept.putrequest("POST", infer)
         kept.putheader("Content-Length", str(1 << 20))
         kept.endheaders()
-        assert kept.getresponse().status == 413, "told before the body comes, for who has begun to send it may be cut off"
+        assert kept.getresponse().status == 413, (
+            "told before the body comes, for who has begun to send it may be cut off"
+        )
         kept.close()
         for noise in (
             b"\0" * 100_000,
