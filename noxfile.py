@@ -111,9 +111,15 @@ def bench_kserve(session: nox.Session) -> None:
     _bench(session, "kserve")
 
 
+@nox.session(name="bench-reference")
+def bench_reference(session: nox.Session) -> None:
+    """Race the reference server, the frameworks' baseline, through the default surge. The last line is the report's path."""
+    _bench(session, "reference")
+
+
 @nox.session
 def compare(session: nox.Session) -> None:
-    """Race all frameworks on the same arrivals, trials interleaved. The last line is the report's path."""
+    """Race all frameworks and the reference server on the same arrivals, interleaved. The last line is the report's path."""
     _install(session)
     session.run("tailrace", "run", "compare", *session.posargs)
 

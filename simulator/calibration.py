@@ -22,11 +22,13 @@ from harness.records import SAMPLE_SCHEMA
 from harness.store import TrialFolder
 from harness.summary import Samples, summarise_trial
 from simulator.engine import NS_PER_S, Simulated, simulate
-from simulator.system import Batching, Router, Service, System
+from simulator.system import Batching, Router, Service, System, WindowOpens, load_system
 
 FITTED_QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 _ROUTERS: tuple[Router, ...] = ("shared", "power_of_two", "round_robin", "random")
 _MIN_ARRIVALS = 500
+TOLD = "config/system.json"
+"""Where, below a trial's server folder, an adapter may have rendered its server's mechanisms as a :class:`System`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Trial:
     figures: dict[str, Any]
     """As in ``summary.json``."""
     samples: Samples
+    told: System | None = None
+    """The mechanisms that its server says it has, where it does (:data:`TOLD`)."""
 
 
 @dataclass(frozen=True)
@@ -104,41 +108,23 @@ def read_trial(folder: TrialFolder) -> Trial:
         )
     samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
     span_ns = round(figures["span_s"] * NS_PER_S)
-    return Trial(folder.id, trace.intended_ns, response, span_ns, figures, samples)
+    told = load_system(str(folder.server / TOLD)) if (folder.server / TOLD).is_file() else None
+    return Trial(folder.id, trace.intended_ns, response, span_ns, figures, samples, told)
 
 
 def calibrate(trial: Trial) -> Calibrated:
-    """Fit service time, overhead and mechanism to one trial. Its tuning must have said ``replicas``, or there must be one
-    device; a batch is as large as ``max_batch``, or 1."""
-    tuning = trial.figures["tuning"]
-    if "autoscale" in tuning:
+    """Fit service time, overhead and mechanism to one trial. Where its server has not told its mechanisms, its tuning must have
+    said ``replicas``; a batch is as large as ``max_batch``, or 1."""
+    if "autoscale" in trial.figures["tuning"]:
         raise InputError(f"{trial.id} was scaled while it ran: calibrate on a trial with a fixed number of replicas")
-    replicas = tuning.get("replicas")
-    if replicas is None:
-        raise InputError(
-            f"{trial.id}: how many replicas served is not known, for its tuning leaves `replicas` to the framework",
-            remedy="calibrate on a trial whose tuning says `replicas` (and `max_batch`)",
-        )
     counted = counted_service(trial.samples)
+    devices = trial.figures["devices"] if trial.figures["device"] == "emulated" else None
     found: list[tuple[float, str, System]] = []
-    routers = _ROUTERS if replicas > 1 else _ROUTERS[:1]
-    windows = ("arrival", "idle") if tuning.get("batch_window_ms") else ("arrival",)
-    for router, opens in itertools.product(routers, windows):
-        system = System(
-            service=counted or Service(),
-            batching=Batching(
-                max_batch=tuning.get("max_batch", 1),
-                window_ms=tuning.get("batch_window_ms", 0.0),
-                window_opens="idle" if opens == "idle" else "arrival",
-            ),
-            replicas=replicas,
-            router=router,
-            queue_limit=tuning.get("queue_limit"),
-            devices=trial.figures["devices"] if trial.figures["device"] == "emulated" else None,
-        )
+    for candidate in (trial.told,) if trial.told else _candidates(trial):
+        system = candidate.model_copy(update={"service": counted or Service(), "devices": devices})
         fitted, error = _fitted(system, trial, fit_service=counted is None)
-        found.append((error, f"{router} queue, window from {opens}", fitted))
-    found.sort(key=lambda candidate: candidate[0])
+        found.append((error, f"{system.router} queue, window from {system.batching.window_opens}", fitted))
+    found.sort(key=lambda one: one[0])
     best = found[0]
     return Calibrated(
         system=best[2],
@@ -147,6 +133,30 @@ def calibrate(trial: Trial) -> Calibrated:
         others=tuple((name, error) for error, name, _ in found[1:]),
         cold_start_s=ColdStart.of(trial.figures["cold_start_phases_s"]),
     )
+
+
+def _candidates(trial: Trial) -> list[System]:
+    """The mechanisms that a server with the trial's tuning may have."""
+    tuning = trial.figures["tuning"]
+    replicas = tuning.get("replicas")
+    if replicas is None:
+        raise InputError(
+            f"{trial.id}: how many replicas served is not known, for its tuning leaves `replicas` to the framework",
+            remedy="calibrate on a trial whose tuning says `replicas` (and `max_batch`)",
+        )
+    routers = _ROUTERS if replicas > 1 else _ROUTERS[:1]
+    windows: tuple[WindowOpens, ...] = ("arrival", "idle") if tuning.get("batch_window_ms") else ("arrival",)
+    return [
+        System(
+            batching=Batching(
+                max_batch=tuning.get("max_batch", 1), window_ms=tuning.get("batch_window_ms", 0.0), window_opens=opens
+            ),
+            replicas=replicas,
+            router=router,
+            queue_limit=tuning.get("queue_limit"),
+        )
+        for router, opens in itertools.product(routers, windows)
+    ]
 
 
 def counted_service(samples: Samples) -> Service | None:

@@ -58,12 +58,15 @@ class Service(_Part):
         return times_ns
 
 
+WindowOpens = Literal["arrival", "idle"]
+
+
 class Batching(_Part):
     """When a replica that is idle starts a batch: once it would be full, or its oldest request has waited enough."""
 
     max_batch: int = Field(default=16, ge=1, le=MAX_BATCH, description="The largest batch.")
     window_ms: float = Field(default=10.0, ge=0, description="How long the oldest request waits for others.")
-    window_opens: Literal["arrival", "idle"] = Field(
+    window_opens: WindowOpens = Field(
         default="arrival",
         description="The window counts from the oldest request's `arrival`, or anew once a replica is `idle`.",
     )

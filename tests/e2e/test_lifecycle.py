@@ -345,7 +345,7 @@ def test_bad_usage_is_exit_code_2_with_the_remedy(tmp_path: Path) -> None:
 def test_other_commands(tmp_path: Path) -> None:
     assert "kill" not in tailrace("adapters", cwd=tmp_path).stderr
     adapters = tailrace("adapters", cwd=tmp_path).stdout
-    for name in ("kserve", "null", "ray_serve", "torchserve", "triton"):
+    for name in ("kserve", "null", "ray_serve", "reference", "torchserve", "triton"):
         assert name in adapters
     one = tailrace("adapters", "kserve", cwd=tmp_path).stdout
     assert "refused: the Python model server has no batcher" in " ".join(one.replace("│", " ").split())

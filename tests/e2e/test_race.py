@@ -39,7 +39,7 @@ def race(folder: Path, *arguments: str) -> dict[str, Any]:
     return summary
 
 
-ALL = {"triton", "ray_serve", "torchserve", "kserve"}
+ALL = {"triton", "ray_serve", "torchserve", "kserve", "reference"}
 
 
 def test_all_frameworks_under_a_kill_and_on_their_defaults(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_schedule_refuses_what_none_of_its_kinds_has() -> None:
 
 
 def test_every_framework_can_have_the_faults_that_are_mandatory() -> None:
-    for name in ("triton", "ray_serve", "torchserve", "kserve"):
+    for name in ("triton", "ray_serve", "torchserve", "kserve", "reference"):
         for kind in ("kill_replica", "kill_node", "pause_replica", "pause_node", "latency", "reset"):
             assert refusal(kind, get_adapter(name), Tuning(replicas=2), 2) is None
 

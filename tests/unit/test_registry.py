@@ -40,7 +40,7 @@ class Third(Null):
 
 def test_every_adapter_folder_is_found_and_places_or_refuses_every_knob() -> None:
     found = registry.all_adapters()
-    assert {"kserve", "null", "ray_serve", "torchserve", "triton"} <= set(found)
+    assert {"kserve", "null", "ray_serve", "reference", "torchserve", "triton"} <= set(found)
     for name, adapter in found.items():
         assert adapter.name == name
         assert adapter.folder.name == name or not adapter.folder.is_relative_to(ADAPTERS)

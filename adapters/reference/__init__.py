@@ -1,0 +1,1 @@
+"""The reference server: what a framework is measured against, small enough to be read in one sitting."""

@@ -1,0 +1,15 @@
+"""What server and replicas say to each other over a socket pair: a kind, a length, and so many bytes. No pickle."""
+
+from __future__ import annotations
+
+import struct
+
+HEADER = struct.Struct("<BQ")
+BATCH, READY, BEAT, OUTPUTS, FAILED = range(5)
+"""To a replica: inputs of a batch, item after item. From it: the model is loaded; it lives; the outputs of the batch,
+item after item; the model has failed, and with what words."""
+
+
+def frame(kind: int, body: bytes = b"") -> bytes:
+    """The bytes of one message."""
+    return HEADER.pack(kind, len(body)) + body
