@@ -29,6 +29,7 @@ from harness.faults import refusal
 from harness.guardian import Guardian, sweep
 from harness.machine import command_line, drop_page_cache, environment_variables, git_state, gpus, hardware, software
 from harness.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
+from harness.pipeline import pipeline_environment
 from harness.processes import log_tail, port_open
 from harness.registry import get_adapter
 from harness.spec import validated_options
@@ -466,7 +467,7 @@ class ColdStarts:
             workdir.mkdir(parents=True)
         except OSError as error:
             raise StorageError.of(workdir, error) from error
-        server_env = dict(device_environment(devices, 1))
+        server_env = {**device_environment(devices, 1), **pipeline_environment(workload, scratch / "stages")}
         if workload.device == "cuda":
             server_env["CUDA_VISIBLE_DEVICES"] = "0"
         return DeployRequest(
@@ -479,6 +480,7 @@ class ColdStarts:
             workdir=workdir,
             scratch=scratch,
             server_env=server_env,
+            stages=workload.spec.pipeline if contestant.adapter.composes else (),
         )
 
 

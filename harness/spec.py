@@ -31,7 +31,7 @@ from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
-from harness.workload import Device, Slo
+from harness.workload import Composition, Device, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -216,6 +216,9 @@ class Scenario(_Strict):
     mean_rate: float | None = Field(
         default=None, gt=0, description="Mean arrivals/s in place of `trace.mean_rate`; left out: the experiment's."
     )
+    composition: Composition | None = Field(
+        default=None, description="How a pipeline is served, in place of the experiment's; left out: the experiment's."
+    )
     adapters: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Only these of the experiment's frameworks; left out: all of them."
     )
@@ -298,6 +301,11 @@ class Experiment(_Strict):
     workload: str = Field(default="emulated", description="The model: a name, or the path of a workload folder.")
     workload_options: dict[str, float] = Field(
         default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms)."
+    )
+    composition: Composition = Field(
+        default="framework",
+        description="Who joins the stages of a workload that is a pipeline: the `framework`, in its own way, or `one-process`: "
+        "the model's process, one after the other ([pipelines](pipelines.md)).",
     )
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."

@@ -41,6 +41,7 @@ from harness.collectors import (
     Sampler,
     ServerMetrics,
     ServerProcesses,
+    StageClocks,
 )
 from harness.emulated_device import device_environment
 from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
@@ -49,6 +50,7 @@ from harness.faults import Nemesis, PlannedFault
 from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
+from harness.pipeline import pipeline_environment
 from harness.processes import log_tail
 from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
 from harness.scaler import Scaler, label
@@ -57,7 +59,7 @@ from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
-from harness.workload import PreparedWorkload
+from harness.workload import Composition, PreparedWorkload
 
 _VERIFIED_PAYLOADS = 16
 """Payloads whose answers are compared with the reference before the clock starts, per model."""
@@ -91,6 +93,8 @@ class TrialSetup:
     tuning: Tuning
     left_out: Mapping[str, str]
     """Knobs that were asked for and that this framework has no place for, each with the reason."""
+    composition: Composition | None = None
+    """How a pipeline is served; ``None`` for other workloads."""
 
     @property
     def devices(self) -> int:
@@ -129,6 +133,11 @@ class TrialSetup:
 def device_folder(scratch: Path, node: int) -> Path:
     """Where the emulated devices of a node keep their locks and counters."""
     return scratch / "devices" / str(node)
+
+
+def clock_folder(scratch: Path) -> Path:
+    """Where the stages of a pipeline, on all nodes, keep their clocks."""
+    return scratch / "stages"
 
 
 def load_workers(client: Client) -> Workers:
@@ -170,6 +179,8 @@ class Trial:
             "cpu_count": cpu_count(),
             "tuning": setup.tuning.model_dump(mode="json"),
             "left_out": dict(setup.left_out),
+            "composition": setup.composition,
+            "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
             "nodes": setup.layout.nodes,
             "supervision": setup.experiment.supervision,
@@ -286,8 +297,9 @@ class Trial:
             environment=setup.environment,
             workdir=self._folder.server,
             scratch=scratch,
-            server_env=node_envs[0],
+            server_env={**node_envs[0], **pipeline_environment(setup.workload, clock_folder(scratch))},
             host=setup.experiment.server_host,
+            stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
             node_envs=tuple(node_envs),
         )
         cluster = Cluster(setup.adapter, request, guardian, setup.layout)
@@ -527,6 +539,8 @@ class Trial:
             )
         if setup.workload.device == "cuda":
             collectors.append(NvidiaGpus(setup.devices))
+        if setup.workload.spec.pipeline:
+            collectors.append(StageClocks(clock_folder(scratch)))
         sampler = Sampler(
             collectors,
             self._folder.folder / "samples",

@@ -22,10 +22,13 @@ from harness.adapter import ServerEnvironment
 from harness.environments import Progress
 from harness.errors import InputError, StorageError, TailraceError
 from harness.folders import cache_folder
+from harness.pipeline import description
 from harness.workload import Device, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
 
 _HERE = Path(__file__).parent
 _RUNNER = _HERE / "prepare_artifact.py"
+_PIPELINE = _HERE / "pipeline.py"
+"""What runs the stages of a pipeline, here and in servers."""
 _SEAL = "prepared.json"
 
 
@@ -72,11 +75,13 @@ def prepare(
         "seed": seed,
         "payloads": spec.payloads,
         "models": list(models),
+        "pipeline": description(spec, folder / "model.py", None) if spec.pipeline else None,
     }
     build_requirements = folder / "build-requirements.txt"
     kind, requirements = (environment_kind, [build_requirements]) if build_requirements.is_file() else ("current", [])
     facts = {
         **job,
+        "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
         "device": device,
         "files": [(name, digest.hex()) for name, digest in _digests(folder)],
         "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
@@ -238,12 +243,13 @@ def _load(
     return PreparedWorkload(
         spec=spec,
         device=device,
-        model_file=folder / "model.py",
+        model_file=_PIPELINE if spec.pipeline else folder / "model.py",
         artifact=artifact,
         artifact_sha256=sealed,
         requirements=requirements if requirements.is_file() else None,
         payloads=payloads,
         references=references,
+        stages_file=folder / "model.py" if spec.pipeline else None,
     )
 
 

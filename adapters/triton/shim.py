@@ -28,7 +28,9 @@ class TritonPythonModel:
             raise ImportError(f"{parameters['model_file']} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        self._model = module.Model(parameters["artifact"], args["model_name"], parameters["device"])
+        loaded = parameters["artifact"], parameters["name"], parameters["device"]
+        # A stage of a pipeline that Triton composes, or the whole of what there is to serve.
+        self._model = module.Stage(*loaded, parameters["stage"]) if "stage" in parameters else module.Model(*loaded)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One ``predict()`` over all requests, stacked along axis 0; one response per request, in order.
