@@ -25,7 +25,14 @@ _YOUNG_S = 10.0
 _LONGEST_BACKOFF_S = 60.0
 _CLOSING = b"shutting down"
 _REQUESTS = ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
-_COUNTERS = (*_REQUESTS, "batches_total", "items_total", "batch_seconds_total", "replica_deaths_total")
+_COUNTERS = (
+    *_REQUESTS,
+    "request_seconds_total",
+    "batches_total",
+    "items_total",
+    "batch_seconds_total",
+    "replica_deaths_total",
+)
 
 
 class LoadError(Exception):
@@ -90,6 +97,8 @@ class Model:
     def __init__(self, name: str, config_file: str, config: dict[str, Any]) -> None:
         self.name = name
         self.closing = False
+        self.parts: dict[str, Any] = {name: self}
+        """What metrics are told of."""
         self.counts = dict.fromkeys(_COUNTERS, 0.0)
         self._config_file = config_file
         self._output_bytes: int = config["output_bytes"]
@@ -146,6 +155,8 @@ class Model:
         answer, request.answer = request.answer, _answered
         if answer is not _answered:
             self.counts["requests_ok_total" if status == HTTPStatus.OK else "requests_failed_total"] += 1
+            if status == HTTPStatus.OK:
+                self.counts["request_seconds_total"] += self._loop.time() - request.arrived_s
             answer(status, body)
 
     def _pump(self) -> None:
