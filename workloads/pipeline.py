@@ -80,6 +80,21 @@ class Stage:
                 raise ValueError(f"stage {self.name} gives {name} as {told} and not as {dtype}{[items, *shape]}")
         return {name: answers[name] for name, _, _ in self._outputs}
 
+    def through(self, tensors: Tensors) -> Tensors:
+        """All tensors of a batch as they are behind the stage: with a rule it computes for the items that the rule chooses, and
+        the others keep what they have."""
+        taken = {name: tensors[name] for name in self.inputs}
+        if self.when is None:
+            return tensors | self.predict(taken)
+        chosen = np.flatnonzero(tensors[self.when])
+        if not len(chosen):
+            return tensors
+        behind = dict(tensors)
+        for name, array in self.predict({key: value[chosen] for key, value in taken.items()}).items():
+            behind[name] = tensors[name].copy()
+            behind[name][chosen] = array
+        return behind
+
 
 class Model:
     """All stages, one after the other: a batch goes through them together, those with a rule get the items that it chooses."""
@@ -93,16 +108,7 @@ class Model:
         """Over a batch."""
         tensors = dict(inputs)
         for stage in self._stages:
-            taken = {name: tensors[name] for name in stage.inputs}
-            if stage.when is None:
-                tensors |= stage.predict(taken)
-                continue
-            chosen = np.flatnonzero(tensors[stage.when])
-            if not len(chosen):
-                continue
-            for name, array in stage.predict({key: value[chosen] for key, value in taken.items()}).items():
-                tensors[name] = tensors[name].copy()
-                tensors[name][chosen] = array
+            tensors = stage.through(tensors)
         return {name: tensors[name] for name in self._outputs}
 
 
