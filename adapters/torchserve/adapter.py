@@ -412,9 +412,9 @@ class TorchServe(Adapter):
         "number at run time",
         "models": "any number, registered and unregistered at run time, with worker processes of their own, which are "
         "dealt out over the GPUs in turn",
-        "pipelines": "workflows, in the frontend, which hands the bytes of one node to the next and knows no conditions: every item "
-        "goes through every node. A node that answers before the frontend listens is not heard, and asked again after 10 s; the "
-        "archived project's last source, later than its last release, refuses to register workflows",
+        "pipelines": "workflows, in the frontend, which hands the bytes of one node to the next and knows no conditions: every "
+        "item goes through every node. A node that answers before the frontend listens is not heard, and asked again after "
+        "10 s; the archived project's last source, later than its last release, refuses to register workflows",
         "kubernetes": "a Helm chart with an example for the horizontal pod autoscaler, and a runtime in KServe; the "
         "project is archived",
     }

@@ -36,13 +36,8 @@ class Handler:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         loaded = options["artifact"], options.get("name", context.model_name), device
-        # Of a workflow, a stage: what came in goes out again with what it gives, for a node gets nothing but the bytes of the
-        # node before it.
         self._of_a_workflow = "stage" in options
-        if self._of_a_workflow:
-            self._compute = module.Stage(*loaded, options["stage"]).through
-        else:
-            self._compute = module.Model(*loaded).predict
+        self._model = module.Stage(*loaded, options["stage"]) if self._of_a_workflow else module.Model(*loaded)
 
     def handle(self, requests: Sequence[dict[str, Any]], context: Any) -> list[bytes | str]:
         """One ``predict()`` over all bodies of the right size; one answer per request, in order, each with its status.
@@ -89,7 +84,8 @@ class Handler:
             items = [np.frombuffer(body, dtype, count, offset).reshape(shape) for body in bodies]
             columns[name] = np.stack(items)
             offset += count * dtype.itemsize
-        answers = self._compute(columns)
+        # A node gets nothing but the bytes of the node before it: what comes in goes out again, with what the stage gives.
+        answers = self._model.through(columns) if self._of_a_workflow else self._model.predict(columns)
         outputs = [np.ascontiguousarray(answers[name], dtype=dtype) for name, dtype in self._outputs]
         for (name, _), output in zip(self._outputs, outputs, strict=True):
             if len(output) != len(bodies):

@@ -91,7 +91,7 @@ def model_config(request: DeployRequest, model: str) -> str:
             *_head(request, model, "python", spec.inputs, spec.outputs),
             *_instance_group(request),
             *_dynamic_batching(request.tuning),
-            *_parameters({**_loaded(request), "name": model}),
+            *_parameters(_loaded(request)),
         ]
     )
 

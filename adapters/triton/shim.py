@@ -28,8 +28,8 @@ class TritonPythonModel:
             raise ImportError(f"{parameters['model_file']} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        loaded = parameters["artifact"], parameters["name"], parameters["device"]
-        # A stage of a pipeline that Triton composes, or the whole of what there is to serve.
+        # A stage of a pipeline that Triton composes is told whose it is; else the model is what Triton calls it.
+        loaded = parameters["artifact"], parameters.get("name", args["model_name"]), parameters["device"]
         self._model = module.Stage(*loaded, parameters["stage"]) if "stage" in parameters else module.Model(*loaded)
 
     def execute(self, requests: list[Any]) -> list[Any]:
