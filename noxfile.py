@@ -126,7 +126,7 @@ def compare(session: nox.Session) -> None:
 
 @nox.session(name="bench-pipeline")
 def bench_pipeline(session: nox.Session) -> None:
-    """What composing a pipeline costs in each framework, against its stages in one process; about twenty minutes."""
+    """What composing a pipeline costs in each framework, against its stages in one process; about a quarter of an hour."""
     _install(session)
     session.run("tailrace", "run", "pipeline", *session.posargs)
 

@@ -116,7 +116,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "tuning": {knob: value for knob, value in (facts.get("tuning") or {}).items() if value is not None},
         "left_out": facts.get("left_out") or {},
         "composition": facts.get("composition"),
-        "stages": [_stage(name, samples, span_s) for name in facts.get("stages") or []],
+        "stages": [stage_figures(name, samples, span_s) for name in facts.get("stages") or []],
         "span_s": span_s,
         "slo_ms": slo_ms,
         "arrivals": arrivals,
@@ -178,7 +178,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
 _ANSWERS, _ANSWER_S = "stage_answers_total", "stage_answer_s_total"
 
 
-def _stage(name: str, samples: Samples, span_s: float) -> Summary:
+def stage_figures(name: str, samples: Samples, span_s: float) -> Summary:
     """Figures of one stage of a pipeline over the trace; ``None`` for what was not counted.
 
     What is computed is counted where it is computed, whoever composes; how long an answer took, by the server or by what calls
