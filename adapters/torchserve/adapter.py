@@ -250,7 +250,7 @@ class TorchServeDeployment(Deployment):
         request = self._request
         if request.tuning.replicas is None:
             # Registered later, a model has no worker at all unless told.
-            workers = max((self._describe(other)["minWorkers"] for other in self._models), default=1)
+            workers = max((self._describe(other)["minWorkers"] for other in self._nodes()), default=1)
             request = replace(request, tuning=request.tuning.model_copy(update={"replicas": workers}))
         for path, text in config.model_files(request, model).items():
             file = request.workdir / "config" / path

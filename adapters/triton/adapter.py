@@ -249,7 +249,8 @@ class TritonDeployment(Deployment):
         """Takes the stages of composed pipelines, and the batches of what composes them, out of the totals."""
         samples = []
         for stage in self._request.stages:
-            stages = [total for model in self._models if (total := totals.pop(stage_model(model, stage), None))]
+            names = {stage_model(model, stage) for model in (*self._request.models, *self._models)}
+            stages = [total for name in names if (total := totals.pop(name, None)) is not None]
             answers = sum(total["nv_inference_request_success"] for total in stages)
             answer_s = sum(total["nv_inference_request_duration_us"] for total in stages) / 1e6
             waiting = sum(total["nv_inference_pending_request_count"] for total in stages)

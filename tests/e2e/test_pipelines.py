@@ -132,6 +132,28 @@ def test_a_composed_pipeline_with_a_rule_answers_as_the_reference_does(name: str
         assert _ok(server.deployment) <= count + 2, "requests are counted, not what they ask of stages"
 
 
+@pytest.mark.parametrize("name", COMPOSING)
+def test_stages_are_scaled_and_loaded_together(name: str, tmp_path: Path) -> None:
+    workload = prepare("emulated_pipeline", "emulated")
+    stages = [stage.name for stage in workload.spec.pipeline]
+    with served(name, workload, tmp_path) as server:
+        server.deployment.scale(2)
+        wait_until(
+            lambda: all(_copies(server.deployment, stage) == 2 for stage in stages), "there are two of every stage", 60
+        )
+        assert server.deployment.applied()["replicas"] == 2
+        wait_until(lambda: server.ask(0) is None, "it answers with two of each", 30)
+        server.deployment.unload_model(MODEL)
+        if name != "ray_serve":  # whose replicas drain for half a minute behind HAProxy
+            assert str(server.ask(1)).startswith("refused")
+        server.deployment.load_model(MODEL)
+        wait_until(lambda: server.ask(1) is None, "it answers again", 60)
+
+
+def _copies(deployment: Deployment, stage: str) -> int:
+    return sum(f"-{stage}-" in f"-{replica.name}-".replace("_", "-") for replica in deployment.replicas())
+
+
 def _ok(deployment: Deployment) -> float:
     return sum(sample.value for sample in deployment.scrape() if sample.metric == "requests_ok_total")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from adapters.reference.server.pipeline import Pipeline
 from adapters.torchserve.config import carried
 from harness.adapter import Adapter, DeployRequest, ServerEnvironment, Tuning
 from harness.errors import InputError, TailraceError
@@ -429,6 +431,46 @@ def test_torchserve_gets_a_chain_that_carries_what_is_wanted_later() -> None:
     assert (node["name"], node["stage"]) == ("m", "refine")
     assert [tensor["name"] for tensor in node["inputs"]] == told[3]
     assert [tensor["name"] for tensor in node["outputs"]] == told[4]
+
+
+def _in_the_reference_server(
+    folder: Path, act: Callable[[Pipeline, Callable[..., Any]], None], **tuning: int
+) -> list[int]:
+    """What happens to requests in a server none of whose replicas has loaded; the statuses that were answered, in order."""
+    adapter = get_adapter("reference")
+    files = adapter.render(request(adapter, declared(), Tuning(**tuning)))
+    (folder / "server.json").write_text(files["server.json"], encoding="utf-8")
+    statuses: list[int] = []
+
+    async def run() -> None:
+        pipeline = Pipeline("m", str(folder / "server.json"), json.loads(files["server.json"]))
+        act(pipeline, lambda: pipeline.infer(b"\0" * 64, lambda status, said, retry_after_s: statuses.append(status)))
+
+    asyncio.run(run())
+    return statuses
+
+
+def test_a_withdrawn_request_is_in_no_stage(tmp_path: Path) -> None:
+    def act(pipeline: Pipeline, ask: Callable[..., Any]) -> None:
+        journey = ask()
+        assert (pipeline.figures()["queue_depth"], pipeline.figures()["in_flight"]) == (1, 1)
+        pipeline.withdraw(journey)
+        pipeline.withdraw(journey)
+        told = pipeline.figures()
+        assert (told["queue_depth"], told["in_flight"], told["requests_failed_total"]) == (0, 0, 1)
+
+    assert _in_the_reference_server(tmp_path, act) == [0]
+
+
+def test_what_a_stage_sheds_the_whole_sheds(tmp_path: Path) -> None:
+    def act(pipeline: Pipeline, ask: Callable[..., Any]) -> None:
+        assert ask() is not None
+        assert ask() is None
+        told = pipeline.figures()
+        assert (told["in_flight"], told["requests_shed_total"], told["requests_failed_total"]) == (1, 1, 0)
+        assert set(pipeline.parts) == {"m", "m/prepare", "m/classify", "m/decide", "m/refine", "m/finish"}
+
+    assert _in_the_reference_server(tmp_path, act, queue_limit=1) == [503]
 
 
 @pytest.mark.parametrize("name", ["triton", "ray_serve", "torchserve", "reference"])

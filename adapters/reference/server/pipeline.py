@@ -55,9 +55,9 @@ class Pipeline:
     def withdraw(self, journey: Journey) -> None:
         """Whoever asked has gone."""
         if journey in self._under_way:
+            self._end(journey, 0, b"", 0.0)
             if journey.called_off is not None:
                 journey.called_off()
-            self._end(journey, 0, b"", 0.0)
 
     def _go_on(self, journey: Journey) -> None:
         """To the next stage that is for it, or back with the answer."""
@@ -83,7 +83,7 @@ class Pipeline:
 
     def _end(self, journey: Journey, status: int, said: bytes, retry_after_s: float) -> None:
         self._under_way.discard(journey)
-        outcome = {HTTPStatus.OK: "ok", HTTPStatus.SERVICE_UNAVAILABLE: "shed"}.get(HTTPStatus(status or 499), "failed")
+        outcome = {int(HTTPStatus.OK): "ok", int(HTTPStatus.SERVICE_UNAVAILABLE): "shed"}.get(status, "failed")
         self._counts[f"requests_{outcome}_total"] += 1
         journey.answer(status, said, retry_after_s)
 
