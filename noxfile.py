@@ -124,6 +124,13 @@ def compare(session: nox.Session) -> None:
     session.run("tailrace", "run", "compare", *session.posargs)
 
 
+@nox.session(name="bench-pipeline")
+def bench_pipeline(session: nox.Session) -> None:
+    """What composing a pipeline costs in each framework, against its stages in one process; about a quarter of an hour."""
+    _install(session)
+    session.run("tailrace", "run", "pipeline", *session.posargs)
+
+
 @nox.session
 def pareto(session: nox.Session) -> None:
     """Goodput per device against the tail, Triton and Ray Serve: the simulator picks what is measured; about twenty minutes."""

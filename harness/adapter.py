@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from harness.codecs import Codec
 from harness.errors import DeployError, ServerError, StorageError
 from harness.processes import ProcessRef, log_tail
-from harness.workload import PreparedWorkload
+from harness.workload import PreparedWorkload, StageSpec
 
 WireProtocol = Literal["http", "grpc"]
 
@@ -118,6 +118,9 @@ class DeployRequest:
     """How many devices each node has; its processes see no others."""
     node_envs: tuple[Mapping[str, str], ...] = ()
     """With a cluster of its own: what each node's processes must get on top of ``server_env``, by the node's index."""
+    stages: tuple[StageSpec, ...] = ()
+    """The stages of a pipeline that the framework is to compose itself (:attr:`Adapter.composes`), each run by a ``Stage`` of
+    ``workload.model_file``; empty: its ``Model`` is all there is to serve."""
 
     @property
     def listen(self) -> str:
@@ -174,6 +177,9 @@ class MetricSample:
     Canonical names: ``queue_depth`` (requests waiting), ``in_flight`` (requests inside the server),
     ``batch_size`` (mean since the last scrape where the server gives counters), ``replicas`` (that can answer), and the counters
     ``requests_ok_total``, ``requests_failed_total``, ``batches_total``, ``items_total``. ``scope`` is the model or "server".
+
+    Of a pipeline's stages, whose name is then the scope: ``stage_answers_total`` (requests that the stage has answered) and
+    ``stage_answer_s_total`` (their time in it, from being asked to having answered, all together, in seconds).
     """
 
     metric: str
@@ -331,9 +337,10 @@ AXES = {
     "batching": "how it batches",
     "scaling": "what it scales on",
     "models": "models per device",
+    "pipelines": "how it composes stages",
     "kubernetes": "Kubernetes depth",
 }
-"""The four axes on which people compare serving frameworks, in words."""
+"""The axes on which people compare serving frameworks, in words."""
 
 
 NEEDS: Mapping[str, str] = {
@@ -368,6 +375,8 @@ class Adapter(ABC):
     (:mod:`harness.observations`)."""
     serves_needs: ClassVar[Mapping[str, str]] = {}
     """Of :data:`NEEDS`, those for which the framework is the usual choice, and why: what `tailrace recommend` goes by."""
+    composes: ClassVar[bool] = False
+    """Whether ``deploy`` heeds ``request.stages``; where it does not, the trait ``pipelines`` says why."""
     approximate: ClassVar[Mapping[str, str]] = {}
     """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""
@@ -405,6 +414,13 @@ class Adapter(ABC):
             if knob in self.refused
         }
 
+    def composition_refusal(self) -> str | None:
+        """Why this framework cannot compose the stages of a pipeline; ``None`` when it can."""
+        if self.composes:
+            return None
+        reason = self.traits.get("pipelines", "its adapter does not say how it would")
+        return f"{self.name} cannot compose the stages of a pipeline: {reason}"
+
     def expressible(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> tuple[Tuning, dict[str, str]]:
         """As much of a tuning as this framework can express, and why the rest was left out, by knob."""
         left_out: dict[str, str] = {}
@@ -424,6 +440,7 @@ class Adapter(ABC):
             "refused": dict(self.refused),
             "capabilities": self.capabilities(),
             "traits": dict(self.traits),
+            "composes": self.composes,
             "approximate": dict(self.approximate),
             "exposes": self.exposes,
             "baseline": self.baseline,

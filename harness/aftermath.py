@@ -95,7 +95,7 @@ def accounting(
 
 def pair(trials: Sequence[dict[str, Any]]) -> None:
     """Set beside every trial with faults the one that met the same arrivals without: same framework, seed,
-    rate and tuning."""
+    rate, tuning and composition."""
     for trial in trials:
         calm = next(
             (
@@ -103,7 +103,10 @@ def pair(trials: Sequence[dict[str, Any]]) -> None:
                 for other in trials
                 if trial["faults"]
                 and not other["faults"]
-                and all(other[key] == trial[key] for key in ("adapter", "number", "tuning", "protocol", "mean_rate"))
+                and all(
+                    other.get(key) == trial.get(key)
+                    for key in ("adapter", "number", "tuning", "composition", "protocol", "mean_rate")
+                )
                 and other["state"] == trial["state"] == "done"
             ),
             None,

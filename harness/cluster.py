@@ -41,7 +41,10 @@ _ANSWER_TIMEOUT_S = 5.0
 _RESTART_GRACE_S = 10.0
 _DRAIN_S = 30.0
 _INGRESS = "ingress"
-_COUNTERS = ("requests_ok_total", "requests_failed_total", "batches_total", "items_total")
+_COUNTERS = (
+    *("requests_ok_total", "requests_failed_total", "batches_total", "items_total"),
+    *("stage_answers_total", "stage_answer_s_total"),
+)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from harness.gpus import gpus
 from harness.guardian import Guardian, sweep
 from harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
 from harness.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
+from harness.pipeline import pipeline_environment
 from harness.processes import log_tail, port_open
 from harness.registry import get_adapter
 from harness.spec import validated_options
@@ -491,7 +492,11 @@ class ColdStarts:
             environment=self._environments[name],
             workdir=workdir,
             scratch=scratch,
-            server_env=device_environment(workload.device, devices, gpus()[:1]),
+            server_env={
+                **device_environment(workload.device, devices, gpus()[:1]),
+                **pipeline_environment(workload, scratch / "stages"),
+            },
+            stages=workload.spec.pipeline if contestant.adapter.composes else (),
         )
 
 

@@ -17,6 +17,7 @@ from harness.adapter import Deployment, Replica
 from harness.cluster import Cluster
 from harness.emulated_device import read_counters
 from harness.errors import StorageError, TailraceError
+from harness.pipeline import read_clocks
 from harness.processes import ProcessRef, descendants
 from harness.records import SAMPLE_SCHEMA
 from harness.store import EventLog
@@ -279,6 +280,32 @@ class EmulatedDevices:
                 Reading(scope, "items_total", items[device], "1"),
             ]
         return [*readings, Reading("copies", "copies_used", copies_used, "1")]
+
+
+class StageClocks:
+    """What the stages of a pipeline have computed, and what whoever calls them has got of them, by stage, all copies together."""
+
+    source = "stages"
+    interval_s = 0.5
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self) -> list[Reading]:
+        readings = []
+        for (stage, kind), counts in read_clocks(self._folder).items():
+            if kind == "computed":
+                readings += [
+                    Reading(stage, "busy_s_total", counts.seconds, "s"),
+                    Reading(stage, "batches_total", counts.events, "1"),
+                    Reading(stage, "items_total", counts.items, "1"),
+                ]
+            else:
+                readings += [
+                    Reading(stage, "stage_answer_s_total", counts.seconds, "s"),
+                    Reading(stage, "stage_answers_total", counts.events, "1"),
+                ]
+        return readings
 
 
 class ServerMetrics:

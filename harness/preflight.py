@@ -36,7 +36,7 @@ from harness.spec import (
     validated_options,
 )
 from harness.trial import TrialSetup
-from harness.workload import Device, PreparedWorkload, WorkloadSpec
+from harness.workload import Composition, Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
 from traces.trace import Trace, compress_time, rescale, window, with_tail
 from workloads.catalogue import check_arithmetic, load_spec, prepare
@@ -63,6 +63,8 @@ class Expressed:
     tuning: Tuning
     left_out: Mapping[str, str]
     """Knobs that were asked for and have no place there, each with the reason."""
+    composition: Composition | None = None
+    """How a pipeline is served; ``None`` for other workloads."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def check(experiment: Experiment) -> Checked:
     _check_nodes(experiment, device, contestants)
     _check_gpus_per_node(experiment, device, contestants)
     _check_replicas(experiment)
-    tunings = {cell: _expressed(experiment, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)}
+    tunings = {
+        cell: _expressed(experiment, spec, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)
+    }
     for cell, expressed in tunings.items():
         _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
         _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
@@ -129,6 +133,12 @@ def check(experiment: Experiment) -> Checked:
 
 
 def _check_workload(experiment: Experiment, spec: WorkloadSpec, device: Device) -> None:
+    composed = [scenario.name for scenario in experiment.scenarios if scenario.composition]
+    if composed and not spec.pipeline:
+        raise InputError(
+            f"`scenarios.{composed[0]}.composition`: the workload {spec.name} is no pipeline, there is nothing to compose",
+            remedy="leave `composition` out, or choose a workload with `pipeline`, such as emulated_pipeline",
+        )
     if device not in spec.devices:
         raise InputError(
             f"`device`: workload {spec.name} cannot run on {device!r}, only on {', '.join(spec.devices)}",
@@ -157,17 +167,21 @@ def _contestant(experiment: Experiment, name: str) -> Contestant:
     return Contestant(adapter, options, protocol)
 
 
-def _expressed(experiment: Experiment, contestant: Contestant, scenario: Scenario) -> Expressed:
+def _expressed(experiment: Experiment, spec: WorkloadSpec, contestant: Contestant, scenario: Scenario) -> Expressed:
     adapter = contestant.adapter
     asked = experiment.tuning_of(scenario)
     tuning, left_out = adapter.expressible(asked, contestant.options, contestant.protocol)
+    composition = (scenario.composition or experiment.composition) if spec.pipeline else None
+    if composition == "framework" and (reason := adapter.composition_refusal()):
+        left_out, composition = {**left_out, "composition": reason}, "one-process"
     if left_out and experiment.when_refused == "stop":
         raise InputError(
             "\n".join(left_out.values()),
             remedy=f"remove the knob from `tuning`, or {adapter.name} from `adapters`, "
-            "or set `when_refused: leave_out` to run it without",
+            "or set `when_refused: leave_out` to run it without"
+            + (", the stages in one process" if "composition" in left_out else ""),
         )
-    return Expressed(tuning, left_out)
+    return Expressed(tuning, left_out, composition)
 
 
 def _check_environment(experiment: Experiment, contestants: Mapping[str, Contestant]) -> None:
@@ -428,6 +442,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 faults=tuple(faults_of(plan.cell.scenario, trace, plan.seed)),
                 tuning=checked.tunings[plan.cell].tuning,
                 left_out=checked.tunings[plan.cell].left_out,
+                composition=checked.tunings[plan.cell].composition,
             )
         )
     return setups

@@ -32,7 +32,7 @@ from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
 from harness.popularity import Models
-from harness.workload import Device, Precision, Slo
+from harness.workload import Composition, Device, Precision, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -218,6 +218,9 @@ class Scenario(_Strict):
     mean_rate: float | None = Field(
         default=None, gt=0, description="Mean arrivals/s in place of `trace.mean_rate`; left out: the experiment's."
     )
+    composition: Composition | None = Field(
+        default=None, description="How a pipeline is served, in place of the experiment's; left out: the experiment's."
+    )
     adapters: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Only these of the experiment's frameworks; left out: all of them."
     )
@@ -322,6 +325,11 @@ class Experiment(_Strict):
     )
     compile: bool = Field(
         default=False, description="Whether the model is compiled (`torch.compile`), where the workload offers it."
+    )
+    composition: Composition = Field(
+        default="framework",
+        description="Who joins the stages of a workload that is a pipeline: the `framework`, in its own way, or `one-process`: "
+        "the model's process, one after the other ([pipelines](pipelines.md)).",
     )
     device: Device | None = Field(
         default=None, description="`emulated`, `cpu` or `cuda`; left out: the first that the workload declares."

@@ -118,6 +118,8 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "protocol": facts["protocol"],
         "tuning": {knob: value for knob, value in (facts.get("tuning") or {}).items() if value is not None},
         "left_out": facts.get("left_out") or {},
+        "composition": facts.get("composition"),
+        "stages": [stage_figures(name, samples, span_s) for name in facts.get("stages") or []],
         "span_s": span_s,
         "slo_ms": slo_ms,
         "arrivals": arrivals,
@@ -168,7 +170,8 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "accounting": accounting(
             trace,
             warmup,
-            executed=samples.grown("device", "items_total"),
+            # An item of a pipeline may be computed by several stages, or by none.
+            executed=None if facts.get("stages") else samples.grown("device", "items_total"),
             server_ok=samples.grown("server", "requests_ok_total"),
             probes=sum(event["event"] == "node-first-answer" for event in trial.events),
         ),
@@ -198,6 +201,39 @@ def by_model(models: Sequence[str], trace: Measured, slo_ms: float) -> list[Summ
             }
         )
     return figures
+
+
+_ANSWERS, _ANSWER_S = "stage_answers_total", "stage_answer_s_total"
+
+
+def stage_figures(name: str, samples: Samples, span_s: float) -> Summary:
+    """Figures of one stage of a pipeline over the trace; ``None`` for what was not counted.
+
+    What is computed is counted where it is computed, whoever composes; how long an answer took, by the server or by what calls
+    the stages in it: where a process runs all of them, nobody asks for an answer.
+    """
+    busy, batches, items = (
+        samples.rate("stages", metric, span_s, name) for metric in ("busy_s_total", "batches_total", "items_total")
+    )
+    source = "server" if name in samples.scopes("server", _ANSWERS) else "stages"
+    answers, answer_s = (samples.rate(source, metric, span_s, name) for metric in (_ANSWERS, _ANSWER_S))
+    return {
+        "stage": name,
+        "items_rps": items,
+        "batch_size_mean": items / batches if items and batches else None,
+        "predict_ms": busy / batches * 1e3 if busy and batches else None,
+        "answer_ms": answer_s / answers * 1e3 if answer_s and answers else None,
+    }
+
+
+def _stages(members: Sequence[Summary]) -> list[Summary]:
+    """The figures of stages in the mean over trials."""
+    names = [stage["stage"] for stage in members[0]["stages"]]
+    told = [[stage for trial in members for stage in trial["stages"] if stage["stage"] == name] for name in names]
+    return [
+        {"stage": name, **{key: _mean(one[key] for one in ones) for key in ones[0] if key != "stage"}}
+        for name, ones in zip(names, told, strict=True)
+    ]
 
 
 def goodput_per_dollar(goodput_rps: float, devices: int, price_per_hour: float | None) -> float | None:
@@ -286,6 +322,7 @@ _SHARED = (
     "protocol",
     "tuning",
     "left_out",
+    "composition",
     "slo_ms",
 )
 _AVERAGED = (
@@ -318,6 +355,7 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
                 **{key: first[key] for key in _SHARED},
                 "trials": len(members),
                 **{key: _mean(trial[key] for trial in whole) for key in _AVERAGED},
+                "stages": _stages(whole),
                 **{key: _largest(trial[key] for trial in whole) for key in _LARGEST},
                 **{key: sum(trial[key] for trial in members) for key in _COUNTED},
                 **_across(whole, "goodput_rps_per_device", "goodput_rps_per_device_ci", log=False),

@@ -42,6 +42,7 @@ from harness.collectors import (
     Sampler,
     ServerMetrics,
     ServerProcesses,
+    StageClocks,
 )
 from harness.devices import device_environment
 from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
@@ -52,6 +53,7 @@ from harness.gpus import Gpu, gpus
 from harness.guardian import Guardian
 from harness.machine import cpu_count
 from harness.observer import Observer
+from harness.pipeline import pipeline_environment
 from harness.prices import price_per_hour
 from harness.processes import descendants, log_tail
 from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
@@ -61,7 +63,7 @@ from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
-from harness.workload import PreparedWorkload
+from harness.workload import Composition, PreparedWorkload
 
 if TYPE_CHECKING:
     from harness.containers import ContainerHost
@@ -100,6 +102,8 @@ class TrialSetup:
     tuning: Tuning
     left_out: Mapping[str, str]
     """Knobs that were asked for and that this framework has no place for, each with the reason."""
+    composition: Composition | None = None
+    """How a pipeline is served; ``None`` for other workloads."""
 
     @property
     def devices(self) -> int:
@@ -140,6 +144,11 @@ class TrialSetup:
 def device_folder(scratch: Path, node: int) -> Path:
     """Where the emulated devices of a node keep their locks and counters."""
     return scratch / "devices" / str(node)
+
+
+def clock_folder(scratch: Path) -> Path:
+    """Where the stages of a pipeline, on all nodes, keep their clocks."""
+    return scratch / "stages"
 
 
 def load_workers(client: Client) -> Workers:
@@ -186,6 +195,8 @@ class Trial:
             "cpu_count": cpu_count(),
             "tuning": setup.tuning.model_dump(mode="json"),
             "left_out": dict(setup.left_out),
+            "composition": setup.composition,
+            "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
             "nodes": setup.layout.nodes,
             "supervision": setup.experiment.supervision,
@@ -311,9 +322,10 @@ class Trial:
             environment=setup.environment,
             workdir=self._folder.server,
             scratch=scratch,
-            server_env=node_envs[0],
+            server_env={**node_envs[0], **pipeline_environment(setup.workload, clock_folder(scratch))},
             host=setup.experiment.server_host,
             devices=setup.devices_per_node,
+            stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
             node_envs=tuple(node_envs),
         )
         servers = self._server_host(guardian, scratch)
@@ -336,7 +348,7 @@ class Trial:
             guardian,
             Engine.connect(),
             setup.environment.image,
-            reads=[setup.adapter.folder, workload.model_file.parent, workload.artifact],
+            reads=[setup.adapter.folder, *workload.code_folders, workload.artifact],
             writes=[self._folder.server.absolute(), scratch],
             limits=Limits(chosen.cpus, None if chosen.memory_mb is None else chosen.memory_mb << 20),
             address=setup.experiment.server_host,
@@ -582,6 +594,8 @@ class Trial:
                 collectors.append(exporter)
             elif setup.experiment.dcgm_exporter is not None:
                 self.facts["warnings"].append(f"no DCGM exporter answers at {setup.experiment.dcgm_exporter}")
+        if setup.workload.spec.pipeline:
+            collectors.append(StageClocks(clock_folder(scratch)))
         sampler = Sampler(
             collectors,
             self._folder.folder / "samples",

@@ -24,6 +24,7 @@ from reports.defaults import defaults
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
 from reports.page import render, write_page
+from reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
 from reports.reproduce import Portable, reproduce
 from reports.ruler import HEADINGS, ruler
 from reports.text import (
@@ -71,6 +72,9 @@ def build(runs: Sequence[RunFolder]) -> str:
         verdict=verdict(views),
         differences=conditions(views),
         defaults=defaults(cells),
+        pipelines=pipelines(cells),
+        price_headings=PRICE_HEADINGS,
+        stage_headings=STAGE_HEADINGS,
         ruler=ruler(views),
         ruler_headings=HEADINGS,
         profiles=profiles(views),

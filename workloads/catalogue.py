@@ -23,10 +23,13 @@ from harness.adapter import ServerEnvironment
 from harness.environments import Progress
 from harness.errors import InputError, StorageError, TailraceError
 from harness.folders import cache_folder
+from harness.pipeline import description
 from harness.workload import Device, Precision, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
 
 _HERE = Path(__file__).parent
 _RUNNER = _HERE / "prepare_artifact.py"
+_PIPELINE = _HERE / "pipeline.py"
+"""What runs the stages of a pipeline, here and in servers."""
 _SEAL = "prepared.json"
 
 
@@ -78,11 +81,13 @@ def prepare(
         "seed": seed,
         "payloads": spec.payloads,
         "models": list(models),
+        "pipeline": description(spec, folder / "model.py", None) if spec.pipeline else None,
     }
     build_requirements = folder / "build-requirements.txt"
     kind, requirements = (environment_kind, [build_requirements]) if build_requirements.is_file() else ("current", [])
     facts = {
         **job,
+        "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
         "device": device,
         "files": [(name, digest.hex()) for name, digest in _digests(folder)],
         "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
@@ -279,12 +284,13 @@ def _load(target: Path, spec: WorkloadSpec, models: Sequence[str], made: _Made) 
         device=made.device,
         precision=made.precision,
         compiled=made.compiled,
-        model_file=made.folder / "model.py",
+        model_file=_PIPELINE if spec.pipeline else made.folder / "model.py",
         artifact=artifact,
         artifact_sha256=sealed,
         requirements=requirements if requirements.is_file() else None,
         payloads=payloads,
         references=references,
+        stages_file=made.folder / "model.py" if spec.pipeline else None,
     )
 
 

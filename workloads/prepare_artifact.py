@@ -1,7 +1,8 @@
 """Runs a workload's ``build.py`` and ``model.py`` in the workload's own interpreter: artifact, payloads, references.
 
 A script of the standard library and numpy, started with one argument, a JSON file: ``folder`` (the workload's), ``out``
-(an empty folder), ``options`` and ``reference_options``, ``seed``, ``payloads`` (how many) and ``models`` (names). It
+(an empty folder), ``options`` and ``reference_options``, ``seed``, ``payloads`` (how many), ``models`` (names), and of a
+pipeline ``pipeline``, what ``TAILRACE_PIPELINE`` names: its references are computed by its stages one after the other. It
 writes ``out/artifact/``, ``out/payloads.npz`` and for the i-th model ``out/references-i.npz``; arrays have the payloads as
 axis 0. Its lines on stdout that begin with ``progress: `` are for the user.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import zipfile
@@ -42,6 +44,14 @@ def _save(path: Path, rows: list[dict[str, NDArray[np.generic]]]) -> None:
                 np.lib.format.write_array(member, np.stack([row[name] for row in rows]), allow_pickle=False)
 
 
+def _pipeline(description: dict[str, Any], out: Path) -> Any:
+    """The class that runs all stages, after which the workload's own ``model.py`` is imported."""
+    told = out / "pipeline.json"
+    told.write_text(json.dumps(description), encoding="utf-8")
+    os.environ["TAILRACE_PIPELINE"] = str(told)
+    return _module(Path(__file__).with_name("pipeline.py")).Model
+
+
 def main(job_file: str) -> None:
     """Do the job."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
@@ -66,7 +76,8 @@ def _answer(job: dict[str, Any], build: Any, artifact: str, out: Path) -> None:
     payloads = build.make_payloads(job["payloads"], job["seed"])
     _save(out / "payloads.npz", payloads)
 
-    model_class = _module(Path(job["folder"]) / "model.py").Model
+    own = Path(job["folder"]) / "model.py"
+    model_class = _pipeline(job["pipeline"], out) if job["pipeline"] else _module(own).Model
     for index, name in enumerate(job["models"]):
         _progress(f"computing the reference answers of {name}")
         model = model_class(artifact, name, "cpu")

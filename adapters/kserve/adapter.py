@@ -168,6 +168,7 @@ class KServe(Adapter):
         "concurrency or request rate (Knative), or by CPU or other metrics (HPA, KEDA)",
         "models": "many per server, each loaded in every worker, one request at a time in a worker; loaded and unloaded "
         "through its API where there is one worker",
+        "pipelines": "its model server has none: an InferenceGraph of the control plane calls one service after the other",
         "kubernetes": "its home: an InferenceService with canary traffic, scale to zero and model storage; the Python model "
         "server raced here runs in its pods, and alone",
     }

@@ -48,10 +48,12 @@ from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_
 from harness.errors import DeployError, ServerError
 from harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
 
-_TITLE = re.compile(rf"ray::ServeReplica:(?P<model>[^:]+):{config.DEPLOYMENT}\b")
+_TITLE = re.compile(r"ray::ServeReplica:(?P<model>[^:]+):(?P<deployment>[\w-]+)")
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 _HAPROXY_SOCKET = f"/{'0' * 56}/a.1234567.tmp"
 """In a folder named after the node; HAProxy makes it under a temporary name first."""
+_OF_THE_WHOLE = ("in_flight", "replicas", "requests_ok_total", "requests_failed_total")
+"""Metrics that mean the same of a pipeline that Serve composes as of one model."""
 _METRICS_TIMEOUT_S = 5.0
 _REPORT_TIMEOUT_S = 30.0
 
@@ -136,7 +138,9 @@ class RayServeDeployment(Deployment):
             except psutil.Error:
                 continue
             if title:
-                found.append(Replica(f"{title['model']}-{reference.pid}", title["model"], reference))
+                model, stage = title["model"], title["deployment"]
+                name = model if stage == config.DEPLOYMENT else f"{model}-{stage}"
+                found.append(Replica(f"{name}-{reference.pid}", model, reference))
         return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.name))
 
     def nodes(self) -> list[Node]:
@@ -174,7 +178,11 @@ class RayServeDeployment(Deployment):
         for node in self._node_metrics:
             with contextlib.suppress(OSError):  # a node may be down
                 ray_pages.append(node.page("/metrics"))
-        return self._metrics.read(self._models, "\n".join(ray_pages), haproxy_page)
+        readings = self._metrics.read(self._models, "\n".join(ray_pages), haproxy_page)
+        if self._request.stages:
+            # Batches are those of single stages, in which requests wait, too, in no metric: the stages' clocks tell.
+            readings = [reading for reading in readings if reading.metric in _OF_THE_WHOLE]
+        return readings
 
     def applied(self) -> dict[str, object]:
         """From Serve's controller and, for batching, one replica of each model; should models disagree, a knob's value
@@ -287,7 +295,10 @@ class RayServe(Adapter):
         "models": "many: one application per model, or `@serve.multiplexed` within a replica; a device is shared by giving "
         "each replica a fraction of it",
         "kubernetes": "KubeRay's RayService: the cluster of Ray scales its pods, Serve the replicas in them",
+        "pipelines": "in Python: a deployment for each stage with replicas of its own, called through handles by the one that "
+        "takes the requests",
     }
+    composes: ClassVar[bool] = True
     approximate: ClassVar[Mapping[str, str]] = {
         "queue_depth": "behind HAProxy it is what HAProxy has open less what Ray said a second or two ago",
     }

@@ -13,7 +13,8 @@ from harness.adapter import Autoscale, DeployRequest, Tuning
 from harness.control import agreed
 
 DEPLOYMENT = "Model"
-"""The one deployment of every application; the class in ``server.py``."""
+"""The deployment that takes the requests of an application: the model or, where Serve composes a pipeline, what calls the
+deployments of its stages, which are called as the stages are."""
 ROUTE = "/models/{model}"
 _NODE_ADDRESS = "127.0.0.2"
 """Another loopback address: 127.0.0.1 Ray would replace by the machine's public one. All nodes of a cluster have it: replicas
@@ -50,7 +51,7 @@ def files(request: DeployRequest) -> dict[str, str]:
     }
     # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
     # loaded later and for replicas that start while others end.
-    num_cpus = 2 * _most_per_node(tuning) * len(request.models) + 2
+    num_cpus = 2 * _most_per_node(tuning) * len(request.models) * (1 + len(request.stages)) + 2
     num_gpus = request.devices if request.workload.device == "cuda" else 0
     ray: dict[str, Any] = {
         "init": {
@@ -90,39 +91,68 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
     Of a node that has died the replicas wait for its return. Without ``max_replicas_per_node`` Ray would start them on the
     nodes that are left, as far as their CPUs go; there they would share devices that are busy already.
     """
-    tuning, workload = request.tuning, request.workload
-    deployment: dict[str, Any] = {"name": DEPLOYMENT}
-    if request.nodes > 1:
-        deployment["max_replicas_per_node"] = _most_per_node(tuning)
-    if tuning.replicas is not None or (request.nodes > 1 and tuning.autoscale is None):
-        deployment["num_replicas"] = _most_per_node(tuning) * request.nodes
-    if tuning.autoscale is not None:
-        deployment["autoscaling_config"] = _autoscaling(tuning.autoscale, request.nodes)
-    if workload.device == "cuda":
-        replicas = _most_per_node(tuning) * len(request.models)
+    workload = request.workload
+    args: dict[str, Any] = {
+        "model_file": str(workload.model_file),
+        "artifact": str(workload.artifact),
+        "name": model,
+        "device": workload.device,
+        "inputs": [spec.model_dump(mode="json") for spec in workload.spec.inputs],
+        "outputs": [spec.model_dump(mode="json") for spec in workload.spec.outputs],
+    }
+    deployments = [_deployment(request, DEPLOYMENT, batches=True)]
+    if request.stages:
+        args["stages"] = [stage.model_dump(mode="json") for stage in request.stages]
+        stages = [_deployment(request, stage.name, batches=stage.on_device) for stage in request.stages]
+        deployments = [_ingress(request), *stages]
+    return {
+        "name": model,
+        "route_prefix": ROUTE.format(model=model),
+        "import_path": "server:application",
+        "args": args,
+        "deployments": deployments,
+    }
+
+
+def _deployment(request: DeployRequest, name: str, *, batches: bool) -> dict[str, Any]:
+    """A deployment of a model, or of a stage; one that does not batch takes one item at a time, and refuses none."""
+    tuning = request.tuning
+    deployment: dict[str, Any] = {"name": name, **_replicas(request)}
+    if batches and request.workload.device == "cuda":
+        sharing = sum(stage.on_device for stage in request.stages) if request.stages else 1
+        replicas = _most_per_node(tuning) * len(request.models) * sharing
         deployment["ray_actor_options"] = {"num_gpus": gpu_share(replicas, request.devices)}
-    if tuning.queue_limit is not None:
+    if batches and tuning.queue_limit is not None:
         deployment["max_queued_requests"] = tuning.queue_limit
-    if tuning.max_batch is not None:
+    if batches and tuning.max_batch is not None:
         # Ray's default of 5 would end every batch at 5: one batch runs while the next one forms.
         deployment["max_ongoing_requests"] = _FORMING_BATCHES * tuning.max_batch
         deployment["user_config"] = {"max_batch_size": tuning.max_batch}
         if tuning.batch_window_ms is not None:
             deployment["user_config"]["batch_wait_timeout_s"] = tuning.batch_window_ms / 1000
-    return {
-        "name": model,
-        "route_prefix": ROUTE.format(model=model),
-        "import_path": "server:application",
-        "args": {
-            "model_file": str(workload.model_file),
-            "artifact": str(workload.artifact),
-            "name": model,
-            "device": workload.device,
-            "inputs": [spec.model_dump(mode="json") for spec in workload.spec.inputs],
-            "outputs": [spec.model_dump(mode="json") for spec in workload.spec.outputs],
-        },
-        "deployments": [deployment],
-    }
+    return deployment
+
+
+def _ingress(request: DeployRequest) -> dict[str, Any]:
+    """What calls the stages must have under way what all replicas of all stages take, and what may wait for them."""
+    tuning = request.tuning
+    deployment = {"name": DEPLOYMENT, **_replicas(request)}
+    if tuning.max_batch is not None:
+        taken = _FORMING_BATCHES * tuning.max_batch * len(request.stages)
+        deployment["max_ongoing_requests"] = taken + (tuning.queue_limit or 0)
+    return deployment
+
+
+def _replicas(request: DeployRequest) -> dict[str, Any]:
+    tuning = request.tuning
+    told: dict[str, Any] = {}
+    if request.nodes > 1:
+        told["max_replicas_per_node"] = _most_per_node(tuning)
+    if tuning.replicas is not None or (request.nodes > 1 and tuning.autoscale is None):
+        told["num_replicas"] = _most_per_node(tuning) * request.nodes
+    if tuning.autoscale is not None:
+        told["autoscaling_config"] = _autoscaling(tuning.autoscale, request.nodes)
+    return told
 
 
 def _autoscaling(wanted: Autoscale, nodes: int) -> dict[str, float]:

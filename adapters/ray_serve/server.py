@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response  # type: ignore[import-not-found]  # comes with ray[serve]
 
 _DEPLOYMENT = "Model"
@@ -37,8 +39,8 @@ _Item = dict[str, NDArray[Any]]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class Model:
-    """One replica: a copy of the workload's model behind HTTP, raw tensors in, raw tensors out.
+class _Replica:
+    """One replica of a model or of a stage.
 
     ``predict`` runs on the event loop of the user's code, as in the documentation of ``@serve.batch``. Ray runs that
     loop in a thread of its own, so health checks and timeouts go on while the model is busy; and the model is
@@ -47,18 +49,7 @@ class Model:
     running one.
     """
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        spec = importlib.util.spec_from_file_location("tailrace_model", arguments["model_file"])
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{arguments['model_file']} is no Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        self._model = module.Model(arguments["artifact"], arguments["name"], arguments["device"])
-        self._inputs = [(tensor["name"], np.dtype(tensor["dtype"]), tensor["shape"]) for tensor in arguments["inputs"]]
-        self._outputs = [(tensor["name"], np.dtype(tensor["dtype"])) for tensor in arguments["outputs"]]
-        self._input_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._inputs)
-        self._batches = False
+    _batches = False
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Ray Serve's hook for ``user_config``, which exists when batching was asked for."""
@@ -67,18 +58,15 @@ class Model:
         if (window_s := user_config.get("batch_wait_timeout_s")) is not None:
             self._predict_batch.set_batch_wait_timeout_s(window_s)
 
-    async def __call__(self, request: Any) -> Response:
-        body = await request.body()
-        if len(body) != self._input_bytes:
-            return Response(f"the body has {len(body)} bytes, the declared inputs have {self._input_bytes}", 400)
-        item = self._tensors(body)
-        answer = await self._predict_batch(item) if self._batches else self._predict([item])[0]
-        # Returned as plain bytes it would be sent in chunks.
-        return Response(answer, media_type="application/octet-stream")
+    async def _answer(self, item: _Item) -> Any:
+        return await self._predict_batch(item) if self._batches else self._predict([item])[0]
 
     @serve.batch  # type: ignore[untyped-decorator]
-    async def _predict_batch(self, items: list[_Item]) -> list[bytes]:
+    async def _predict_batch(self, items: list[_Item]) -> list[Any]:
         return self._predict(items)
+
+    def _predict(self, items: list[_Item]) -> list[Any]:
+        raise NotImplementedError
 
     def batching(self) -> dict[str, Any]:
         """What this replica's batch queue is set to; nothing when it does not batch."""
@@ -89,12 +77,93 @@ class Model:
             "batch_wait_timeout_s": self._predict_batch._get_batch_wait_timeout_s(),
         }
 
-    def _predict(self, items: list[_Item]) -> list[bytes]:
-        answers = self._model.predict({name: np.stack([item[name] for item in items]) for name, _, _ in self._inputs})
-        outputs = [np.ascontiguousarray(answers[name], dtype=dtype) for name, dtype in self._outputs]
-        return [b"".join(output[index].tobytes() for output in outputs) for index in range(len(items))]
 
-    def _tensors(self, body: bytes) -> _Item:
+class Model(_Replica):
+    """The workload's model behind HTTP, raw tensors in, raw tensors out."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._model = _module(arguments).Model(arguments["artifact"], arguments["name"], arguments["device"])
+        self._wire = _Wire(arguments)
+
+    async def __call__(self, request: Any) -> Response:
+        return await self._wire.answer(request, self._answer)
+
+    def _predict(self, items: list[_Item]) -> list[bytes]:
+        return self._wire.encode(self._model.predict(_stacked(items, self._wire.inputs)), len(items))
+
+
+class Stage(_Replica):
+    """One stage of a pipeline, called by another deployment with the tensors of an item."""
+
+    def __init__(self, arguments: dict[str, Any], stage: str) -> None:
+        loaded = arguments["artifact"], arguments["name"], arguments["device"]
+        self._stage = _module(arguments).Stage(*loaded, stage)
+
+    async def __call__(self, item: _Item) -> _Item:
+        return dict(await self._answer(item))
+
+    def _predict(self, items: list[_Item]) -> list[_Item]:
+        answers = self._stage.predict(_stacked(items, self._stage.inputs))
+        return [{name: array[index] for name, array in answers.items()} for index in range(len(items))]
+
+
+class Pipeline:
+    """What calls the stages of a pipeline, one after the other, for every request; each is a deployment of its own."""
+
+    def __init__(self, arguments: dict[str, Any], *handles: Any) -> None:
+        clock = _module(arguments).Clock
+        self._stages = [
+            (stage, handle, clock(stage["name"], "answered"))
+            for stage, handle in zip(arguments["stages"], handles, strict=True)
+        ]
+        self._wire = _Wire(arguments)
+
+    async def __call__(self, request: Any) -> Response:
+        try:
+            return await self._wire.answer(request, self._answer)
+        except BackPressureError as error:
+            return Response(str(error), 503)  # of a stage; Serve answers so itself when it comes from the ingress
+
+    async def _answer(self, item: _Item) -> bytes:
+        tensors = dict(item)
+        for stage, handle, clock in self._stages:
+            if stage["when"] and not tensors[stage["when"]].any():
+                continue
+            asked_ns = time.monotonic_ns()
+            tensors |= await handle.remote({name: tensors[name] for name in stage["inputs"]})
+            clock.count(time.monotonic_ns() - asked_ns, 1)
+        return self._wire.encode({name: tensors[name][np.newaxis] for name in self._wire.outputs}, 1)[0]
+
+    async def batching(self) -> Any:
+        """What the batch queue of the first stage on the device is set to."""
+        handles = [handle for stage, handle, _ in self._stages if stage["on_device"]]
+        return await handles[0].batching.remote() if handles else {}
+
+
+class _Wire:
+    """The bytes of requests and answers: raw tensors in the declared order."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._inputs = [(tensor["name"], np.dtype(tensor["dtype"]), tensor["shape"]) for tensor in arguments["inputs"]]
+        self._outputs = [(tensor["name"], np.dtype(tensor["dtype"])) for tensor in arguments["outputs"]]
+        self._input_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._inputs)
+        self.inputs = [name for name, _, _ in self._inputs]
+        self.outputs = [name for name, _ in self._outputs]
+
+    async def answer(self, request: Any, predict: Callable[[_Item], Awaitable[bytes]]) -> Response:
+        """The HTTP answer to a request, by what gives the bytes of one item's outputs."""
+        body = await request.body()
+        if len(body) != self._input_bytes:
+            return Response(f"the body has {len(body)} bytes, the declared inputs have {self._input_bytes}", 400)
+        # Returned as plain bytes it would be sent in chunks.
+        return Response(await predict(self._decode(body)), media_type="application/octet-stream")
+
+    def encode(self, answers: _Item, count: int) -> list[bytes]:
+        """The bytes of each item of a batch."""
+        outputs = [np.ascontiguousarray(answers[name], dtype=dtype) for name, dtype in self._outputs]
+        return [b"".join(output[index].tobytes() for output in outputs) for index in range(count)]
+
+    def _decode(self, body: bytes) -> _Item:
         tensors: _Item = {}
         offset = 0
         for name, dtype, shape in self._inputs:
@@ -104,12 +173,43 @@ class Model:
         return tensors
 
 
-_deployment: Any = serve.deployment(name=_DEPLOYMENT)(Model)
+def _module(arguments: dict[str, Any]) -> Any:
+    """The model's file as a module."""
+    spec = importlib.util.spec_from_file_location("tailrace_model", arguments["model_file"])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{arguments['model_file']} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def application(args: dict[str, Any]) -> serve.Application:
-    """Ray Serve's «application builder»: what the ``import_path`` of the rendered configuration names."""
-    return _deployment.bind(args)
+def _stacked(items: list[_Item], names: list[str]) -> _Item:
+    """The tensors of a batch."""
+    return {name: np.stack([item[name] for item in items]) for name in names}
+
+
+_model: Any = serve.deployment(name=_DEPLOYMENT)(Model)
+_pipeline: Any = serve.deployment(name=_DEPLOYMENT)(Pipeline)
+_stage: Any = serve.deployment(Stage)
+
+
+def application(args: dict[str, Any], options: Callable[[str], dict[str, Any]] = lambda name: {}) -> serve.Application:
+    """Ray Serve's «application builder»: what the ``import_path`` of the rendered configuration names. ``options`` are those of
+    each deployment by its name."""
+    if "stages" not in args:
+        return _model.options(**options(_DEPLOYMENT)).bind(args)
+    names = [stage["name"] for stage in args["stages"]]
+    stages = [_stage.options(name=name, **options(name)).bind(args, name) for name in names]
+    return _pipeline.options(**options(_DEPLOYMENT)).bind(args, *stages)
+
+
+def _on_device(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The deployments of an application whose replicas compute on its device."""
+    if "stages" not in one["args"]:
+        return list(one["deployments"])
+    names = {stage["name"] for stage in one["args"]["stages"] if stage["on_device"]}
+    return [deployment for deployment in one["deployments"] if deployment["name"] in names]
 
 
 class _Server:
@@ -140,7 +240,7 @@ class _Server:
 
     def scale(self, request: dict[str, Any]) -> None:
         """Deploy all that runs with another number of replicas, and no autoscaler to change it."""
-        deployments = [one["deployments"][0] for one in self._applications]
+        deployments = [deployment for one in self._applications for deployment in one["deployments"]]
         if self._nodes > 1:
             self._limit_per_node(deployments, request["replicas"])
         for deployment in deployments:
@@ -167,7 +267,11 @@ class _Server:
         if _joined() != self._nodes:
             return None
         details = _get_global_client().get_serve_details()["applications"]
-        deployments = [details[one["name"]]["deployments"][_DEPLOYMENT] for one in self._applications]
+        deployments = [
+            details[one["name"]]["deployments"][deployment["name"]]
+            for one in self._applications
+            for deployment in one["deployments"]
+        ]
         if any(deployment["status"] != "HEALTHY" for deployment in deployments):
             return None
         return [
@@ -181,8 +285,9 @@ class _Server:
         """What Serve's controller and the replicas say of themselves."""
         details = _get_global_client().get_serve_details()
         applications = {}
+        tuned = {one["name"]: [deployment["name"] for deployment in _on_device(one)] for one in self._applications}
         for name, one in details["applications"].items():
-            deployment = one["deployments"][_DEPLOYMENT]
+            deployment = one["deployments"][next(iter(tuned.get(name, [])), _DEPLOYMENT)]
             applications[name] = {
                 "deployment_config": deployment["deployment_config"],
                 "running": sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
@@ -191,12 +296,16 @@ class _Server:
         return {"http_options": details["http_options"], "applications": applications}
 
     def _target(self, one: dict[str, Any]) -> serve.Application:
-        options = {key: value for key, value in one["deployments"][0].items() if key != "name"}
+        deployments = {deployment["name"]: deployment for deployment in one["deployments"]}
+        return application(one["args"], lambda name: self._options(deployments[name]))
+
+    def _options(self, deployment: dict[str, Any]) -> dict[str, Any]:
+        options = {key: value for key, value in deployment.items() if key != "name"}
         # One version for good, as `serve deploy` has it: by serve.run() alone every deployment would be of another version,
         # and a change of num_replicas replace all replicas, one after the other. But a change of the limit per node, which
         # does so in any case, Serve takes no notice of if the version stays.
         options |= {"version": str(options.get("max_replicas_per_node", 1)), "_internal": True}
-        return _deployment.options(**options, logging_config=self._logging).bind(one["args"])
+        return {**options, "logging_config": self._logging}
 
 
 def _run(targets: list[serve.RunTarget]) -> None:

@@ -41,7 +41,10 @@ from harness.workload import TensorSpec
 
 CONFIG = "server.json"
 SYSTEM = "system.json"
-_CANONICAL = ("queue_depth", "in_flight", "replicas", "requests_ok_total", "requests_failed_total", "batches_total")
+_CANONICAL = (
+    *("queue_depth", "in_flight", "replicas", "requests_ok_total", "requests_failed_total"),
+    *("batches_total", "items_total"),
+)
 _DEFAULT_PACE = {"averaged_over_s": 2.0, "up_after_s": 0.0, "down_after_s": 10.0}
 
 
@@ -99,8 +102,9 @@ class ReferenceDeployment(Deployment):
         for reference, process in descendants(self.process):
             try:
                 if process.name() == PROCESS_NAME:
-                    model = process.cmdline()[3]  # python -m server.replica MODEL CONFIG DESCRIPTOR
-                    found.append(Replica(f"{model}-{reference.pid}", model, reference))
+                    part = process.cmdline()[3]  # python -m server.replica MODEL[/STAGE] CONFIG DESCRIPTOR
+                    name = f"{part.replace('/', '-')}-{reference.pid}"
+                    found.append(Replica(name, part.partition("/")[0], reference))
             except (psutil.Error, IndexError):
                 continue
         return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.process.pid))
@@ -114,8 +118,13 @@ class ReferenceDeployment(Deployment):
                 totals.setdefault(sample.labels["model"], {})[sample.name] = sample.value
         samples = []
         for model, total in totals.items():
+            if stage := model.partition("/")[2]:
+                samples += _stage_samples(stage, total)
+                continue
+            samples += [MetricSample(metric, total[metric], model) for metric in _CANONICAL if metric in total]
+            if "batches_total" not in total:
+                continue  # a pipeline, whose stages batch
             items, batches = total["items_total"], total["batches_total"]
-            samples += [MetricSample(metric, total[metric], model) for metric in (*_CANONICAL, "items_total")]
             last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
             if batches > last_batches:
                 samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
@@ -137,6 +146,13 @@ class ReferenceDeployment(Deployment):
     def scale(self, replicas: int) -> None:
         """Returns when so many replicas of every model have loaded; those to spare end when they are done."""
         self._control.command("POST", f"/v2/replicas/{replicas}", timeout_s=Reference.start_timeout_s)
+
+
+def _stage_samples(stage: str, total: Mapping[str, float]) -> list[MetricSample]:
+    return [
+        MetricSample("stage_answers_total", total["requests_ok_total"], stage),
+        MetricSample("stage_answer_s_total", total["request_seconds_total"], stage, "s"),
+    ]
 
 
 def knobs_in(system: Mapping[str, Any]) -> dict[str, object]:
@@ -182,8 +198,11 @@ class Reference(Adapter):
         "scaling": "ongoing requests per replica, by its own scaler; or what waits, or the p99 that it predicts",
         "models": "many per server, each with replicas of its own, loaded and unloaded through its API",
         "kubernetes": "none: a health endpoint, a metrics page and a graceful end on SIGTERM",
+        "pipelines": "in its front process: every stage has a queue, a batcher and replicas of its own, and requests are handed "
+        "on as bytes",
     }
     baseline: ClassVar[bool] = True
+    composes: ClassVar[bool] = True
     start_timeout_s: ClassVar[float] = 120.0
 
     def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
@@ -208,8 +227,8 @@ class Reference(Adapter):
             "model_file": str(request.workload.model_file),
             "artifact": str(request.workload.artifact),
             "device": request.workload.device,
-            "inputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in spec.inputs],
-            "outputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in spec.outputs],
+            "inputs": _layout(spec.inputs),
+            "outputs": _layout(spec.outputs),
             "input_bytes": _item_bytes(spec.inputs),
             "output_bytes": _item_bytes(spec.outputs),
             "system": system,
@@ -219,6 +238,8 @@ class Reference(Adapter):
             "slo_ms": options.slo_ms or spec.slo.latency_ms,
             "health_timeout_s": options.health_timeout_s,
         }
+        if request.stages:
+            config |= {"input_sizes": _sizes(spec.inputs), "stages": stages_of(request, system)}
         return {CONFIG: json.dumps(config, indent=1), SYSTEM: json.dumps(system, indent=1)}
 
     def deploy(self, request: DeployRequest, host: ProcessHost) -> Deployment:
@@ -270,6 +291,33 @@ def _warm_pool(tuning: Tuning, options: Options) -> int:
     """What is kept beyond the fewest, within the most."""
     scale = tuning.autoscale
     return 0 if scale is None else min(options.warm_pool, scale.max - scale.min)
+
+
+def stages_of(request: DeployRequest, system: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a pipeline by name: on the device they have the mechanisms that the tuning asks for, elsewhere these without
+    batches."""
+    alone = {**system, "batching": {**system["batching"], "max_batch": 1, "window_ms": 0.0}}
+    told = {}
+    for stage in request.stages:
+        inputs = [request.workload.spec.tensors[name] for name in stage.inputs]
+        told[stage.name] = {
+            "inputs": _layout(inputs),
+            "outputs": _layout(stage.outputs),
+            "output_sizes": _sizes(stage.outputs),
+            "output_bytes": _item_bytes(stage.outputs),
+            "when": stage.when,
+            "on_device": stage.on_device,
+            "system": dict(system) if stage.on_device else alone,
+        }
+    return told
+
+
+def _layout(tensors: Sequence[TensorSpec]) -> list[tuple[str, str, list[int]]]:
+    return [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in tensors]
+
+
+def _sizes(tensors: Sequence[TensorSpec]) -> list[tuple[str, int]]:
+    return [(tensor.name, _item_bytes([tensor])) for tensor in tensors]
 
 
 def _item_bytes(tensors: Sequence[TensorSpec]) -> int:

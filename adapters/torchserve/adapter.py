@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
+from zipfile import ZipFile
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,10 +48,13 @@ from harness.control import (
 )
 from harness.errors import DeployError, ServerError
 from harness.processes import ProcessRef, descendants, log_tail
+from harness.workload import StageSpec
 
 _WORKER = "model_service_worker.py"
 _SOCKET = re.compile(r"\.ts\.sock\.(\d+)$")
 _OUTPUT_LINES = 40
+_ANSWER_US = "ts_inference_latency_microseconds"
+"""Of the frontend, by model: the time from the coming of requests to their answers."""
 _NO_TORCH = (
     "the workload needs no torch and TorchServe found none: a stand-in took its place, so cold starts, replacements and "
     "memory are lower than with torch, which every real model brings along"
@@ -143,16 +147,22 @@ class TorchServeDeployment(Deployment):
         self._metrics = ControlConnection("torchserve", endpoint.host, metrics_port, log)
         self._folder = folder
         self._models = list(request.models)
+        self._unregistered = list(request.models) if request.stages else []
+        """Workflows, which a server does not load by itself."""
+        self._refused: ServerError | None = None
         self._starting: _Workers | None = _Workers(log)
         self._last_counts: dict[str, tuple[float, float]] = {}
 
     def claims_ready(self) -> bool:
         """Whether the management interface says ``READY`` of every worker of every model.
 
-        Of a worker that is paused it says so until ``responseTimeout`` has passed.
+        Of a worker that is paused it says so until ``responseTimeout`` has passed. Workflows are registered first, which takes as
+        long as their nodes take to load.
         """
+        if self._unregistered and not self._register_workflows():
+            return False
         try:
-            ready = all(map(self._all_ready, map(self._describe, self._models)))
+            ready = all(map(self._all_ready, map(self._describe, self._nodes())))
         except ServerError:
             return False
         if ready:
@@ -167,6 +177,8 @@ class TorchServeDeployment(Deployment):
     def check_alive(self) -> None:
         """Beside the main process: until the server was ready once, a worker that ended could not load its model."""
         super().check_alive()
+        if self._refused is not None:
+            raise DeployError(self._refused.message, remedy=f"read the log: {self.log}", detail=self._refused.detail)
         if self._starting is not None and (said := self._starting.failure()):
             raise DeployError(
                 f"a worker of torchserve did not come up: {_exception_in(said)}",
@@ -196,6 +208,7 @@ class TorchServeDeployment(Deployment):
         """What succeeded by the handler's own metric, the queue and the workers by the management interface, failures by
         the frontend's count of answers, which knows no models."""
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        answer_us: dict[str, float] = defaultdict(float)
         failed = 0.0
         for family in text_string_to_metric_families(self._metrics.page("/metrics")):
             for sample in family.samples:
@@ -203,7 +216,11 @@ class TorchServeDeployment(Deployment):
                     totals[sample.labels["ModelName"]][sample.name] += sample.value
                 elif family.name in ("Requests4XX", "Requests5XX"):
                     failed += sample.value
+                elif family.name == _ANSWER_US:
+                    answer_us[sample.labels["model_name"]] += sample.value
         samples = [MetricSample("requests_failed_total", failed)]
+        if self._request.stages:
+            return samples + self._workflow_samples(answer_us, totals)
         for model in list(self._models):
             try:
                 description = self._describe(model)
@@ -225,20 +242,26 @@ class TorchServeDeployment(Deployment):
 
     def applied(self) -> dict[str, object]:
         """From ``GET /models/MODEL``; should models disagree, a knob's value lists what they say."""
-        return agreed(config.knobs_in(self._describe(model)) for model in self._models)
+        tuned = [stage for stage in self._request.stages if stage.on_device] or self._request.stages
+        return agreed(config.knobs_in(self._describe(node)) for node in self._nodes(tuned))
 
     def load_model(self, model: str) -> None:
         """Write the model's folder and register it, with as many workers as the others have."""
         request = self._request
         if request.tuning.replicas is None:
             # Registered later, a model has no worker at all unless told.
-            workers = max((self._describe(other)["minWorkers"] for other in self._models), default=1)
+            workers = max((self._describe(other)["minWorkers"] for other in self._nodes()), default=1)
             request = replace(request, tuning=request.tuning.model_copy(update={"replicas": workers}))
         for path, text in config.model_files(request, model).items():
             file = request.workdir / "config" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         printed = _Workers(self.log)
+        if request.stages:
+            self._register_workflow(model)
+            if model not in self._models:
+                self._models.append(model)
+            return
         try:
             self._manage("POST", f"/models?url={quote(model)}&model_name={quote(model)}&synchronous=true")
         except ServerError as error:
@@ -255,9 +278,10 @@ class TorchServeDeployment(Deployment):
         """Unregister the model; returns when the server knows it no longer."""
         if model in self._models:
             self._models.remove(model)
-        self._manage("DELETE", f"/models/{quote(model)}")
+        kind = "workflows" if self._request.stages else "models"
+        self._manage("DELETE", f"/{kind}/{quote(model)}")
         self.wait_for(
-            lambda: self._management.says_ok(f"/models/{quote(model)}") is False,
+            lambda: self._management.says_ok(f"/{kind}/{quote(model)}") is False,
             f"unload the model {model!r}",
             TorchServe.start_timeout_s,
         )
@@ -266,9 +290,9 @@ class TorchServeDeployment(Deployment):
         """Set every model's minimum and maximum of workers; models that are loaded later get as many."""
         tuning = self._request.tuning.model_copy(update={"replicas": replicas})
         self._request = replace(self._request, tuning=tuning)
-        for model in self._models:
+        for model in self._nodes():
             self._manage("PUT", f"/models/{quote(model)}?min_worker={replicas}&max_worker={replicas}&synchronous=true")
-        for model in self._models:
+        for model in self._nodes():
             self.wait_for(
                 partial(self._has_workers, model, replicas),
                 f"give the model {model!r} {replicas} workers",
@@ -282,6 +306,65 @@ class TorchServeDeployment(Deployment):
         """
         super().stop(grace_s if self.process.alive() else 0.0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _nodes(self, stages: Sequence[StageSpec] | None = None) -> list[str]:
+        """What TorchServe calls the models that it has loaded: those of a workflow's nodes have names of their own."""
+        if not self._request.stages:
+            return list(self._models)
+        chosen = self._request.stages if stages is None else stages
+        return [config.node(model, stage) for model in self._models for stage in chosen]
+
+    def _register_workflows(self) -> bool:
+        """Register what is not registered yet, once the server listens; a refusal is told by :meth:`check_alive`."""
+        if self._refused is not None or not self.health():
+            return False
+        try:
+            while self._unregistered:
+                self._register_workflow(self._unregistered[0])
+                del self._unregistered[0]
+        except ServerError as error:
+            self._refused = error
+        return self._refused is None
+
+    def _register_workflow(self, model: str) -> None:
+        """Pack the workflow that was rendered, for TorchServe takes it only zipped, and register it; returns when its nodes are
+        loaded. Raises :class:`ServerError`."""
+        folder = self._request.workdir / "config"
+        specification = folder / config.workflow_file(model)
+        archive = specification.with_suffix(".war")
+        with ZipFile(archive, "w") as packed:
+            packed.write(specification, specification.name)
+            for name, text in config.workflow_parts(model, specification.name).items():
+                packed.writestr(name, text)
+        self._manage("POST", f"/workflows?url={quote(archive.name)}&workflow_name={quote(model)}")
+
+    def _workflow_samples(
+        self, answer_us: Mapping[str, float], totals: Mapping[str, Mapping[str, float]]
+    ) -> list[MetricSample]:
+        """Of workflows, of which there are no counts: what the last node has answered, what waits for all of them, and each
+        stage's answers by its handler with their time by the frontend."""
+        stages = self._request.stages
+        samples = []
+        for stage in stages:
+            nodes = self._nodes([stage])
+            samples += [
+                MetricSample("stage_answers_total", sum(totals[node]["BatchSize_sum"] for node in nodes), stage.name),
+                MetricSample(
+                    "stage_answer_s_total", sum(answer_us.get(node, 0.0) for node in nodes) / 1e6, stage.name, "s"
+                ),
+            ]
+        for model in self._models:
+            try:
+                described = [self._describe(config.node(model, stage)) for stage in stages]
+            except ServerError as error:
+                raise OSError(error.message) from error
+            waiting = sum(one["jobQueueStatus"]["pendingRequests"] for one in described)
+            samples += [
+                MetricSample("queue_depth", waiting, model),
+                MetricSample("replicas", min(map(config.ready_workers, described)), model),
+                MetricSample("requests_ok_total", totals[config.node(model, stages[-1])]["BatchSize_sum"], model),
+            ]
+        return samples
 
     def _describe(self, model: str) -> dict[str, Any]:
         """What the management interface says of a model. Raises :class:`ServerError`."""
@@ -330,9 +413,13 @@ class TorchServe(Adapter):
         "number at run time",
         "models": "any number, registered and unregistered at run time, with worker processes of their own, which are "
         "dealt out over the GPUs in turn",
+        "pipelines": "workflows, in the frontend, which hands the bytes of one node to the next and knows no conditions: every "
+        "item goes through every node. A node that answers before the frontend listens is not heard, and asked again after "
+        "10 s; the archived project's last source, later than its last release, refuses to register workflows",
         "kubernetes": "a Helm chart with an example for the horizontal pod autoscaler, and a runtime in KServe; the "
         "project is archived",
     }
+    composes: ClassVar[bool] = True
     approximate: ClassVar[Mapping[str, str]] = {
         "requests_failed_total": "every answer from 400 on of the whole server, its management API included"
     }
@@ -412,7 +499,8 @@ class TorchServe(Adapter):
             ports=tuple(ports.values()),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
-        codec = RawHTTP(request.host, ports["inference"], "/predictions/{model}", inputs, outputs)
+        path = "/wfpredict/{model}" if request.stages else "/predictions/{model}"
+        codec = RawHTTP(request.host, ports["inference"], path, inputs, outputs)
         deployment = TorchServeDeployment(
             host,
             process,

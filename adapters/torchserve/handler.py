@@ -35,13 +35,16 @@ class Handler:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        self._model = module.Model(options["artifact"], context.model_name, device)
+        loaded = options["artifact"], options.get("name", context.model_name), device
+        self._of_a_workflow = "stage" in options
+        self._model = module.Stage(*loaded, options["stage"]) if self._of_a_workflow else module.Model(*loaded)
 
     def handle(self, requests: Sequence[dict[str, Any]], context: Any) -> list[bytes | str]:
         """One ``predict()`` over all bodies of the right size; one answer per request, in order, each with its status.
 
         A body of another size fails alone. An exception of the model fails the others: raised, TorchServe would
-        answer it with 503, which is what a full queue says.
+        answer it with 503, which is what a full queue says. A workflow knows no status, and would take what is said of an
+        error for the answer; there all of them are raised.
         """
         answers: list[bytes | str] = [b""] * len(requests)
         bodies: dict[int, bytes | bytearray] = {}
@@ -50,6 +53,8 @@ class Handler:
             # TorchServe has decoded what was sent as text or as JSON.
             if isinstance(body, bytes | bytearray) and len(body) == self._input_bytes:
                 bodies[index] = body
+            elif self._of_a_workflow:
+                raise ValueError(f"the body must be the {self._input_bytes} bytes of the declared inputs, and no text")
             else:
                 answers[index] = f"the body must be the {self._input_bytes} bytes of the declared inputs, and no text"
                 context.set_response_status(400, "Bad Request", index)
@@ -59,6 +64,8 @@ class Handler:
             results = self._predict(list(bodies.values()))
         except Exception as error:  # whatever the model raises is the answer to every request of the batch
             logging.exception("predict() failed")
+            if self._of_a_workflow:
+                raise
             for index in bodies:
                 answers[index] = f"{type(error).__name__}: {error}"
                 context.set_response_status(500, "Internal Server Error", index)
@@ -77,7 +84,8 @@ class Handler:
             items = [np.frombuffer(body, dtype, count, offset).reshape(shape) for body in bodies]
             columns[name] = np.stack(items)
             offset += count * dtype.itemsize
-        answers = self._model.predict(columns)
+        # A node gets nothing but the bytes of the node before it: what comes in goes out again, with what the stage gives.
+        answers = self._model.through(columns) if self._of_a_workflow else self._model.predict(columns)
         outputs = [np.ascontiguousarray(answers[name], dtype=dtype) for name, dtype in self._outputs]
         for (name, _), output in zip(self._outputs, outputs, strict=True):
             if len(output) != len(bodies):

@@ -17,7 +17,16 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from adapters.triton.config import flags, knobs_in, model_files
+from adapters.triton.config import (
+    batching_parts,
+    flags,
+    is_ensemble,
+    knobs_in,
+    model_files,
+    parts,
+    script_instances,
+    stage_model,
+)
 from harness.adapter import (
     Adapter,
     Deployment,
@@ -145,7 +154,7 @@ class TritonDeployment(Deployment):
 
     def claims_ready(self) -> bool:
         """``/v2/health/ready`` and the ``ready`` of every loaded model."""
-        return self.health() and all(map(self._is_ready, self._models))
+        return self.health() and all(map(self._answers, self._models))
 
     def health(self) -> bool:
         """``/v2/health/ready``: 200 from before the first model is loaded until the server ends, whatever its workers do."""
@@ -167,7 +176,8 @@ class TritonDeployment(Deployment):
     def scrape(self) -> list[MetricSample]:
         """Triton's metrics per model.
 
-        What a full queue refuses is in none of its counters; what waited too long counts as failed.
+        What a full queue refuses is in none of its counters; what waited too long counts as failed. A pipeline's stages, where
+        Triton composes them, are models with counters of their own, and their batches are not the whole's.
         """
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for family in text_string_to_metric_families(self._metrics.page("/metrics")):
@@ -175,13 +185,17 @@ class TritonDeployment(Deployment):
                 if (model := sample.labels.get("model")) is not None:  # summed over versions and failure reasons
                     # The family's name, for the parser renames the samples of counters.
                     totals[model][family.name] += sample.value
-        samples = []
+        samples = self._stage_samples(totals)
         for model, total in totals.items():
             items, batches = total["nv_inference_count"], total["nv_inference_exec_count"]
             samples += [
                 MetricSample("queue_depth", total["nv_inference_pending_request_count"], model),
                 MetricSample("requests_ok_total", total["nv_inference_request_success"], model),
                 MetricSample("requests_failed_total", total["nv_inference_request_failure"], model),
+            ]
+            if self._request.stages:
+                continue
+            samples += [
                 MetricSample("batches_total", batches, model),
                 MetricSample("items_total", items, model),
             ]
@@ -194,7 +208,8 @@ class TritonDeployment(Deployment):
 
     def applied(self) -> dict[str, object]:
         """From ``/v2/models/MODEL/config``; should loaded models disagree, a knob's value lists what they say."""
-        return agreed(knobs_in(self._control.json(f"/v2/models/{model}/config")) for model in self._models)
+        asked = [part for model in self._models for part in batching_parts(self._request, model)]
+        return agreed(knobs_in(self._control.json(f"/v2/models/{part}/config")) for part in asked)
 
     def load_model(self, model: str) -> None:
         """Write the model's folder if it has none, load it, and wait until its ``ready`` says so."""
@@ -202,8 +217,9 @@ class TritonDeployment(Deployment):
             file = self._request.workdir / "config" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        self._control.command("POST", f"/v2/repository/models/{model}/load", timeout_s=Triton.start_timeout_s)
-        self.wait_for(partial(self._is_ready, model), f"load the model {model!r}", Triton.start_timeout_s)
+        for part in parts(self._request, model):
+            self._control.command("POST", f"/v2/repository/models/{part}/load", timeout_s=Triton.start_timeout_s)
+        self.wait_for(partial(self._answers, model), f"load the model {model!r}", Triton.start_timeout_s)
         if model not in self._models:
             self._models.append(model)
 
@@ -211,7 +227,8 @@ class TritonDeployment(Deployment):
         """Unload and wait until the model's ``ready`` denies it."""
         if model in self._models:
             self._models.remove(model)
-        self._control.command("POST", f"/v2/repository/models/{model}/unload", timeout_s=Triton.start_timeout_s)
+        for part in reversed(parts(self._request, model)):
+            self._control.command("POST", f"/v2/repository/models/{part}/unload", timeout_s=Triton.start_timeout_s)
         self.wait_for(lambda: self._says_ready(model) is False, f"unload the model {model!r}", Triton.start_timeout_s)
 
     def scale(self, replicas: int) -> None:
@@ -219,14 +236,19 @@ class TritonDeployment(Deployment):
 
         Instances that stay are kept; new ones start beside them, and requests go on meanwhile.
         """
+        request = self._request
         for model in self._models:
-            config = self._control.json(f"/v2/models/{model}/config")
-            for group in config["instance_group"]:
-                group["count"] = replicas
-            body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
-            path = f"/v2/repository/models/{model}/load"
-            self._control.command("POST", path, body=body, timeout_s=Triton.start_timeout_s)
-            self.wait_for(partial(self._is_ready, model), f"load the model {model!r} again", Triton.start_timeout_s)
+            for part in parts(request, model):
+                composes = bool(request.stages) and part == model
+                if composes and is_ensemble(request):
+                    continue  # it has no instances
+                config = self._control.json(f"/v2/models/{part}/config")
+                for group in config["instance_group"]:
+                    group["count"] = script_instances(request, replicas) if composes else replicas
+                body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
+                path = f"/v2/repository/models/{part}/load"
+                self._control.command("POST", path, body=body, timeout_s=Triton.start_timeout_s)
+                self.wait_for(partial(self._is_ready, part), f"load the model {part!r} again", Triton.start_timeout_s)
 
     def stop(self, grace_s: float = 10.0) -> None:
         """End the server, and remove the shared memory and the empty folder that a killed worker or server has left."""
@@ -236,6 +258,25 @@ class TritonDeployment(Deployment):
         for folder in set(_TEMPORARY.glob(_STUB_ENVIRONMENTS)) - self._found_environments:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only an empty one: ours always are, for no environment is ever packed into a model
+
+    def _stage_samples(self, totals: dict[str, dict[str, float]]) -> list[MetricSample]:
+        """Takes the stages of composed pipelines, and the batches of what composes them, out of the totals."""
+        samples = []
+        for stage in self._request.stages:
+            names = {stage_model(model, stage) for model in (*self._request.models, *self._models)}
+            stages = [total for name in names if (total := totals.pop(name, None)) is not None]
+            answers = sum(total["nv_inference_request_success"] for total in stages)
+            answer_s = sum(total["nv_inference_request_duration_us"] for total in stages) / 1e6
+            waiting = sum(total["nv_inference_pending_request_count"] for total in stages)
+            samples += [
+                MetricSample("stage_answers_total", answers, stage.name),
+                MetricSample("stage_answer_s_total", answer_s, stage.name, "s"),
+                MetricSample("queue_depth", waiting, stage.name),
+            ]
+        return samples
+
+    def _answers(self, model: str) -> bool:
+        return all(map(self._is_ready, parts(self._request, model)))
 
     def _is_ready(self, model: str) -> bool:
         return bool(self._says_ready(model))
@@ -273,7 +314,10 @@ class Triton(Adapter):
         "load, and adds servers, is somebody else's",
         "models": "many per server and device, loaded and unloaded through its API, each with its own instances",
         "kubernetes": "none of its own: a container image and health endpoints; KServe and others deploy it",
+        "pipelines": "in the server: an ensemble hands tensors from model to model and knows no conditions; where a rule sends "
+        "only some items on, a script of the Python backend (BLS) asks the models, and is busy until all have answered",
     }
+    composes: ClassVar[bool] = True
 
     def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
         """Beside autoscaling: a batch window without batches, for Triton's own default is not to batch."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.adapter import DeployRequest, Tuning
-from harness.workload import TensorSpec
+from harness.workload import StageSpec, TensorSpec
 
 _DATA_TYPES = {
     "int32": "TYPE_INT32",
@@ -16,15 +16,47 @@ _DATA_TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
 }
-_SHIM = Path(__file__).with_name("shim.py")
+_FOLDER = Path(__file__).parent
+
+
+def stage_model(model: str, stage: StageSpec) -> str:
+    """Triton's name for a stage of a pipeline that it composes."""
+    return f"{model}-{stage.name}"
+
+
+def is_ensemble(request: DeployRequest) -> bool:
+    """Whether Triton composes by an ensemble, which knows no conditions; a rule takes a script (BLS, ``script.py``)."""
+    return not any(stage.when for stage in request.stages)
+
+
+def parts(request: DeployRequest, model: str) -> list[str]:
+    """All that Triton must have loaded to answer for a model: the stages of a pipeline that it composes, and what does so."""
+    return [*(stage_model(model, stage) for stage in request.stages), model]
+
+
+def batching_parts(request: DeployRequest, model: str) -> list[str]:
+    """Those of them to which the tuning applies: of a composed pipeline the stages on the device."""
+    return [stage_model(model, stage) for stage in request.stages if stage.on_device] or [model]
 
 
 def model_files(request: DeployRequest, model: str) -> dict[str, str]:
-    """A model's folder in the repository: path below the configuration folder → text."""
-    return {
-        f"models/{model}/config.pbtxt": model_config(request, model),
-        f"models/{model}/1/model.py": _SHIM.read_text(encoding="utf-8"),
-    }
+    """A model's folders in the repository: path below the configuration folder → text."""
+    shim = (_FOLDER / "shim.py").read_text(encoding="utf-8")
+    files = {}
+    for stage in request.stages:
+        name = stage_model(model, stage)
+        files[f"models/{name}/config.pbtxt"] = stage_config(request, model, stage)
+        files[f"models/{name}/1/model.py"] = shim
+    if not request.stages:
+        files[f"models/{model}/config.pbtxt"] = model_config(request, model)
+        files[f"models/{model}/1/model.py"] = shim
+    elif is_ensemble(request):
+        files[f"models/{model}/config.pbtxt"] = ensemble_config(request, model)
+        files[f"models/{model}/1/README"] = "An ensemble has no file, but Triton wants the folder of a version.\n"
+    else:
+        files[f"models/{model}/config.pbtxt"] = script_config(request, model)
+        files[f"models/{model}/1/model.py"] = (_FOLDER / "script.py").read_text(encoding="utf-8")
+    return files
 
 
 def flags(request: DeployRequest) -> list[str]:
@@ -32,7 +64,7 @@ def flags(request: DeployRequest) -> list[str]:
     chosen = [
         "--model-repository=models",
         "--model-control-mode=explicit",
-        *(f"--load-model={model}" for model in request.models),
+        *(f"--load-model={part}" for model in request.models for part in parts(request, model)),
         # The configuration is complete; completing it would start every model once more, and count as cold start.
         "--disable-auto-complete-config",
         # A model that was unloaded on purpose is no illness of the server: readiness is asked per model.
@@ -53,24 +85,106 @@ def model_config(request: DeployRequest, model: str) -> str:
     Requests always carry a batch axis of 1. With ``max_batch`` it is Triton's own batch axis; without, Triton does
     not batch (``max_batch_size: 0``) and the axis is part of the shape.
     """
-    workload, tuning = request.workload, request.tuning
-    batches = tuning.max_batch is not None
-    parameters = {
-        "artifact": str(workload.artifact),
-        "device": workload.device,
-        "model_file": str(workload.model_file),
-    }
-    lines = [
-        f"name: {_quoted(model)}",
-        'backend: "python"',
-        f"max_batch_size: {tuning.max_batch or 0}",
-        *_tensors("input", workload.spec.inputs, batches),
-        *_tensors("output", workload.spec.outputs, batches),
-        *_instance_group(request),
-        *_dynamic_batching(tuning),
+    spec = request.workload.spec
+    return _text(
+        [
+            *_head(request, model, "python", spec.inputs, spec.outputs),
+            *_instance_group(request),
+            *_dynamic_batching(request.tuning),
+            *_parameters(_loaded(request)),
+        ]
+    )
+
+
+def stage_config(request: DeployRequest, model: str, stage: StageSpec) -> str:
+    """``config.pbtxt`` of one stage: on the device it batches as the tuning says, elsewhere one request at a time."""
+    inputs = tuple(request.workload.spec.tensors[name] for name in stage.inputs)
+    return _text(
+        [
+            *_head(request, stage_model(model, stage), "python", inputs, stage.outputs),
+            *_instance_group(request, on_device=stage.on_device),
+            *(_dynamic_batching(request.tuning) if stage.on_device else []),
+            *_parameters({**_loaded(request), "name": model, "stage": stage.name}),
+        ]
+    )
+
+
+def ensemble_config(request: DeployRequest, model: str) -> str:
+    """``config.pbtxt`` of the whole as an ensemble: tensors keep the names that they have in the pipeline."""
+    spec = request.workload.spec
+    steps = []
+    for stage in request.stages:
+        maps = [f"input_map {{ key: {_quoted(name)} value: {_quoted(name)} }}" for name in stage.inputs]
+        maps += [f"output_map {{ key: {_quoted(t.name)} value: {_quoted(t.name)} }}" for t in stage.outputs]
+        steps.append(
+            f"  step {{ model_name: {_quoted(stage_model(model, stage))} model_version: -1 {' '.join(maps)} }}"
+        )
+    return _text([*_head(request, model, None, spec.inputs, spec.outputs), "ensemble_scheduling {", *steps, "}"])
+
+
+def script_config(request: DeployRequest, model: str) -> str:
+    """``config.pbtxt`` of the whole as a script.
+
+    An instance is busy until all requests that it took together are answered by all stages. So that no stage is idle for want of
+    somebody to call it, there are as many instances as replicas of all stages.
+    """
+    spec, tuning = request.workload.spec, request.tuning
+    stages = [
+        {
+            "model": stage_model(model, stage),
+            "inputs": stage.inputs,
+            "outputs": [tensor.name for tensor in stage.outputs],
+            "when": stage.when,
+        }
+        for stage in request.stages
     ]
-    for key, value in parameters.items():
-        lines += [f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"]
+    count = "" if tuning.replicas is None else f" count: {script_instances(request, tuning.replicas)}"
+    return _text(
+        [
+            *_head(request, model, "python", spec.inputs, spec.outputs),
+            f"instance_group {{ kind: KIND_CPU{count} }}",
+            *(["dynamic_batching { }"] if (tuning.max_batch or 1) > 1 else []),
+            *_parameters({"stages": json.dumps(stages)}),
+        ]
+    )
+
+
+def script_instances(request: DeployRequest, replicas: int) -> int:
+    """How many instances of the script there are for so many replicas of every stage."""
+    return replicas * len(request.stages)
+
+
+def _head(
+    request: DeployRequest,
+    name: str,
+    backend: str | None,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> list[str]:
+    batches = request.tuning.max_batch is not None
+    return [
+        f"name: {_quoted(name)}",
+        f"backend: {_quoted(backend)}" if backend else 'platform: "ensemble"',
+        f"max_batch_size: {request.tuning.max_batch or 0}",
+        *_tensors("input", inputs, batches),
+        *_tensors("output", outputs, batches),
+    ]
+
+
+def _loaded(request: DeployRequest) -> dict[str, str]:
+    """What ``shim.py`` loads."""
+    workload = request.workload
+    return {"artifact": str(workload.artifact), "device": workload.device, "model_file": str(workload.model_file)}
+
+
+def _parameters(values: dict[str, str]) -> list[str]:
+    return [
+        f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+        for key, value in values.items()
+    ]
+
+
+def _text(lines: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
@@ -99,9 +213,9 @@ def _tensors(field: str, specs: tuple[TensorSpec, ...], batches: bool) -> list[s
     return lines
 
 
-def _instance_group(request: DeployRequest) -> list[str]:
+def _instance_group(request: DeployRequest, *, on_device: bool = True) -> list[str]:
     replicas = request.tuning.replicas
-    if request.workload.device != "cuda":
+    if not on_device or request.workload.device != "cuda":
         return [f"instance_group {{ kind: KIND_CPU{'' if replicas is None else f' count: {replicas}'} }}"]
     if replicas is None:
         return [_on_gpus(range(request.devices))]  # Triton's default: one on each

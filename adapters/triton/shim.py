@@ -30,10 +30,11 @@ class TritonPythonModel:
         spec.loader.exec_module(module)
         device = parameters["device"]
         if device == "cuda":
-            device = (
-                f"cuda:{args['model_instance_device_id']}"  # Triton deals instances out, the backend does not see to it
-            )
-        self._model = module.Model(parameters["artifact"], args["model_name"], device)
+            # Triton deals instances out, the backend does not see to it.
+            device = f"cuda:{args['model_instance_device_id']}"
+        # A stage of a pipeline that Triton composes is told whose it is; else the model is what Triton calls it.
+        loaded = parameters["artifact"], parameters.get("name", args["model_name"]), device
+        self._model = module.Stage(*loaded, parameters["stage"]) if "stage" in parameters else module.Model(*loaded)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One ``predict()`` over all requests, stacked along axis 0; one response per request, in order.

@@ -16,7 +16,7 @@ from harness.errors import EnvironmentBuildError, InputError, StorageError, Tail
 from harness.workload import PreparedWorkload
 from workloads import catalogue
 
-BUILT_IN = ["emulated", "minilm", "resnet50"]
+BUILT_IN = ["emulated", "emulated_pipeline", "minilm", "resnet50"]
 
 WORKLOAD = {
     "name": "toy",

@@ -45,20 +45,20 @@ class Model:
         weights = np.frombuffer(drawn, dtype="<i8").reshape(_INPUTS + 1, _OUTPUTS)
         # 24 bits of weight times 32 bits of input, summed over 16 inputs, stay within 64 bits.
         self._weights, self._bias = weights[:-1] >> 40, weights[-1] >> 4
-        self._device = _Device() if device == "emulated" else None
+        self._device = Device() if device == "emulated" else None
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``x`` int32[n, 16] → ``y`` int64[n, 4]; returns when the device has done the batch."""
         x = inputs["x"].astype(np.int64)
         if self._device is not None:
             if self._device.pid != os.getpid():
-                self._device = _Device()  # a server that forks after loading has made another copy of the model
+                self._device = Device()  # a server that forks after loading has made another copy of the model
             self._device.occupy(round(self._base_ns + self._per_item_ns * len(x)), len(x))
         return {"y": x @ self._weights + self._bias}
 
 
-class _Device:
-    """One copy's seat at a device."""
+class Device:
+    """One copy's seat at an emulated device."""
 
     def __init__(self) -> None:
         if "TAILRACE_DEVICE_DIR" not in os.environ:
@@ -73,6 +73,7 @@ class _Device:
         self._counters = np.memmap(counters, dtype="<u8", mode="w+", shape=(3,))
 
     def occupy(self, duration_ns: int, items: int) -> None:
+        """Hold the device for so many nanoseconds, once it is free, and count a batch of so many items."""
         # Files are opened per batch: a lock belongs to the open file, so this excludes threads as well as processes.
         with self._lock.open("w") as lock:
             # Waiting for the device happens one at a time, holding «next». Without it, whoever has just released the

@@ -20,6 +20,7 @@ from typing import Any
 
 from .http import TENSORS, TEXT, Answer, Connection
 from .model import LoadError, Model
+from .pipeline import Pipeline
 
 _PERIOD_S = 0.05
 """How often replicas, scalers and overdue requests are looked at."""
@@ -39,7 +40,7 @@ class Server:
     def __init__(self, config_file: str) -> None:
         self._config_file = config_file
         self._config: dict[str, Any] = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, Model | Pipeline] = {}
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
@@ -117,7 +118,7 @@ class Server:
             else:
                 answer(status, said, TEXT)
 
-        request = model.infer(body, answered)
+        request: Any = model.infer(body, answered)
         return None if request is None else lambda: model.withdraw(request)
 
     def _ready(self, *, body: bytes, answer: Answer) -> None:
@@ -136,10 +137,11 @@ class Server:
 
     def _metrics(self, *, body: bytes, answer: Answer) -> None:
         lines = []
-        figures = {name: model.figures() for name, model in self._models.items()}
+        figures = {name: part.figures() for model in self._models.values() for name, part in model.parts.items()}
         for metric in dict.fromkeys(metric for told in figures.values() for metric in told):
             lines.append(f"# TYPE {metric} {'counter' if metric.endswith('_total') else 'gauge'}")
-            lines += [f'{metric}{{model="{name}"}} {told[metric]:.9g}' for name, told in figures.items()]
+            told = {name: of_one[metric] for name, of_one in figures.items() if metric in of_one}
+            lines += [f'{metric}{{model="{name}"}} {value:.9g}' for name, value in told.items()]
         answer(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
     def _load(self, name: str, *, body: bytes, answer: Answer) -> None:
@@ -162,7 +164,7 @@ class Server:
         """Load a model that is not there yet. Raises :class:`LoadError`; then it is not there."""
         if name in self._models:
             return
-        model = Model(name, self._config_file, self._config)
+        model = (Pipeline if "stages" in self._config else Model)(name, self._config_file, self._config)
         if not self._started:
             self._models[name] = model  # there are requests that wait for it already
         try:

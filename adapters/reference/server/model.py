@@ -24,7 +24,14 @@ _YOUNG_S = 10.0
 _LONGEST_BACKOFF_S = 60.0
 _CLOSING = b"shutting down"
 _REQUESTS = ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
-_COUNTERS = (*_REQUESTS, "batches_total", "items_total", "batch_seconds_total", "replica_deaths_total")
+_COUNTERS = (
+    *_REQUESTS,
+    "request_seconds_total",
+    "batches_total",
+    "items_total",
+    "batch_seconds_total",
+    "replica_deaths_total",
+)
 
 
 class LoadError(Exception):
@@ -89,6 +96,8 @@ class Model:
     def __init__(self, name: str, config_file: str, config: dict[str, Any]) -> None:
         self.name = name
         self.closing = False
+        self.parts: dict[str, Any] = {name: self}
+        """What metrics are told of."""
         self.counts = dict.fromkeys(_COUNTERS, 0.0)
         self._config_file = config_file
         self._output_bytes: int = config["output_bytes"]
@@ -147,6 +156,8 @@ class Model:
         answer, request.answer = request.answer, _answered
         if answer is not _answered:
             self.counts["requests_ok_total" if status == 200 else "requests_failed_total"] += 1
+            if status == 200:
+                self.counts["request_seconds_total"] += self._loop.time() - request.arrived_s
             answer(status, body)
 
     def _pump(self) -> None:

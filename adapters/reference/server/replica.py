@@ -1,6 +1,7 @@
 """One replica: a process with one copy of a model, which computes a batch after the other until its socket closes.
 
-``python -m server.replica MODEL CONFIG DESCRIPTOR``; bytes in, bytes out, in the layout that the configuration declares.
+``python -m server.replica MODEL CONFIG DESCRIPTOR``, or ``MODEL/STAGE`` of a pipeline; bytes in, bytes out, in the layout that
+the configuration declares.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .frames import BEAT, FAILED, HEADER, OUTPUTS, READY, frame
+from .frames import BEAT, FAILED, HEADER, OUTPUTS, READY, frame, part_of
 
 PROCESS_NAME = "serving-replica"
 """What a replica that has loaded its model is called in the process table."""
@@ -58,13 +59,15 @@ class Layout:
 
 
 def load_model(config: dict[str, Any], name: str) -> Any:
-    """The workload's ``Model``; whatever it raises is raised."""
+    """The workload's ``Model``, or one stage of it; whatever it raises is raised."""
     spec = importlib.util.spec_from_file_location("workload_model", config["model_file"])
     if spec is None or spec.loader is None:
         raise ImportError(f"{config['model_file']} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Model(config["artifact"], name, config["device"])
+    model, _, stage = name.partition("/")
+    loaded = config["artifact"], model, config["device"]
+    return module.Stage(*loaded, stage) if stage else module.Model(*loaded)
 
 
 def serve(connection: socket.socket, config: dict[str, Any], name: str) -> None:
@@ -113,7 +116,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name, config, descriptor = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as connection:
-        serve(connection, json.loads(Path(config).read_text(encoding="utf-8")), name)
+        serve(connection, part_of(json.loads(Path(config).read_text(encoding="utf-8")), name), name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The emulated accelerator as a pipeline of stages."""
