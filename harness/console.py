@@ -276,6 +276,11 @@ def print_ceiling(content: Mapping[str, Any], console: Console) -> None:
         table.add_row(Text(cell["cell"]), str(cell["batch"]), str(cell["instances"]), *reached)
     console.print(table)
     console.print(Text("a share below what was offered is the framework's overhead", style="dim"))
+    if any(cell["of_ceiling"] > 1 for cell in content["cells"]):
+        warning = (
+            "more than the bare model can: the machine was busier now than in the race; measure again on a quiet one"
+        )
+        console.print(Text(warning, style="yellow"))
 
 
 def print_coldstart(record: Mapping[str, Any], console: Console) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from harness.ceiling import BareModel, Ceiling, Reached, best_cells, settings, told
 from harness.cli import app
+from harness.console import print_ceiling
 from harness.errors import InputError, TailraceError
 from tests.fake_nvml import FakeGpu, install
 
@@ -86,6 +88,17 @@ def test_the_best_cell_of_each_setting_is_compared_at_the_same_batch() -> None:
 
 def test_an_autoscaled_cell_counts_its_most_replicas() -> None:
     assert settings(_cell("a", 1, {"autoscale": {"min": 1, "max": 3}, "max_batch": 4}, nodes=2)) == (4, 6)
+
+
+@pytest.mark.parametrize(("goodput", "doubted"), [(110.0, True), (99.0, False)])
+def test_a_share_above_the_limit_is_doubted(goodput: float, doubted: bool) -> None:
+    content = told([Ceiling(8, 2, 100.0, 1, 1)], [Reached("run", "triton--one", goodput, 8, 2)])
+    console = Console(record=True, width=150)
+    what = {"workload": "minilm", "device": "cpu", "precision": "bf16", "compiled": False}
+    print_ceiling({**what, **content}, console)
+    printed = console.export_text()
+    assert f"{goodput:.0f}%" in printed and "minilm with no server, on cpu in bf16" in printed
+    assert ("measure again" in printed) == doubted
 
 
 def test_the_command_prints_figures_or_says_what_is_missing() -> None:
