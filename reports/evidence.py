@@ -115,6 +115,8 @@ class CellView:
     run: str
     """The run's label; empty when the report has but one."""
     framework: str
+    baseline: bool
+    """Whether it is what frameworks are measured against, and none itself."""
     slot: int
     scenario: str
     """As people say it; the name is in the summary."""
@@ -219,6 +221,7 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
                 key=f"r{index}c{place}",
                 run=label,
                 framework=printable(str(told.get("title") or cell["adapter"])),
+                baseline=bool(told.get("baseline")),
                 slot=colours[cell["adapter"]],
                 scenario=called[cell["scenario"]],
                 conditions=Conditions.of(run.manifest, cell),

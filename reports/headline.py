@@ -46,6 +46,9 @@ def headline(run: RunView) -> Headline:
     usable = [cell for cell in run.cells if cell.comparable]
     if not usable:
         return Headline(_nothing(run))
+    baselines = [cell for cell in usable if cell.baseline]
+    # A baseline is what a framework has to beat: it leads nobody, and has a sentence of its own.
+    usable = [cell for cell in usable if not cell.baseline] or usable
     calm = [cell for cell in usable if not cell.faulty]
     knobs = varied(calm)
     if knobs and len({cell.scenario for cell in calm}) >= MANY_SETTINGS:
@@ -54,6 +57,7 @@ def headline(run: RunView) -> Headline:
         lede, support = _single(usable[0], usable), []
     else:
         lede, support = _race(usable), [_single(cell, usable) for cell in _first_scenario(usable)]
+    support = [*_over_baseline(_first_scenario(usable), baselines), *support]
     support += [told for cell in usable if (told := _fault_cost(cell, usable))]
     if len(support) > MAX_SUPPORT:
         left = count(len(support) - MAX_SUPPORT, "more comparison")
@@ -128,6 +132,24 @@ def _race(cells: Sequence[CellView]) -> str:
     told += [missed] if (missed := _missed(_first_scenario(cells))) else []
     clauses = "; ".join(clause.strip() for clause in told)
     return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+
+
+def _over_baseline(cells: Sequence[CellView], baselines: Sequence[CellView]) -> list[str]:
+    """What each framework has over each baseline, under the same scenario: goodput and tail, as ratios."""
+    told = []
+    for base in baselines:
+        shares = []
+        for cell in cells:
+            if cell.scenario != base.scenario or cell.run != base.run or cell.baseline:
+                continue
+            goodput, tail = (paired_ratio(pair(cell, base, key)) for key in ("goodput_rps_per_device", "p99_ms"))
+            if goodput is not None:
+                p99 = "" if tail is None else f" and {ratio_words(tail)} the p99"
+                shares.append(f"{cell.framework} {ratio_words(goodput)} the goodput{p99}")
+        if shares:
+            condition = _condition(base, [*cells, *baselines])
+            told.append(" ".join(f"Over {base.framework} {condition}".split()) + f": {'; '.join(shares)}.")
+    return told
 
 
 def _missed(cells: Sequence[CellView]) -> str:

@@ -45,7 +45,9 @@ def recommend(summary: Mapping[str, Any], adapters: Mapping[str, Adapter], needs
                 *_measured_reasons(_calm(summary), summary),
             ),
         )
-    calm = _calm(summary)
+    baselines = {name for name, adapter in adapters.items() if adapter.baseline}
+    # A baseline is what a framework has to beat, and nothing to take.
+    calm = [cell for cell in _calm(summary) if cell["adapter"] not in baselines] or _calm(summary)
     reasons = []
     fit = [name for name in adapters if all(need in adapters[name].serves_needs for need in needs)] if needs else []
     for name in fit:

@@ -115,3 +115,16 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         refused = tailrace("recommend", *arguments, cwd=tmp_path)
         assert refused.returncode == 2
         assert word in refused.stderr
+
+
+def test_a_baseline_is_nothing_to_take(tmp_path: Path) -> None:
+    told = summarise(make_run(tmp_path / "run", adapters=("reference", "triton", "ray_serve"), trials=3))
+    best = max(
+        (cell for cell in told["cells"] if cell["scenario"] == "no-fault"),
+        key=lambda cell: (cell["goodput_rps_per_device"], -cell["p99_ms"]),
+    )
+    assert best["adapter"] == "reference", "or this would show nothing"
+    answer = recommend(told, ADAPTERS, [])
+    assert {answer.framework, answer.second} == {"triton", "ray_serve"}
+    alone = summarise(make_run(tmp_path / "alone", adapters=("reference",), trials=1))
+    assert recommend(alone, ADAPTERS, []).framework == "reference"

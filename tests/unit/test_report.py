@@ -1030,3 +1030,17 @@ def test_knobs_stand_side_by_side_and_configurations_by_their_difference(tmp_pat
     assert "Knobs side by side" in build([run])
     alone = make_run(tmp_path / "alone", adapters=("triton",), scenarios=("no-fault",), span_s=12)
     assert reproduce(view([alone])[0]).knobs == []
+
+
+def test_a_baseline_leads_nobody_and_has_a_sentence_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", adapters=("triton", "ray_serve", "kserve"), scenarios=("no-fault",), trials=3)
+    goodputs = {"triton": 160.0, "ray_serve": 100.0, "kserve": 200.0}
+    seen = _with_goodput(run, lambda a, n: goodputs[a] * (1 + 0.01 * n))
+    assert headline(seen).lede.count("KServe reaches 1.25×") == 1, "as a framework it leads"
+    cells = tuple(replace(cell, baseline=cell.summary["adapter"] == "kserve") for cell in seen.cells)
+    told = headline(replace(seen, cells=cells))
+    assert "Triton reaches 1.60×" in told.lede
+    assert "KServe" not in told.lede
+    assert re.match(r"Over KServe: Triton 0\.800× \[0\.\d+,\s0\.\d+\] the goodput and .*× .* the p99; Ray Serve 0\.500×", told.support[0]), told.support[0]  # fmt: skip
+    alone = tuple(cell for cell in cells if cell.baseline)
+    assert "KServe answered" in headline(replace(seen, cells=alone)).lede, "alone it is told like any other"
