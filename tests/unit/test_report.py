@@ -1041,6 +1041,7 @@ def test_a_baseline_leads_nobody_and_has_a_sentence_of_its_own(tmp_path: Path) -
     told = headline(replace(seen, cells=cells))
     assert "Triton reaches 1.60×" in told.lede
     assert "KServe" not in told.lede
-    assert re.match(r"Over KServe: Triton 0\.800× \[0\.\d+,\s0\.\d+\] the goodput and .*× .* the p99; Ray Serve 0\.500×", told.support[0]), told.support[0]  # fmt: skip
+    over = r"Over KServe: Triton 0\.800× \[0\.\d+,\s0\.\d+\] the goodput and .*× .* the p99; Ray Serve 0\.500×"
+    assert re.match(over, told.support[0]), told.support[0]
     alone = tuple(cell for cell in cells if cell.baseline)
     assert "KServe answered" in headline(replace(seen, cells=alone)).lede, "alone it is told like any other"
