@@ -248,6 +248,8 @@ def _report_quietly(folder: Path, console: Console) -> None:
     from harness.store import RunFolder
     from reports.report import write
 
+    if not folder.exists():
+        return  # it ended before anything was written
     try:
         run_folder = RunFolder.open(folder)
         if run_folder.trials:

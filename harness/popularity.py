@@ -28,8 +28,10 @@ class Popularity(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Popularity:
-        if (self.kind == "drift") != (self.every_s is not None):
-            raise ValueError("`every_s` belongs to `kind: drift`, and to no other")
+        if self.kind == "drift" and self.every_s is None:
+            raise ValueError("`kind: drift` needs `every_s`, the seconds after which the ranking moves on")
+        if self.kind != "drift" and self.every_s is not None:
+            raise ValueError(f"`every_s` is of `kind: drift`, and this is `kind: {self.kind}`")
         return self
 
 

@@ -252,6 +252,7 @@ def test_without_an_engine_the_run_ends_before_it_begins(tmp_path: Path, monkeyp
     done = tailrace("run", "smoke", "--set", "environment=docker", "--out", "out", cwd=tmp_path)
     assert done.returncode == 1
     assert "`environment: docker` needs a container engine, and none answers" in done.stderr
+    assert "no report could be written" not in done.stderr, "nothing had begun"
     assert "or choose `environment: venv`" in done.stderr
     assert not (tmp_path / "out").exists()
     assert "container engine" in tailrace("doctor", cwd=tmp_path).stdout

@@ -98,6 +98,10 @@ def test_a_number_stands_for_so_many_models() -> None:
     assert experiment(models=3).models == Models(count=3)
     assert experiment(models=3).models.names("emulated") == ("emulated-00", "emulated-01", "emulated-02")
     assert experiment().models.names("emulated") == ("emulated",)
+    with pytest.raises(ValidationError, match="needs `every_s`"):
+        experiment(models={"count": 2, "popularity": {"kind": "drift"}})
+    with pytest.raises(ValidationError, match="this is `kind: zipf`"):
+        experiment(models={"count": 2, "popularity": {"every_s": 3}})
     for wrong in (0, True, {"count": 2, "popularity": {"kind": "drift"}}, {"count": 2, "popularity": {"every_s": 3}}):
         with pytest.raises(ValidationError):
             experiment(models=wrong)
