@@ -14,6 +14,11 @@ from typing import Concatenate, ParamSpec
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# No test says how long anything may take; hypothesis would, for every example.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -43,6 +43,7 @@ def facts(asked: Experiment, folder: Path) -> dict[str, Any]:
         protocol="http",
         slo_ms=100.0,
         arrivals_ns=np.zeros(1, np.int64),
+        trace_models=None,
         span_s=1.0,
         transient=False,
         trace_name="steady",
