@@ -319,12 +319,11 @@ class ContainerHost:
                     remedy=f"read the log: {container.log}",
                     detail="\n".join(filter(None, [said, log_tail(container.log)])),
                 )
-            try:
+            # Not there yet, there no longer, or not on this machine.
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 children = psutil.Process(state["Pid"]).children()
                 if children and container.id in _control_groups(state["Pid"]):
                     return ProcessRef.of(children[0].pid)
-            except (psutil.NoSuchProcess, ProcessLookupError):
-                pass  # not there yet, there no longer, or not on this machine
             if time.monotonic() > deadline:
                 self._engine.remove(container.id)
                 raise DeployError(
@@ -349,10 +348,8 @@ def describe_end(state: Mapping[str, object]) -> str:
     if state.get("OOMKilled"):
         return f"the kernel killed what had no memory left (OOM), exit status {status}"
     if status > _KILLED:
-        try:
+        with contextlib.suppress(ValueError):  # no signal has that number
             return f"ended by {signal.Signals(status - _KILLED).name}, exit status {status}"
-        except ValueError:
-            pass
     return f"exit status {status}" + (f": {state['Error']}" if state.get("Error") else "")
 
 

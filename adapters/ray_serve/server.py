@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +40,7 @@ _Item = dict[str, NDArray[Any]]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class _Replica:
+class _Replica(ABC):
     """One replica of a model or of a stage.
 
     ``predict`` runs on the event loop of the user's code, as in the documentation of ``@serve.batch``. Ray runs that
@@ -65,8 +66,9 @@ class _Replica:
     async def _predict_batch(self, items: list[_Item]) -> list[Any]:
         return self._predict(items)
 
+    @abstractmethod
     def _predict(self, items: list[_Item]) -> list[Any]:
-        raise NotImplementedError
+        """The answers to a batch, one for each item, in order."""
 
     def batching(self) -> dict[str, Any]:
         """What this replica's batch queue is set to; nothing when it does not batch."""

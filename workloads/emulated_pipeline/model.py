@@ -26,7 +26,7 @@ class Prepare:
     """``x`` int32[n, 16] → ``features`` int32[n, 16]: every item counts from its own smallest number, in 65,536 levels."""
 
     def __init__(self, artifact: str, name: str, device: str) -> None:
-        pass
+        """Nothing to load: it computes the same whatever the artifact."""
 
     def predict(self, inputs: Tensors) -> Tensors:
         x = inputs["x"].astype(np.int64)
@@ -68,7 +68,7 @@ class Finish:
     """``scores``, ``unsure`` → ``best`` int32[n, 1], the class of the highest score, and ``margin`` int64[n, 1] over the next."""
 
     def __init__(self, artifact: str, name: str, device: str) -> None:
-        pass
+        """Nothing to load: it computes the same whatever the artifact."""
 
     def predict(self, inputs: Tensors) -> Tensors:
         scores = inputs["scores"].astype(np.int64)

@@ -132,8 +132,9 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Take the requests that have arrived, one after the other."""
         try:
-            while not (self._answering or self._blocked or self._transport.is_closing()) and self._take():
-                pass
+            while not (self._answering or self._blocked or self._transport.is_closing()):
+                if not self._take():
+                    break
         except RefusedError as refused:
             self._refuse(refused)
 
