@@ -59,7 +59,7 @@ def process_environment(request: DeployRequest, *, library_path: Iterable[Path] 
     if request.workload.device == "cuda" and (inherited := os.environ.get("LD_LIBRARY_PATH")):
         libraries.append(inherited)  # in some containers the driver is found through it alone
     return {
-        **{name: os.environ[name] for name in ("HOME",) if name in os.environ},
+        **({"HOME": os.environ["HOME"]} if "HOME" in os.environ else {}),
         "LANG": "C.UTF-8",
         "PATH": f"{request.environment.bin}:/usr/local/bin:/usr/bin:/bin",
         "TMPDIR": str(request.scratch),
