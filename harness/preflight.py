@@ -19,6 +19,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
 from harness.gpus import gpus
 from harness.machine import page_cache_refusal, raise_file_limit
+from harness.multiplexing import MemoryPlan, plan_memory
 from harness.popularity import draw
 from harness.prices import price_per_hour
 from harness.registry import get_adapter
@@ -76,6 +77,8 @@ class Checked:
     device: Device
     contestants: Mapping[str, Contestant]
     tunings: Mapping[Cell, Expressed]
+    memories: Mapping[Cell, MemoryPlan]
+    """Of cells whose models share a limited memory."""
     plans: tuple[TrialPlan, ...]
     traces: Mapping[tuple[int, float | None], Trace]
     """One trace per seed and rate of a scenario: each block of trials draws its own arrivals."""
@@ -117,7 +120,11 @@ def check(experiment: Experiment) -> Checked:
     tunings = {
         cell: _expressed(experiment, spec, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)
     }
+    memories: dict[Cell, MemoryPlan] = {}
     for cell, expressed in tunings.items():
+        contestant = contestants[cell.adapter]
+        if (memory := _memory(experiment, spec, device, contestant, cell.scenario, expressed.tuning)) is not None:
+            memories[cell] = memory
         _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
         _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
     plans = tuple(interleave(experiment))
@@ -126,7 +133,7 @@ def check(experiment: Experiment) -> Checked:
     }
     for trace in traces.values():
         _check_traffic(experiment, trace)
-    checked = Checked(experiment, spec, device, contestants, tunings, plans, traces)
+    checked = Checked(experiment, spec, device, contestants, tunings, memories, plans, traces)
     for plan in plans:
         faults_of(plan.cell.scenario, checked.trace_of(plan), plan.seed)
     return checked
@@ -182,6 +189,37 @@ def _expressed(experiment: Experiment, spec: WorkloadSpec, contestant: Contestan
             + (", the stages in one process" if "composition" in left_out else ""),
         )
     return Expressed(tuning, left_out, composition)
+
+
+def _memory(
+    experiment: Experiment,
+    spec: WorkloadSpec,
+    device: Device,
+    contestant: Contestant,
+    scenario: Scenario,
+    tuning: Tuning,
+) -> MemoryPlan | None:
+    """What the models of a cell have to share, if they have to."""
+    choice = experiment.multiplexing_of(scenario)
+    if choice is None:
+        return None
+    where = "`multiplexing`" if scenario.multiplexing is None else f"`scenarios.{scenario.name}.multiplexing`"
+    models = experiment.models
+    plan = plan_memory(choice, models.names(spec.name), models.sizes_mb(), where)
+    reason = None
+    if device != "emulated" or "load_gb_per_s" not in spec.cost:
+        reason = "memory is limited on the emulated device alone: use `workload: emulated`"
+    elif experiment.devices > 1 or experiment.nodes > 1:
+        reason = "models share the memory of one device: use `devices: 1` and `nodes: 1`"
+    elif scenario.scaler is not None:
+        reason = (
+            "a scaler changes how many copies of every model there are, and their memory is one copy's: leave it out"
+        )
+    else:
+        reason = contestant.adapter.multiplexing_refusal(plan, tuning, contestant.protocol)
+    if reason is not None:
+        raise InputError(f"{where}: {reason}", remedy="change that, or leave `multiplexing` out")
+    return plan
 
 
 def _check_environment(experiment: Experiment, contestants: Mapping[str, Contestant]) -> None:
@@ -443,6 +481,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 tuning=checked.tunings[plan.cell].tuning,
                 left_out=checked.tunings[plan.cell].left_out,
                 composition=checked.tunings[plan.cell].composition,
+                memory=checked.memories.get(plan.cell),
             )
         )
     return setups
