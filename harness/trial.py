@@ -291,10 +291,9 @@ class Trial:
             try:
                 self._bring_up(deployment, events)
                 if setup.memory is not None and setup.controlled:
-                    controller = opened.enter_context(
-                        ModelController(deployment, setup.memory, setup.adapter.capabilities())
-                    )
-                    deployment.endpoint = controller.endpoint
+                    self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
+                    self._controller.start()
+                    deployment.endpoint = self._controller.endpoint
                 self._stage("verify", events)
                 self._verify(deployment)
                 self._check_applied(deployment)

@@ -103,9 +103,9 @@ class Pool:
 class Residency:
     """Brings in the models that are asked for, one after the other, for they all come over one link.
 
-    ``load`` and ``unload`` return when that is done; the latter lets a busy model finish what it has begun. ``busy`` are the models
-    with requests that wait or are computed, and ``waited_for`` tells whether anybody still waits for a model whose turn has come.
-    ``failed`` is told of a model that could not be loaded, and why.
+    ``load`` and ``unload`` return when that is done; the latter lets a busy model finish what it has begun. ``busy`` are the
+    models with requests that wait or are computed, and ``waited_for`` tells whether anybody still waits for a model whose turn
+    has come. ``failed`` is told of a model that could not be loaded, and why.
     """
 
     def __init__(
