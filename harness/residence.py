@@ -52,7 +52,7 @@ def met(trace: Measured, models: Sequence[str], events: Iterable[Mapping[str, An
 
     Those who waited for a load were sent before it ended and had no answer by then; the first of them is the one that it
     was for. Not told by evictions, for those are seen up to 50 ms later; nor by the server, for each would tell it otherwise. Who
-    failed while no load ended is cold if the model was not in memory when the request was sent.
+    failed while no load ended is cold if the model was not in memory all the time.
     """
     found = np.zeros(len(trace), dtype=np.uint8)
     if trace.model is None:
@@ -77,8 +77,11 @@ def met(trace: Measured, models: Sequence[str], events: Iterable[Mapping[str, An
         lost = own[~trace.ok[own] & (found[own] == Met.HOT)]
         if len(lost) and model in copies:
             at_ns, count = copies[model]
-            absent = count[np.searchsorted(at_ns, trace.sent_ns[lost], side="right") - 1] < 1
-            found[lost[absent]] = Met.COLD
+            first, last = (
+                np.searchsorted(at_ns, times[lost], side="right") - 1 for times in (trace.sent_ns, trace.done_ns)
+            )
+            absences = np.cumsum(count < 1)
+            found[lost[(count[first] < 1) | (absences[last] > absences[first])]] = Met.COLD
     return found
 
 
