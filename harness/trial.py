@@ -180,6 +180,7 @@ class Trial:
         self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
         self._nvidia: NvidiaGpus | None = None
         self._containers: ContainerHost | None = None
+        self._controller: ModelController | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -290,10 +291,9 @@ class Trial:
             try:
                 self._bring_up(deployment, events)
                 if setup.memory is not None and setup.controlled:
-                    controller = opened.enter_context(
-                        ModelController(deployment, setup.memory, setup.adapter.capabilities())
-                    )
-                    deployment.endpoint = controller.endpoint
+                    self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
+                    self._controller.start()
+                    deployment.endpoint = self._controller.endpoint
                 self._stage("verify", events)
                 self._verify(deployment)
                 self._check_applied(deployment)
@@ -304,6 +304,8 @@ class Trial:
             finally:
                 deployment.stop_watching()  # nothing is started again from here on
                 self._stage("stop", events)
+                if self._controller is not None:
+                    self._controller.stop()
                 # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
                 interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
