@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from adapters.reference.server.residency import Policy, Pool
 from harness.metrics import Floats, Ints
+from harness.residence import Met
 from simulator.system import NS_PER_MS, Batching, Service
 
-__all__ = ["COLD", "HOT", "WARM", "Device", "Memory", "Multiplexed", "simulate"]
+__all__ = ["Device", "Memory", "Multiplexed", "simulate"]
 
 NS_PER_S = 1_000_000_000
-COLD, WARM, HOT = 0, 1, 2
-"""A request for which its model was loaded; one that came for that model before it was loaded; one whose model was there."""
 _ARRIVES, _COMPUTED, _LOADED, _DUE = range(4)
 """What happens, in the order in which it does at one instant."""
 
@@ -67,8 +66,8 @@ class Multiplexed:
     """What came of every arrival, in their order, and of every load, in theirs."""
 
     response_ms: Floats
-    kind: NDArray[np.uint8]
-    """:data:`COLD`, :data:`WARM` or :data:`HOT`."""
+    met: NDArray[np.uint8]
+    """How each met its model (:class:`harness.residence.Met`), told as of a real trial."""
     loads: NDArray[np.int64]
     """One row for each: when it was decided, when it was done (ns), and the model; shape (loads, 3)."""
     evictions: Ints
@@ -76,9 +75,9 @@ class Multiplexed:
     most_bytes: float
     """The most that was taken at any time."""
 
-    def share(self, kind: int, since: int = 0) -> float:
+    def share(self, kind: Met, since: int = 0) -> float:
         """The share of a kind among the arrivals from the one with this number on; NaN where there are none."""
-        return float((self.kind[since:] == kind).mean()) if len(self.kind) > since else float("nan")
+        return float((self.met[since:] == kind).mean()) if len(self.met) > since else float("nan")
 
 
 @dataclass(eq=False)
@@ -130,7 +129,7 @@ class _Simulation:
         self._leaving: deque[int] = deque()
         """Who has to go before that, the first of whom is finishing its batch."""
         self._done = np.zeros(len(self._arrivals), dtype=np.int64)
-        self._kind = np.full(len(self._arrivals), HOT, dtype=np.uint8)
+        self._met = np.full(len(self._arrivals), Met.HOT, dtype=np.uint8)
         self._loads: list[tuple[int, int, int]] = []
         self._evictions: list[int] = []
         self._most = memory.budget_bytes - self._pool.free
@@ -149,7 +148,7 @@ class _Simulation:
         response_ms = (self._done - np.array(self._arrivals, dtype=np.int64)) / NS_PER_MS + self._device.overhead_ms
         return Multiplexed(
             response_ms,
-            self._kind,
+            self._met,
             np.array(self._loads, dtype=np.int64).reshape(-1, 3),
             np.array(self._evictions, dtype=np.int64),
             self._most,
@@ -164,8 +163,9 @@ class _Simulation:
         if self._models[model].loaded:
             self._look_at(model, now)
             return
-        self._kind[arrival] = WARM if model in self._wanted else COLD
-        self._want(model, now)
+        self._wanted[model] = None
+        if self._loading is None:
+            self._bring(model, now)
 
     def _look_at(self, model: int, now: int) -> None:
         """See to it that a model's next batch begins when it is due."""
@@ -207,11 +207,6 @@ class _Simulation:
 
     # ------------------------------------------------------------------------------------------------- memory
 
-    def _want(self, model: int, now: int) -> None:
-        self._wanted[model] = None
-        if self._loading is None:
-            self._bring(model, now)
-
     def _bring(self, model: int, now: int) -> None:
         busy = [name for name, at in zip(self._names, self._models, strict=True) if at.busy]
         victims = self._pool.victims(self._names[model], busy)
@@ -250,6 +245,10 @@ class _Simulation:
         at = self._models[model]
         at.loaded, at.idle_since = True, now
         del self._wanted[model]
+        if at.waiting:
+            waited = list(at.waiting)
+            self._met[waited] = np.maximum(self._met[waited], Met.WARM)
+            self._met[waited[0]] = Met.COLD
         # Before anybody else comes in: were it to go again for that, its requests might wait for ever.
         self._start_batch(model, now)
         self._look_at(model, now)

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.reference.server.residency import Policy, Pool
+from harness.residence import Met
 from simulator.caching import lru_hit_rates
 from simulator.engine import simulate as simulate_one
-from simulator.multiplexing import COLD, HOT, WARM, Device, Memory, Multiplexed, simulate
+from simulator.multiplexing import Device, Memory, Multiplexed, simulate
 from simulator.system import Batching, Service, System
 
 MB = 1_000_000
@@ -48,13 +49,13 @@ def drawn(seed: int, count: int, rate: float, models: int) -> tuple[np.ndarray, 
 def test_a_cold_request_waits_for_the_load_and_those_behind_it_too() -> None:
     memory = Memory(200 * MB, [200 * MB] * 2, "lru", at_start=[0])
     done = simulate(device(), memory, times(0, 10, 10.1, 11), np.array([0, 1, 1, 1]))
-    assert done.kind.tolist() == [HOT, COLD, WARM, HOT]
+    assert done.met.tolist() == [Met.HOT, Met.COLD, Met.WARM, Met.HOT]
     # Window and a batch of one; process, 50 ms and 200 MB at 1 GB/s, then a batch of two, for the window is long over.
     assert done.response_ms == pytest.approx([20, 368, 268, 20])
     assert done.loads.tolist() == [[10_000_000_000, 10_350_000_000, 1]]
     assert done.evictions.tolist() == [10_000_000_000]
-    assert done.share(COLD) == 0.25
-    assert done.share(COLD, since=2) == 0.0
+    assert done.share(Met.COLD) == 0.25
+    assert done.share(Met.COLD, since=2) == 0.0
 
 
 def test_loads_come_one_after_the_other_and_models_of_different_ones_share_the_device() -> None:
@@ -73,9 +74,9 @@ def test_an_idle_model_goes_first_and_a_busy_one_finishes_what_it_has_in_hand() 
     idle = simulate(slow, both, times(0, 1.5, 2.0), np.array([1, 0, 2]))
     assert idle.loads[0].tolist() == [2_000_000_000, 2_350_000_000, 2]
     one = Memory(200 * MB, [200 * MB] * 3, "lru", at_start=[0])
-    # Model 0 finishes one request; the other waits until it is back, which is no request of its own for a load.
+    # Model 0 finishes one request; the other waits until it is back, which is a load for it.
     busy = simulate(slow, one, times(0, 0.1, 0.2), np.array([0, 0, 2]))
-    assert busy.kind.tolist() == [HOT, HOT, COLD]
+    assert busy.met.tolist() == [Met.HOT, Met.COLD, Met.COLD]
     assert busy.loads.tolist() == [[200_000_000, 1_350_000_000, 2], [1_350_000_000, 2_700_000_000, 0]]
     assert busy.response_ms == pytest.approx([1000, 3600, 2150])
 
@@ -89,7 +90,7 @@ def test_one_model_that_is_always_there_is_the_system_without_a_memory(opens: An
     )
     whole = simulate_one(System(service=SERVICE, batching=batching), arrivals, span_ns=int(arrivals[-1]))
     assert np.array_equal(done.response_ms, whole.response_ms())
-    assert (done.kind == HOT).all()
+    assert (done.met == Met.HOT).all()
     assert len(done.loads) == len(done.evictions) == 0
 
 
@@ -122,8 +123,8 @@ def test_far_apart_it_is_a_plain_cache(policy: Policy, pinned: tuple[int, ...]) 
     _, models = drawn(5, 600, 1.0, 12)
     done = simulate(device(), memory, np.arange(600) * 10_000_000_000, models)
     found = plainly(policy, memory, models.tolist(), [device().load_ns(size) / 1e9 for size in sizes])
-    assert (done.kind == HOT).tolist() == found
-    assert not (done.kind == WARM).any()
+    assert (done.met == Met.HOT).tolist() == found
+    assert not (done.met == Met.WARM).any()
     assert len(done.loads) == found.count(False)
     assert not set(pinned) & set(done.loads[:, 2].tolist())
 
@@ -134,7 +135,7 @@ def test_far_apart_it_misses_as_often_as_che_says() -> None:
     shares /= shares.sum()
     memory = Memory(8 * MB, [MB] * 24, "lru", at_start=range(8))
     done = simulate(device(), memory, np.arange(20_000) * 10_000_000_000, models)
-    assert done.share(COLD) == pytest.approx(1 - shares @ lru_hit_rates(shares, np.ones(24), 8.0), abs=0.012)
+    assert done.share(Met.COLD) == pytest.approx(1 - shares @ lru_hit_rates(shares, np.ones(24), 8.0), abs=0.012)
 
 
 def checked(done: Multiplexed, memory: Memory, arrivals: np.ndarray, models: np.ndarray) -> None:
@@ -146,9 +147,10 @@ def checked(done: Multiplexed, memory: Memory, arrivals: np.ndarray, models: np.
     assert not set(memory.pinned) & set(done.loads[:, 2].tolist())
     inside = len(memory.at_start) + len(done.loads) - len(done.evictions)
     assert 0 <= inside <= len(memory.sizes)
-    assert (done.kind == COLD).sum() <= len(done.loads)
+    assert (done.met == Met.COLD).sum() <= len(done.loads)
+    assert len(np.unique(models)) <= inside + len(done.evictions)
     # Whoever finds no model waits at least for a load's end.
-    assert (done.response_ms[done.kind == COLD] >= 150).all()
+    assert (done.response_ms[done.met == Met.COLD] >= 150).all()
 
 
 @given(
@@ -174,7 +176,7 @@ def test_all_are_answered_within_the_memory(
 def test_a_memory_for_all_loads_each_once_or_never() -> None:
     arrivals, models = drawn(4, 500, 50.0, 6)
     everything = Memory(600 * MB, [100 * MB] * 6, "gdsf", at_start=range(6))
-    assert (simulate(device(), everything, arrivals, models).kind == HOT).all()
+    assert (simulate(device(), everything, arrivals, models).met == Met.HOT).all()
     empty = Memory(600 * MB, [100 * MB] * 6, "gdsf")
     assert sorted(simulate(device(), empty, arrivals, models).loads[:, 2].tolist()) == list(range(6))
 
