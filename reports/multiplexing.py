@@ -133,8 +133,8 @@ def policy_words(cell: CellView) -> str:
 
 
 def memory(value_mb: float | None) -> str:
-    """A size in MiB."""
-    return quantity(value_mb, "MiB", digits=4)
+    """A size in whole MiB."""
+    return NOTHING if value_mb is None else quantity(value_mb, "MiB", digits=max(3, len(str(int(value_mb)))))
 
 
 def _folders(run: RunView, cell: CellView) -> list[TrialFolder]:

@@ -61,7 +61,7 @@ def _memory_axis(ax: Axes, group: Group) -> None:
     for size in sizes[1:]:
         if size - shown[-1] >= 0.12 * (high - low):
             shown.append(size)
-    ax.set_xticks(shown, [f"{size:,.4g}" for size in shown])
+    ax.set_xticks(shown, [f"{size:,.0f}" for size in shown])
     ax.set_xlabel("memory for models, MiB", labelpad=3)
 
 

@@ -70,8 +70,8 @@ class Multiplexed:
     """How each met its model (:class:`harness.residence.Met`), told as of a real trial."""
     loads: NDArray[np.int64]
     """One row for each: when it was decided, when it was done (ns), and the model; shape (loads, 3)."""
-    evictions: Ints
-    """When each was decided."""
+    evictions: NDArray[np.int64]
+    """One row for each: from when on it was asked nothing more (ns), and the model; shape (evictions, 2)."""
     most_bytes: float
     """The most that was taken at any time."""
 
@@ -131,7 +131,7 @@ class _Simulation:
         self._done = np.zeros(len(self._arrivals), dtype=np.int64)
         self._met = np.full(len(self._arrivals), Met.HOT, dtype=np.uint8)
         self._loads: list[tuple[int, int, int]] = []
-        self._evictions: list[int] = []
+        self._evictions: list[tuple[int, int]] = []
         self._most = memory.budget_bytes - self._pool.free
 
     def run(self) -> Multiplexed:
@@ -150,7 +150,7 @@ class _Simulation:
             response_ms,
             self._met,
             np.array(self._loads, dtype=np.int64).reshape(-1, 3),
-            np.array(self._evictions, dtype=np.int64),
+            np.array(self._evictions, dtype=np.int64).reshape(-1, 2),
             self._most,
         )
 
@@ -220,7 +220,7 @@ class _Simulation:
         """The first of those who have to go is asked nothing more."""
         self._pool.leave(self._names[self._leaving[0]])
         self._models[self._leaving[0]].loaded = False
-        self._evictions.append(now)
+        self._evictions.append((now, self._leaving[0]))
 
     def _make_room(self, now: int) -> None:
         """Go on as soon as the one that is to go has nothing in hand, and load when all have gone."""

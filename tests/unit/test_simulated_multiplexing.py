@@ -53,7 +53,7 @@ def test_a_cold_request_waits_for_the_load_and_those_behind_it_too() -> None:
     # Window and a batch of one; process, 50 ms and 200 MB at 1 GB/s, then a batch of two, for the window is long over.
     assert done.response_ms == pytest.approx([20, 368, 268, 20])
     assert done.loads.tolist() == [[10_000_000_000, 10_350_000_000, 1]]
-    assert done.evictions.tolist() == [10_000_000_000]
+    assert done.evictions.tolist() == [[10_000_000_000, 0]]
     assert done.share(Met.COLD) == 0.25
     assert done.share(Met.COLD, since=2) == 0.0
 
