@@ -23,7 +23,11 @@ from simulator.multiplexed_trial import MultiplexedTrial, calibrated, predict, r
 _KINDS = ("cold", "warm", "hot")
 MULTIPLEXING_HEADINGS = (
     *("Cell", "Memory", "Policy", "Driven by"),
-    *(title for kind in _KINDS for title in (kind.capitalize(), f"{kind} p50", f"{kind} p99")),
+    *(
+        title
+        for kind in _KINDS
+        for title in (kind.capitalize(), f"{kind.capitalize()} p50", f"{kind.capitalize()} p99")
+    ),
     *("Loads", "A load", "Evictions", "Failed or refused", "Reloaded", "Least headroom"),
 )
 PREDICTION_HEADINGS = (

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LRU_DASH, _LEAST_DASH = 2, 1
+_ASIDE = 0.007
+"""How far apart lines are drawn at the same memory, of the range of memories."""
 _HEADROOM_PX, _HEADROOM_GAP_PX = 44, 26
 
 
@@ -76,14 +78,12 @@ def _cold(group: Group, name: str) -> Figure:
             for curve, dash in curves:
                 ax.plot(group.theory.memory_mb, 100 * curve, color=svg.MUTED, lw=1.6, ls=DASHES[dash], zorder=1.5)
                 most = max(most, 100 * float(curve.max()))
-        for line, style in zip(group.lines, _styles(group.lines), strict=True):
-            colour = svg.colour(line.cells[0].slot)
+        for line, style, aside in zip(group.lines, _styles(group.lines), _aside(group.lines, group), strict=True):
             ends = [cell.summary["multiplexing"]["cold"]["share_ci"] or [np.nan, np.nan] for cell in line.cells]
             low, high = 100 * np.array(ends, dtype=np.float64).T
-            _draw(ax, line, style, line.memory_mb, 100 * line.cold, low, high, name)
+            _draw(ax, line, style, line.memory_mb + aside, (100 * line.cold, low, high), name)
             most = max(most, float(np.nanmax(np.r_[high, 0.0])))
             tips |= {f"tip-{name}-{cell.key}": _cold_words(cell) for cell in line.cells}
-            _joined(ax, line.memory_mb, 100 * line.cold, colour, style)
         ax.set_ylim(0, max(most * 1.05, 1.0))
         _memory_axis(ax, group)
         heading(canvas, ax, "Cold requests, %")
@@ -110,18 +110,14 @@ def _tail(group: Group, name: str) -> Figure:
         scale = LogAxis.fit(ax, [*ends, *objectives])
         for objective in objectives:
             ax.axhline(objective, color=svg.ALARM, lw=1, ls=DASHES[4], zorder=1.5)
-        for line, style in zip(group.lines, _styles(group.lines), strict=True):
-            known = [cell for cell in line.cells if cell.summary["p99_ms"] is not None]
+        for line, style, aside in zip(group.lines, _styles(group.lines), _aside(group.lines, group), strict=True):
+            known = tuple(cell for cell in line.cells if cell.summary["p99_ms"] is not None)
             if not known:
                 continue
-            x = np.array([cell.summary["multiplexing"]["memory_mb"] for cell in known], dtype=np.float64)
-            middle = scale.place(np.array([cell.summary["p99_ms"] for cell in known], dtype=np.float64))
-            low, high = np.array(
-                [cell.summary["p99_ci_ms"] or [cell.summary["p99_ms"]] * 2 for cell in known], dtype=np.float64
-            ).T
-            claimed = Line(line.label, tuple(known))
-            _draw(ax, claimed, style, x, middle, scale.place(low), scale.place(high), name)
-            _joined(ax, x, middle, svg.colour(known[0].slot), style)
+            claimed = Line(line.label, known)
+            told = [[s["p99_ms"], *(s["p99_ci_ms"] or [s["p99_ms"]] * 2)] for s in (cell.summary for cell in known)]
+            middle, low, high = scale.place(np.array(told, dtype=np.float64)).T
+            _draw(ax, claimed, style, claimed.memory_mb + aside, (middle, low, high), name)
             tips |= {f"tip-{name}-{cell.key}": _tail_words(cell) for cell in known}
         _memory_axis(ax, group)
         heading(canvas, ax, "p99 response time, ms (log scale)")
@@ -133,19 +129,24 @@ def _tail(group: Group, name: str) -> Figure:
     return Figure(_title("p99 against memory", group), drawn, tuple(keys), note)
 
 
-def _draw(ax: Axes, line: Line, style: int, x: Floats, middle: Floats, low: Floats, high: Floats, name: str) -> None:
-    """A mark with its interval for each cell; those of lines at the same place a little aside from each other."""
+def _aside(lines: Sequence[Line], group: Group) -> list[float]:
+    """How far to the right each line is drawn, in MiB, so that marks at the same place do not hide each other."""
+    sizes = np.concatenate([line.memory_mb for line in group.lines])
+    step = _ASIDE * (float(np.ptp(sizes)) or float(sizes.max()))
+    return [step * (i - (len(lines) - 1) / 2) for i in range(len(lines))]
+
+
+def _draw(ax: Axes, line: Line, style: int, x: Floats, band: tuple[Floats, Floats, Floats], name: str) -> None:
+    """A line through its cells: a mark with its interval for each. ``band`` has the middle, the low and the high ends."""
     colour = svg.colour(line.cells[0].slot)
+    middle, low, high = band
+    ax.plot(x, middle, color=colour, lw=1.5, ls=DASHES[style % len(DASHES)], alpha=0.8)
+    ax.vlines(x, low, high, color=colour, lw=1.3, alpha=0.7)
     for i, cell in enumerate(line.cells):
-        ax.plot([x[i], x[i]], [low[i], high[i]], color=colour, lw=1.3, alpha=0.7)
         (mark,) = ax.plot(
-            [x[i]], [middle[i]], MARKERS[style % len(MARKERS)], ms=7, color=colour, mec=svg.PAPER, mew=1, clip_on=False, zorder=3
-        )  # fmt: skip
+            x[i], middle[i], MARKERS[style % len(MARKERS)], ms=7, color=colour, mec=svg.PAPER, clip_on=False, zorder=3
+        )
         mark.set_gid(f"tip-{name}-{cell.key}")
-
-
-def _joined(ax: Axes, x: Floats, y: Floats, colour: str, style: int) -> None:
-    ax.plot(x, y, color=colour, lw=1.5, ls=DASHES[style % len(DASHES)], alpha=0.8)
 
 
 def _cold_words(cell: CellView) -> str:
