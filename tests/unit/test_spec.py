@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from harness.adapter import Autoscale, Tuning
 from harness.errors import InputError
+from harness.multiplexing import Multiplexing
 from harness.popularity import Models, Popularity
 from harness.spec import (
     Calibration,
