@@ -167,6 +167,7 @@ def test_the_order_within_blocks_changes() -> None:
         ScalerChoice,
         Client,
         Models,
+        Multiplexing,
         Popularity,
         Warmup,
         Calibration,
