@@ -134,7 +134,9 @@ class Multiplexed(ABC):
         name = serve.get_multiplexed_model_id()
         try:
             resident = await self.resident(name)
-        except Exception as error:  # whatever the model says; without this the client would be told of a fault in the server
+        except (
+            Exception
+        ) as error:  # whatever the model says; without this the client would be told of a fault in the server
             return Response(f"{name} cannot be loaded: {error}", 503, {"Retry-After": "1"})
         resident.asked += 1  # nothing has been awaited since Ray gave it out
         try:
