@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from harness.adapter import (
     NODE_NAME,
@@ -29,6 +30,7 @@ from harness.adapter import (
 )
 from harness.balancer import Backend, BackendState, Balancer
 from harness.control import agreed
+from harness.emulated_device import DEVICE_FOLDER
 from harness.errors import DeployError, ServerError, TailraceError
 from harness.links import Link, Links
 from harness.machine import drop_page_cache
@@ -88,6 +90,7 @@ class Cluster(Deployment):
         self._answering: set[int] = set()
         self._present: set[int] = set()
         self.models = list(request.models)
+        self._memory = request.memory
         self.node_count = layout.nodes
         self._own = adapter.own_cluster and layout.nodes > 1
         alone = adapter.own_cluster or layout.nodes == 1
@@ -348,6 +351,19 @@ class Cluster(Deployment):
         except (OSError, LookupError):
             return False
         return state.up and state.checked
+
+    # -- the memory that models share ----------------------------------------------------------------------------
+
+    @property
+    def device_folder(self) -> Path:
+        """Where the emulated device of the only node tells of loads."""
+        return Path(self._requests[0].server_env[DEVICE_FOLDER])
+
+    @property
+    def sharing(self) -> list[str]:
+        """The models that share a memory, loaded or not, the most popular at the trace's beginning first; none where it holds
+        them all."""
+        return [] if self._memory is None else list(self._memory.sizes)
 
     # -- links ---------------------------------------------------------------------------------------------------
 

@@ -271,7 +271,15 @@ def _check_gpus_per_node(experiment: Experiment, device: Device, contestants: Ma
 
 def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
     for kind in scenario.fault_kinds:
-        if reason := refusal(kind, adapter, tuning, experiment.nodes, containers=experiment.environment == "docker"):
+        reason = refusal(
+            kind,
+            adapter,
+            tuning,
+            experiment.nodes,
+            containers=experiment.environment == "docker",
+            multiplexed=experiment.multiplexing_of(scenario) is not None,
+        )
+        if reason:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {kind} cannot be done to {adapter.name}: {reason}",
                 remedy=f"remove the fault, or {adapter.name} from `adapters`",
@@ -281,12 +289,14 @@ def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, 
     for fault in scenario.faults:
         if fault.target == "random":
             continue
-        replica = FAULT_KINDS[fault.kind].scope == "replica"
-        known = (tuning.replicas or 0) * experiment.nodes if replica else experiment.nodes
+        known, what = {
+            "replica": ((tuning.replicas or 0) * experiment.nodes, "replicas"),
+            "model": (experiment.models.count, "models"),
+        }.get(FAULT_KINDS[fault.kind].scope, (experiment.nodes, "nodes"))
         if known and fault.target >= known:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {fault.kind}: target {fault.target} does not exist, there are {known} "
-                f"{'replicas' if replica else 'nodes'}, which count from 0",
+                f"{what}, which count from 0",
                 remedy="use " + (f"0 to {known - 1}" if known > 1 else "0") + ", or random",
             )
 

@@ -111,7 +111,8 @@ class FaultChoice(FaultParameters):
     )
     target: Literal["random"] | Annotated[int, Field(ge=0)] = Field(
         default="random",
-        description="Which replica (oldest first) or node: `random` (by the trial's seed) or its index from 0.",
+        description="Which replica (oldest first), node, or model (most popular first): `random` (by the trial's seed) or its "
+        "index from 0.",
     )
 
     @model_validator(mode="after")
