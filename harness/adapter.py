@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from harness.codecs import Codec
 from harness.errors import DeployError, ServerError, StorageError
 from harness.processes import ProcessRef, log_tail
-from harness.workload import PreparedWorkload, StageSpec
+from harness.workload import ArtifactKind, PreparedWorkload, StageSpec
 
 WireProtocol = Literal["http", "grpc"]
 
@@ -121,6 +121,8 @@ class DeployRequest:
     stages: tuple[StageSpec, ...] = ()
     """The stages of a pipeline that the framework is to compose itself (:attr:`Adapter.composes`), each run by a ``Stage`` of
     ``workload.model_file``; empty: its ``Model`` is all there is to serve."""
+    artifact: ArtifactKind = "python"
+    """What to serve, of those in :attr:`Adapter.artifacts`: ``workload.model_file``, or the file ``workload.exported``."""
 
     @property
     def listen(self) -> str:
@@ -377,6 +379,11 @@ class Adapter(ABC):
     """Of :data:`NEEDS`, those for which the framework is the usual choice, and why: what `tailrace recommend` goes by."""
     composes: ClassVar[bool] = False
     """Whether ``deploy`` heeds ``request.stages``; where it does not, the trait ``pipelines`` says why."""
+    artifacts: ClassVar[tuple[ArtifactKind, ...]] = ("python",)
+    """What ``deploy`` heeds as ``request.artifact``. An export is run by the server itself: ``replicas`` finds no process that
+    could be hit alone."""
+    no_mig: ClassVar[str] = ""
+    """Why a server cannot be given a MIG instance, which has a UUID and no number; empty: it can."""
     approximate: ClassVar[Mapping[str, str]] = {}
     """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""
@@ -420,6 +427,12 @@ class Adapter(ABC):
             return None
         reason = self.traits.get("pipelines", "its adapter does not say how it would")
         return f"{self.name} cannot compose the stages of a pipeline: {reason}"
+
+    def artifact_refusal(self, artifact: ArtifactKind, environment: ServerEnvironment | None = None) -> str | None:
+        """Why this framework, or its server in that very environment, cannot serve an export; ``None`` when it can."""
+        if artifact in self.artifacts:
+            return None
+        return f"{self.name} has no place for `artifact: {artifact}`: it serves a model by its Python code alone"
 
     def expressible(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> tuple[Tuning, dict[str, str]]:
         """As much of a tuning as this framework can express, and why the rest was left out, by knob."""

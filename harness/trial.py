@@ -63,7 +63,7 @@ from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
-from harness.workload import Composition, PreparedWorkload
+from harness.workload import ArtifactKind, Composition, PreparedWorkload
 
 if TYPE_CHECKING:
     from harness.containers import ContainerHost
@@ -104,6 +104,8 @@ class TrialSetup:
     """Knobs that were asked for and that this framework has no place for, each with the reason."""
     composition: Composition | None = None
     """How a pipeline is served; ``None`` for other workloads."""
+    artifact: ArtifactKind = "python"
+    """What of the model its servers run."""
 
     @property
     def devices(self) -> int:
@@ -196,6 +198,7 @@ class Trial:
             "tuning": setup.tuning.model_dump(mode="json"),
             "left_out": dict(setup.left_out),
             "composition": setup.composition,
+            "artifact": setup.artifact,
             "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
             "nodes": setup.layout.nodes,
@@ -326,6 +329,7 @@ class Trial:
             host=setup.experiment.server_host,
             devices=setup.devices_per_node,
             stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
+            artifact=setup.artifact,
             node_envs=tuple(node_envs),
         )
         servers = self._server_host(guardian, scratch)
