@@ -284,7 +284,8 @@ class EmulatedDevices:
 
 
 class EmulatedMemory:
-    """The limited memory of an emulated device, and, as events, which models come and go: ``model-begun``, ``model-loaded``,
+    """The limited memory of an emulated device, and, as events, which models come and go: ``models-resident`` at first,
+    ``model-begun``, ``model-loaded``,
     ``model-failed``, ``model-refused`` by the device's own clock, ``model-gone`` when it is seen."""
 
     source = "memory"
@@ -295,12 +296,14 @@ class EmulatedMemory:
         self._budget_bytes = budget_bytes
         self._events = events
         self._told_bytes = 0
-        self._rooms: dict[str, tuple[str, int]] = {}
+        self._rooms: dict[str, tuple[str, int]] | None = None
 
     def read(self) -> list[Reading]:
         self._tell_loads()
         rooms = read_rooms(self._folder)
-        for name, (model, _) in self._rooms.items():
+        if self._rooms is None:
+            self._events.write("models-resident", models=sorted({model for model, _ in rooms.values()}))
+        for name, (model, _) in (self._rooms or {}).items():
             if name not in rooms:
                 self._events.write("model-gone", model=model)
         self._rooms = rooms

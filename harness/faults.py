@@ -99,7 +99,9 @@ def _loading_refusal(kind: str, *, containers: bool, multiplexed: bool) -> str |
     if FAULT_KINDS[kind].scope == "model" and not multiplexed:
         return "models are loaded while the trace runs only where they share a memory: it needs `multiplexing`"
     if kind == "kill_loading" and containers:
-        return "who loads a model is told by a pid, and a container has pids of its own: leave `environment: docker` out"
+        return (
+            "who loads a model is told by a pid, and a container has pids of its own: leave `environment: docker` out"
+        )
     if kind == "model_reload" and multiplexed:
         return "with `multiplexing` models come and go by its policy"
     return None

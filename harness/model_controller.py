@@ -14,7 +14,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from types import TracebackType
 
 import aiohttp
 from aiohttp import web
@@ -42,7 +41,7 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 class ModelController:
-    """Stands before one deployment while it is entered; requests go to :attr:`endpoint`."""
+    """Stands before one deployment from :meth:`start` to :meth:`stop`; requests go to :attr:`endpoint`."""
 
     def __init__(self, deployment: Deployment, plan: MemoryPlan, capabilities: Collection[str]) -> None:
         """``capabilities`` are those of the deployment's adapter."""
@@ -61,14 +60,14 @@ class ModelController:
         self._waiting: dict[str, list[asyncio.Future[None]]] = defaultdict(list)
         self._idle: dict[str, asyncio.Event] = {}
 
-    def __enter__(self) -> ModelController:
+    def start(self) -> None:
+        """Returns when it takes requests. Raises :class:`TailraceError` when it cannot."""
         self._thread.start()
-        self._up.wait(_JOIN_S)
-        return self
+        if not self._up.wait(_JOIN_S):
+            raise TailraceError("the controller of models did not come up", remedy="look for a traceback on stderr")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Take no more requests, and let the server's connections go."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join(_JOIN_S)
@@ -84,6 +83,7 @@ class ModelController:
             load=self._load,
             unload=self._unload,
             busy=lambda: [model for model, count in self._in_flight.items() if count],
+            waited_for=lambda model: not all(ready.done() for ready in self._waiting[model]),
             failed=self._failed,
             loaded=self._plan.at_start,
         )
@@ -94,7 +94,10 @@ class ModelController:
         await web.SockSite(front, self._listener, backlog=4096).start()
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(
-            connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None)
+            connector=connector,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None),
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
         ) as self._session:
             bringing = asyncio.create_task(self._residency.run())
             self._up.set()

@@ -33,7 +33,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
 from harness.multiplexing import Multiplexing
 from harness.popularity import Models
-from harness.workload import Composition, Device, Precision, Slo
+from harness.workload import ArtifactKind, Composition, Device, Precision, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -335,6 +335,11 @@ class Experiment(_Strict):
     )
     compile: bool = Field(
         default=False, description="Whether the model is compiled (`torch.compile`), where the workload offers it."
+    )
+    artifact: ArtifactKind = Field(
+        default="python",
+        description="What servers run: the workload's own `python` code, or an export of it to `onnx` or `torchscript`, where "
+        "the workload offers one and the framework runs such files itself ([GPUs](gpu.md#exports)).",
     )
     composition: Composition = Field(
         default="framework",

@@ -67,7 +67,7 @@ from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
-from harness.workload import Composition, PreparedWorkload
+from harness.workload import ArtifactKind, Composition, PreparedWorkload
 
 if TYPE_CHECKING:
     from harness.containers import ContainerHost
@@ -110,6 +110,9 @@ class TrialSetup:
     """How a pipeline is served; ``None`` for other workloads."""
     memory: MemoryPlan | None = None
     """What the models share; ``None`` where all are loaded."""
+
+    artifact: ArtifactKind = "python"
+    """What of the model its servers run."""
 
     @property
     def controlled(self) -> bool:
@@ -180,6 +183,7 @@ class Trial:
         self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
         self._nvidia: NvidiaGpus | None = None
         self._containers: ContainerHost | None = None
+        self._controller: ModelController | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -208,6 +212,7 @@ class Trial:
             "left_out": dict(setup.left_out),
             "composition": setup.composition,
             "memory": setup.memory and {**asdict(setup.memory), "controlled": setup.controlled},
+            "artifact": setup.artifact,
             "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
             "nodes": setup.layout.nodes,
@@ -290,10 +295,9 @@ class Trial:
             try:
                 self._bring_up(deployment, events)
                 if setup.memory is not None and setup.controlled:
-                    controller = opened.enter_context(
-                        ModelController(deployment, setup.memory, setup.adapter.capabilities())
-                    )
-                    deployment.endpoint = controller.endpoint
+                    self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
+                    self._controller.start()
+                    deployment.endpoint = self._controller.endpoint
                 self._stage("verify", events)
                 self._verify(deployment)
                 self._check_applied(deployment)
@@ -304,6 +308,8 @@ class Trial:
             finally:
                 deployment.stop_watching()  # nothing is started again from here on
                 self._stage("stop", events)
+                if self._controller is not None:
+                    self._controller.stop()
                 # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
                 interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
@@ -346,6 +352,7 @@ class Trial:
             host=setup.experiment.server_host,
             devices=setup.devices_per_node,
             stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
+            artifact=setup.artifact,
             node_envs=tuple(node_envs),
         )
         servers = self._server_host(guardian, scratch)

@@ -107,6 +107,7 @@ class Server:
             load=self._bring,
             unload=self._put_out,
             busy=lambda: [name for name, model in self._models.items() if isinstance(model, Model) and model.busy],
+            waited_for=lambda name: self._single(name).busy,
             failed=lambda name, error: self._single(name).refuse_waiting(f"{name} cannot be loaded: {error}"),
             loaded=memory["at_start"],
         )

@@ -103,8 +103,9 @@ class Pool:
 class Residency:
     """Brings in the models that are asked for, one after the other, for they all come over one link.
 
-    ``load`` and ``unload`` return when that is done; the latter lets a busy model finish what it has begun. ``failed`` is told
-    of a model that could not be loaded, and why.
+    ``load`` and ``unload`` return when that is done; the latter lets a busy model finish what it has begun. ``busy`` are the
+    models with requests that wait or are computed, and ``waited_for`` tells whether anybody still waits for a model whose turn
+    has come. ``failed`` is told of a model that could not be loaded, and why.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Residency:
         load: Callable[[str], Awaitable[None]],
         unload: Callable[[str], Awaitable[None]],
         busy: Callable[[], Collection[str]],
+        waited_for: Callable[[str], bool],
         failed: Callable[[str, Exception], None],
         loaded: Collection[str],
     ) -> None:
@@ -123,6 +125,7 @@ class Residency:
             pool.enter(model)
         self.counts = {"model_loads_total": 0.0, "model_evictions_total": 0.0, "model_load_failures_total": 0.0}
         self._load, self._unload, self._busy, self._failed = load, unload, busy, failed
+        self._waited_for = waited_for
         self._wanted: dict[str, None] = {}
         self._barred: dict[str, tuple[float, Exception]] = {}
         self._loaded = set(loaded)
@@ -156,7 +159,7 @@ class Residency:
                 del self._wanted[model]
 
     async def _bring(self, model: str) -> None:
-        if model in self._loaded:
+        if model in self._loaded or not self._waited_for(model):
             return
         loop = asyncio.get_running_loop()
         try:
