@@ -408,7 +408,8 @@ class Cluster(Deployment):
         ]
 
     def scrape(self) -> list[MetricSample]:
-        """Summed over the nodes that answer, batch sizes averaged. What a node had counted before it died stays counted.
+        """Summed over the nodes that answer, batch sizes averaged. What a node had counted before it died, or a model before it
+        was unloaded, stays counted.
 
         Raises ``OSError`` when no node answers.
         """
@@ -426,8 +427,11 @@ class Cluster(Deployment):
             for sample in samples:
                 units[sample.metric] = sample.unit
                 if sample.metric in _COUNTERS:
+                    key = (index, sample.scope, sample.metric)
                     with self._lock:
-                        self._last[index, sample.scope, sample.metric] = sample.value
+                        if sample.value < (last := self._last.get(key, 0.0)):
+                            self._ended[key] += last  # of a model that was unloaded, and counts anew
+                        self._last[key] = sample.value
                 else:
                     found[sample.scope, sample.metric].append(sample.value)
         if not answered and failure is not None:

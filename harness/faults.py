@@ -85,13 +85,14 @@ def refusal(
         return "with one node it would be an outage: it needs `nodes: 2` or more"
     if FAULT_KINDS[kind].contained and not containers:
         return "it is done to containers alone: it needs `environment: docker`"
-    if reason := _loading_refusal(kind, containers=containers, multiplexed=multiplexed):
-        return reason
     if kind == "disconnect_node" and adapter.own_cluster and nodes > 1:
         return "the nodes of its own cluster share one address, and none can be taken off the network by itself"
-    if kind == "slow_node" and not containers and (reason := cgroup_refusal()):
-        return reason
-    return adapter.fault_refusals(tuning).get(kind)
+    reason = cgroup_refusal() if kind == "slow_node" and not containers else None
+    return (
+        reason
+        or _loading_refusal(kind, containers=containers, multiplexed=multiplexed)
+        or adapter.fault_refusals(tuning).get(kind)
+    )
 
 
 def _loading_refusal(kind: str, *, containers: bool, multiplexed: bool) -> str | None:
