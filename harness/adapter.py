@@ -22,7 +22,7 @@ from harness.codecs import Codec
 from harness.errors import DeployError, ServerError, StorageError
 from harness.multiplexing import MemoryPlan, Policy
 from harness.processes import ProcessRef, log_tail
-from harness.workload import PreparedWorkload, StageSpec
+from harness.workload import ArtifactKind, PreparedWorkload, StageSpec
 
 WireProtocol = Literal["http", "grpc"]
 
@@ -126,6 +126,8 @@ class DeployRequest:
     stages: tuple[StageSpec, ...] = ()
     """The stages of a pipeline that the framework is to compose itself (:attr:`Adapter.composes`), each run by a ``Stage`` of
     ``workload.model_file``; empty: its ``Model`` is all there is to serve."""
+    artifact: ArtifactKind = "python"
+    """What to serve, of those in :attr:`Adapter.artifacts`: ``workload.model_file``, or the file ``workload.exported``."""
 
     @property
     def listen(self) -> str:
@@ -385,6 +387,11 @@ class Adapter(ABC):
     residency: ClassVar[Mapping[Policy, str]] = {}
     """Policies by which the framework itself says which of many models are in memory → the native key. Empty: it has none, and
     the harness's controller loads and unloads through its management interface."""
+    artifacts: ClassVar[tuple[ArtifactKind, ...]] = ("python",)
+    """What ``deploy`` heeds as ``request.artifact``. An export is run by the server itself: ``replicas`` finds no process that
+    could be hit alone."""
+    no_mig: ClassVar[str] = ""
+    """Why a server cannot be given a MIG instance, which has a UUID and no number; empty: it can."""
     approximate: ClassVar[Mapping[str, str]] = {}
     """Canonical metric → why this server's figure is not exact."""
     exposes: ClassVar[str] = ""
@@ -443,6 +450,12 @@ class Adapter(ABC):
                 f"{self.name} has no policy of its own, and the harness's controller speaks HTTP: leave `protocol` out"
             )
         return None
+
+    def artifact_refusal(self, artifact: ArtifactKind, environment: ServerEnvironment | None = None) -> str | None:
+        """Why this framework, or its server in that very environment, cannot serve an export; ``None`` when it can."""
+        if artifact in self.artifacts:
+            return None
+        return f"{self.name} has no place for `artifact: {artifact}`: it serves a model by its Python code alone"
 
     def expressible(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> tuple[Tuning, dict[str, str]]:
         """As much of a tuning as this framework can express, and why the rest was left out, by knob."""

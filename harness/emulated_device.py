@@ -21,6 +21,8 @@ import numpy as np
 
 from harness.multiplexing import MemoryPlan
 
+DEVICE_FOLDER = "TAILRACE_DEVICE_DIR"
+"""The environment variable that tells a model where its device is."""
 LOADS = "loads.jsonl"
 _BUSY = re.compile(r"device-(\d+)\.(\d+)\.[0-9a-f]+\.busy")
 
@@ -44,7 +46,7 @@ class DeviceCounters:
 def device_environment(folder: Path, devices: int) -> Mapping[str, str]:
     """The environment variables that every process of an emulated model needs. One ``folder`` per trial: the counters
     in it start at zero."""
-    return {"TAILRACE_DEVICE_DIR": str(folder), "TAILRACE_DEVICES": str(devices)}
+    return {DEVICE_FOLDER: str(folder), "TAILRACE_DEVICES": str(devices)}
 
 
 def read_counters(folder: Path) -> list[DeviceCounters]:
@@ -84,6 +86,25 @@ def read_rooms(folder: Path) -> dict[str, tuple[str, int]]:
                     size, _, model = room.read().partition(" ")
                     found[path.name] = model, int(size)
     return found
+
+
+def loads_under_way(folder: Path) -> list[tuple[str, int]]:
+    """The models that are being loaded, each with the pid of the process that does it, in the order in which they began. A
+    process that has died in a load is among them for ever."""
+    begun: dict[tuple[str, int], None] = {}
+    try:
+        lines = (folder / LOADS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        if not line.endswith("\n"):
+            break  # it is just being written
+        told = json.loads(line)
+        load = told["model"], told["pid"]
+        begun.pop(load, None)
+        if told["what"] == "begun":
+            begun[load] = None
+    return list(begun)
 
 
 def fail_loads(folder: Path, model: str, *, failing: bool) -> None:

@@ -37,10 +37,10 @@ from harness.spec import (
     validated_options,
 )
 from harness.trial import TrialSetup
-from harness.workload import Composition, Device, PreparedWorkload, WorkloadSpec
+from harness.workload import ArtifactKind, Composition, Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
 from traces.trace import Trace, compress_time, rescale, window, with_tail
-from workloads.catalogue import check_arithmetic, load_spec, prepare
+from workloads.catalogue import check_arithmetic, check_export, load_spec, prepare
 
 _SPARE_FILES = 256
 """File descriptors that the generator needs beside its connections."""
@@ -66,6 +66,8 @@ class Expressed:
     """Knobs that were asked for and have no place there, each with the reason."""
     composition: Composition | None = None
     """How a pipeline is served; ``None`` for other workloads."""
+    artifact: ArtifactKind = "python"
+    """What of the model its servers run."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,13 @@ def check(experiment: Experiment) -> Checked:
     device = experiment.device or spec.devices[0]
     _check_workload(experiment, spec, device)
     check_arithmetic(spec, experiment.precision, experiment.compile)
+    check_export(spec, experiment.artifact, experiment.precision, experiment.compile)
     price_per_hour(experiment, device, gpus()[: experiment.devices] if device == "cuda" else [])
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
     _check_environment(experiment, contestants)
     _check_nodes(experiment, device, contestants)
     _check_gpus_per_node(experiment, device, contestants)
+    _check_mig(experiment, device, contestants)
     _check_replicas(experiment)
     tunings = {
         cell: _expressed(experiment, spec, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)
@@ -125,8 +129,8 @@ def check(experiment: Experiment) -> Checked:
         contestant = contestants[cell.adapter]
         if (memory := _memory(experiment, spec, device, contestant, cell.scenario, expressed.tuning)) is not None:
             memories[cell] = memory
-        _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
-        _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
+        _check_faults(experiment, contestant.adapter, cell.scenario, expressed)
+        _check_scaler(experiment, contestant.adapter, cell.scenario, expressed.tuning)
     plans = tuple(interleave(experiment))
     traces = {
         (seed, rate): make_trace(experiment, spec, seed, rate) for seed, rate in dict.fromkeys(map(_traffic, plans))
@@ -181,14 +185,18 @@ def _expressed(experiment: Experiment, spec: WorkloadSpec, contestant: Contestan
     composition = (scenario.composition or experiment.composition) if spec.pipeline else None
     if composition == "framework" and (reason := adapter.composition_refusal()):
         left_out, composition = {**left_out, "composition": reason}, "one-process"
+    artifact = experiment.artifact
+    if reason := adapter.artifact_refusal(artifact):
+        left_out, artifact = {**left_out, "artifact": reason}, "python"
     if left_out and experiment.when_refused == "stop":
         raise InputError(
             "\n".join(left_out.values()),
             remedy=f"remove the knob from `tuning`, or {adapter.name} from `adapters`, "
             "or set `when_refused: leave_out` to run it without"
-            + (", the stages in one process" if "composition" in left_out else ""),
+            + (", the stages in one process" if "composition" in left_out else "")
+            + (", by its Python code" if "artifact" in left_out else ""),
         )
-    return Expressed(tuning, left_out, composition)
+    return Expressed(tuning, left_out, composition, artifact)
 
 
 def _memory(
@@ -269,9 +277,33 @@ def _check_gpus_per_node(experiment: Experiment, device: Device, contestants: Ma
         )
 
 
-def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, tuning: Tuning) -> None:
+def _check_mig(experiment: Experiment, device: Device, contestants: Mapping[str, Contestant]) -> None:
+    if device != "cuda" or all(gpu.instance is None for gpu in gpus()[: experiment.devices]):
+        return
+    for name, contestant in contestants.items():
+        if reason := contestant.adapter.no_mig:
+            raise InputError(
+                f"`device`: {name} cannot run on MIG instances: {reason}",
+                remedy=f"remove {name} from `adapters`, or name whole GPUs in CUDA_VISIBLE_DEVICES",
+            )
+
+
+def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, expressed: Expressed) -> None:
+    tuning, containers = expressed.tuning, experiment.environment == "docker"
     for kind in scenario.fault_kinds:
-        if reason := refusal(kind, adapter, tuning, experiment.nodes, containers=experiment.environment == "docker"):
+        reason = refusal(
+            kind,
+            adapter,
+            tuning,
+            experiment.nodes,
+            containers=containers,
+            multiplexed=experiment.multiplexing_of(scenario) is not None,
+        )
+        if expressed.artifact != "python" and FAULT_KINDS[kind].scope == "replica":
+            reason = (
+                f"replicas of `artifact: {expressed.artifact}` are no processes of their own, but part of the server's"
+            )
+        if reason:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {kind} cannot be done to {adapter.name}: {reason}",
                 remedy=f"remove the fault, or {adapter.name} from `adapters`",
@@ -281,12 +313,14 @@ def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, 
     for fault in scenario.faults:
         if fault.target == "random":
             continue
-        replica = FAULT_KINDS[fault.kind].scope == "replica"
-        known = (tuning.replicas or 0) * experiment.nodes if replica else experiment.nodes
+        known, what = {
+            "replica": ((tuning.replicas or 0) * experiment.nodes, "replicas"),
+            "model": (experiment.models.count, "models"),
+        }.get(FAULT_KINDS[fault.kind].scope, (experiment.nodes, "nodes"))
         if known and fault.target >= known:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {fault.kind}: target {fault.target} does not exist, there are {known} "
-                f"{'replicas' if replica else 'nodes'}, which count from 0",
+                f"{what}, which count from 0",
                 remedy="use " + (f"0 to {known - 1}" if known > 1 else "0") + ", or random",
             )
 
@@ -428,6 +462,24 @@ def _environment(
 def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSetup]:
     """Build environments and the workload's artifact, and settle every trial, in the order in which they will run."""
     experiment = checked.experiment
+    environments: dict[str, tuple[ServerEnvironment, float]] = {}
+
+    def build_for(name: str, *workload_requirements: Path) -> ServerEnvironment:
+        adapter = checked.contestants[name].adapter
+        started_ns = time.monotonic_ns()
+        environment = _environment(experiment, adapter, [adapter.requirements, *workload_requirements], on_progress)
+        environments[name] = (environment, (time.monotonic_ns() - started_ns) / 1e9)
+        return environment
+
+    # First, for an export takes minutes and is of no use to a server that cannot run it. Who can needs none of what the
+    # model's Python code does.
+    for name in {cell.adapter: None for cell, told in checked.tunings.items() if told.artifact != "python"}:
+        if reason := checked.contestants[name].adapter.artifact_refusal(experiment.artifact, build_for(name)):
+            raise InputError(
+                reason,
+                remedy="use `environment: docker` without a base image of your own for it, `containers.base_images`, for the "
+                "vendor's has it, or `artifact: python`",
+            )
     workload: PreparedWorkload = prepare(
         experiment.workload,
         models=experiment.models.names(checked.workload.name),
@@ -436,17 +488,13 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         options=experiment.workload_options,
         precision=experiment.precision,
         compiled=experiment.compile,
+        artifact=experiment.artifact if environments else "python",
         environment_kind=experiment.own_interpreters,
         on_progress=on_progress,
     )
-    environments = {}
-    for name, contestant in checked.contestants.items():
-        requirements = [contestant.adapter.requirements]
-        if workload.requirements is not None:
-            requirements.append(workload.requirements)
-        started_ns = time.monotonic_ns()
-        environment = _environment(experiment, contestant.adapter, requirements, on_progress)
-        environments[name] = (environment, (time.monotonic_ns() - started_ns) / 1e9)
+    for name in checked.contestants:
+        if name not in environments:
+            build_for(name, *filter(None, [workload.requirements]))
     layout = Layout(
         nodes=experiment.nodes,
         # In all scenarios or in none, so that they differ in the fault alone.
@@ -482,6 +530,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 left_out=checked.tunings[plan.cell].left_out,
                 composition=checked.tunings[plan.cell].composition,
                 memory=checked.memories.get(plan.cell),
+                artifact=checked.tunings[plan.cell].artifact,
             )
         )
     return setups

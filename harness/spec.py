@@ -33,7 +33,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
 from harness.multiplexing import Multiplexing
 from harness.popularity import Models
-from harness.workload import Composition, Device, Precision, Slo
+from harness.workload import ArtifactKind, Composition, Device, Precision, Slo
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -111,7 +111,8 @@ class FaultChoice(FaultParameters):
     )
     target: Literal["random"] | Annotated[int, Field(ge=0)] = Field(
         default="random",
-        description="Which replica (oldest first) or node: `random` (by the trial's seed) or its index from 0.",
+        description="Which replica (oldest first), node, or model (most popular first): `random` (by the trial's seed) or its "
+        "index from 0.",
     )
 
     @model_validator(mode="after")
@@ -334,6 +335,11 @@ class Experiment(_Strict):
     )
     compile: bool = Field(
         default=False, description="Whether the model is compiled (`torch.compile`), where the workload offers it."
+    )
+    artifact: ArtifactKind = Field(
+        default="python",
+        description="What servers run: the workload's own `python` code, or an export of it to `onnx` or `torchscript`, where "
+        "the workload offers one and the framework runs such files itself ([GPUs](gpu.md#exports)).",
     )
     composition: Composition = Field(
         default="framework",

@@ -67,7 +67,7 @@ from harness.spec import Client, Experiment, TrialPlan
 from harness.store import EventLog, TrialFolder, write_json
 from harness.tables import finish_table
 from harness.wedge import SILENCE_S, Probe, WedgeWatch, contradiction
-from harness.workload import Composition, PreparedWorkload
+from harness.workload import ArtifactKind, Composition, PreparedWorkload
 
 if TYPE_CHECKING:
     from harness.containers import ContainerHost
@@ -110,6 +110,9 @@ class TrialSetup:
     """How a pipeline is served; ``None`` for other workloads."""
     memory: MemoryPlan | None = None
     """What the models share; ``None`` where all are loaded."""
+
+    artifact: ArtifactKind = "python"
+    """What of the model its servers run."""
 
     @property
     def controlled(self) -> bool:
@@ -209,6 +212,7 @@ class Trial:
             "left_out": dict(setup.left_out),
             "composition": setup.composition,
             "memory": setup.memory and {**asdict(setup.memory), "controlled": setup.controlled},
+            "artifact": setup.artifact,
             "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
             "nodes": setup.layout.nodes,
@@ -348,6 +352,7 @@ class Trial:
             host=setup.experiment.server_host,
             devices=setup.devices_per_node,
             stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
+            artifact=setup.artifact,
             node_envs=tuple(node_envs),
         )
         servers = self._server_host(guardian, scratch)

@@ -17,6 +17,8 @@ Tensors = dict[str, NDArray[np.generic]]
 
 Device = Literal["emulated", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+ArtifactKind = Literal["python", "onnx", "torchscript"]
+"""What of a model a server runs: its ``model.py``, or an export of the whole of it, without Python."""
 
 
 class TensorSpec(BaseModel):
@@ -81,6 +83,8 @@ class WorkloadSpec(BaseModel):
     """Precisions that it offers beside fp32, each with its tolerance in place of the one above; references stay fp32."""
     compiles: bool = False
     """Whether it offers to be compiled (``torch.compile``)."""
+    exports: dict[Literal["onnx", "torchscript"], tuple[Precision, ...]] = {}
+    """What it can be exported to beside its ``model.py``, each with the precisions in which it can."""
     payloads: int = Field(default=64, ge=1)
     """How many distinct payloads a run uses; arrivals draw from them with the run's seed."""
     cost: dict[str, float] = {}
@@ -93,6 +97,19 @@ class WorkloadSpec(BaseModel):
         if self.pipeline:
             _check_flow(self)
         return self
+
+    @model_validator(mode="after")
+    def _exportable(self) -> WorkloadSpec:
+        if self.pipeline and self.exports:
+            raise ValueError("exports: a pipeline is several models and cannot be exported as one")
+        for kind, precisions in self.exports.items():
+            if unknown := [one for one in precisions if one != "fp32" and one not in self.lower_precisions]:
+                raise ValueError(f"exports: {kind} is offered in {unknown[0]}, which is not among `lower_precisions`")
+        return self
+
+    def tolerance_in(self, precision: Precision) -> Tolerance:
+        """How far answers in a precision may lie from the references."""
+        return self.tolerance if precision == "fp32" else self.lower_precisions[precision]
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -200,6 +217,8 @@ class PreparedWorkload:
     (:mod:`workloads.pipeline`): its ``Model`` all of them, and its ``Stage`` one."""
     precision: Precision = "fp32"
     compiled: bool = False
+    exported: Path | None = None
+    """The file of the export, within the artifact, if one was asked for."""
 
     @property
     def code_folders(self) -> tuple[Path, ...]:
@@ -210,7 +229,7 @@ class PreparedWorkload:
     @property
     def tolerance(self) -> Tolerance:
         """How far answers in its precision may lie from the references."""
-        return self.spec.tolerance if self.precision == "fp32" else self.spec.lower_precisions[self.precision]
+        return self.spec.tolerance_in(self.precision)
 
 
 def mismatch(outputs: Tensors, reference: Tensors, tolerance: Tolerance) -> str | None:

@@ -24,13 +24,24 @@ from harness.environments import Progress
 from harness.errors import InputError, StorageError, TailraceError
 from harness.folders import cache_folder
 from harness.pipeline import description
-from harness.workload import Device, Precision, PreparedWorkload, Tensors, TensorSpec, WorkloadSpec
+from harness.workload import (
+    ArtifactKind,
+    Device,
+    Precision,
+    PreparedWorkload,
+    Tensors,
+    TensorSpec,
+    WorkloadSpec,
+    mismatch,
+)
 
 _HERE = Path(__file__).parent
 _RUNNER = _HERE / "prepare_artifact.py"
 _PIPELINE = _HERE / "pipeline.py"
 """What runs the stages of a pipeline, here and in servers."""
 _SEAL = "prepared.json"
+_EXPORTED: Mapping[ArtifactKind, str] = {"onnx": "exported/model.onnx", "torchscript": "exported/model.pt"}
+"""Where an export lies in the artifact, by its kind."""
 
 
 def names() -> list[str]:
@@ -53,6 +64,7 @@ def prepare(
     environment_kind: environments.Kind,
     precision: Precision | None = None,
     compiled: bool = False,
+    artifact: ArtifactKind = "python",
     on_progress: Progress | None = None,
 ) -> PreparedWorkload:
     """Make a workload concrete: build its artifact, payloads and references, or take them from the cache.
@@ -61,7 +73,11 @@ def prepare(
     harness's interpreter does it), never inside this process. The artifact's SHA-256 is checked whenever it comes from
     the cache; a damaged one is built again. Whatever the ``precision``, references are those of fp32, not compiled.
 
-    Raises :class:`InputError` for a workload, device or option that cannot be used,
+    An ``artifact`` other than ``python`` is exported beside what ``model.py`` loads, in an environment that has what
+    ``ARTIFACT-requirements.txt`` names besides, and run on every payload, alone and all in one batch: unless its answers are
+    the references within the tolerance of the precision, it is refused and nothing is kept.
+
+    Raises :class:`InputError` for a workload, device, option or export that cannot be used,
     :class:`~harness.errors.EnvironmentBuildError` when its environment cannot be built, and
     :class:`TailraceError` when its ``build.py`` or ``model.py`` fails.
     """
@@ -74,6 +90,7 @@ def prepare(
             remedy=f"choose one of: {', '.join(spec.devices)}",
         )
     check_arithmetic(spec, precision, compiled)
+    check_export(spec, artifact, precision, compiled)
     chosen = _checked_options(spec, options)
     job: dict[str, object] = {
         "options": {**chosen, **_arithmetic(spec, precision or "fp32", compiled)},
@@ -82,9 +99,20 @@ def prepare(
         "payloads": spec.payloads,
         "models": list(models),
         "pipeline": description(spec, folder / "model.py", None) if spec.pipeline else None,
+        "export": None
+        if artifact == "python"
+        else {
+            "kind": artifact,
+            "file": _EXPORTED[artifact],
+            "inputs": [tensor.name for tensor in spec.inputs],
+            "outputs": [tensor.name for tensor in spec.outputs],
+        },
     }
     build_requirements = folder / "build-requirements.txt"
     kind, requirements = (environment_kind, [build_requirements]) if build_requirements.is_file() else ("current", [])
+    export_requirements = folder / f"{artifact}-requirements.txt"
+    if artifact != "python" and export_requirements.is_file():
+        kind, requirements = environment_kind, [*requirements, export_requirements]
     facts = {
         **job,
         "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
@@ -96,7 +124,7 @@ def prepare(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / "artifacts" / f"{spec.name}-{key}"
 
-    made = _Made(device, precision or "fp32", compiled, folder, progress)
+    made = _Made(device, precision or "fp32", compiled, artifact, folder, progress)
     if ready := _load(target, spec, models, made):
         return ready
     try:
@@ -112,6 +140,8 @@ def prepare(
                 out.mkdir()
                 _run_build(environment, {**job, "folder": str(folder), "out": str(out)}, spec, progress)
                 _check(out, spec, models)
+                if artifact != "python":
+                    _check_answers(out, spec, models, artifact, precision or "fp32")
                 (out / _SEAL).write_text(json.dumps({"artifact_sha256": _sha256(out / "artifact")}))
                 shutil.rmtree(target, ignore_errors=True)
                 out.rename(target)
@@ -175,6 +205,31 @@ def check_arithmetic(spec: WorkloadSpec, precision: Precision | None, compiled: 
     if compiled and not spec.compiles:
         raise InputError(
             f"`compile`: the workload {spec.name} does not offer to be compiled", remedy="leave `compile` out"
+        )
+
+
+def check_export(spec: WorkloadSpec, artifact: ArtifactKind, precision: Precision | None, compiled: bool) -> None:
+    """Raises :class:`InputError` for an export that a workload does not offer, at all or in that precision."""
+    if artifact == "python":
+        return
+    python = "use `artifact: python`"
+    if artifact not in spec.exports:
+        offered = ", ".join(spec.exports)
+        raise InputError(
+            f"`artifact`: the workload {spec.name} has no export to {artifact}"
+            + (f", only to {offered}" if offered else ": there is nothing of it but its Python code"),
+            remedy=python,
+        )
+    if (precision or "fp32") not in spec.exports[artifact]:
+        raise InputError(
+            f"`artifact`: the workload {spec.name} has no export to {artifact} in {precision or 'fp32'}, only in "
+            + ", ".join(spec.exports[artifact]),
+            remedy=f"choose one of these for `precision`, or {python}",
+        )
+    if compiled:
+        raise InputError(
+            "`compile`: an export is not compiled by torch: whoever runs it optimises it in its own way",
+            remedy=f"leave `compile` out, or {python}",
         )
 
 
@@ -254,6 +309,32 @@ def _check_arrays(path: Path, declared: Sequence[TensorSpec], spec: WorkloadSpec
         )
 
 
+def _check_answers(
+    out: Path, spec: WorkloadSpec, models: Sequence[str], artifact: ArtifactKind, precision: Precision
+) -> None:
+    """An export answers as ``model.py`` does, whatever the batch, or it is none."""
+    tolerance = spec.tolerance_in(precision)
+    for how in ("alone", "batch"):
+        answers = out / f"exported-{how}.npz"
+        _check_arrays(answers, spec.outputs, spec, f"the export of build.py to {artifact}", "output")
+        for index, model in enumerate(models):
+            pairs = list(zip(_rows(answers), _rows(out / f"references-{index}.npz"), strict=True))
+            if wrong := [said for got, reference in pairs if (said := mismatch(got, reference, tolerance))]:
+                apart = max(
+                    np.abs(got[name].astype(np.float64) - reference[name].astype(np.float64)).max()
+                    for got, reference in pairs
+                    for name in reference
+                )
+                raise InputError(
+                    f"workload {spec.name}: its export to {artifact} in {precision} does not answer as model.py does: of "
+                    f"{model}, {len(wrong)} of {len(pairs)} payloads, asked "
+                    + ("one by one" if how == "alone" else "in one batch")
+                    + f", differ by up to {apart:.3g}; allowed are {tolerance.atol:g} and {tolerance.rtol:g} of the answer. "
+                    f"The first: {wrong[0]}",
+                    remedy="mend `export` of build.py, or use `artifact: python`; nothing of it was kept",
+                )
+
+
 @dataclass(frozen=True)
 class _Made:
     """What a prepared workload is told of beside what lies in the cache."""
@@ -261,6 +342,7 @@ class _Made:
     device: Device
     precision: Precision
     compiled: bool
+    export: ArtifactKind
     folder: Path
     progress: Progress
 
@@ -291,6 +373,7 @@ def _load(target: Path, spec: WorkloadSpec, models: Sequence[str], made: _Made) 
         payloads=payloads,
         references=references,
         stages_file=made.folder / "model.py" if spec.pipeline else None,
+        exported=None if made.export == "python" else artifact / _EXPORTED[made.export],
     )
 
 

@@ -392,6 +392,9 @@ class TorchServe(Adapter):
     """The adapter."""
 
     name: ClassVar[str] = "torchserve"
+    no_mig: ClassVar[str] = (
+        "its frontend reads CUDA_VISIBLE_DEVICES as numbers of GPUs and ends with an error at a UUID"
+    )
     deals_out_gpus: ClassVar[bool] = True
     title: ClassVar[str] = "TorchServe"
     homepage: ClassVar[str] = "https://pytorch.org/serve/"

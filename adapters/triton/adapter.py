@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from adapters.triton.config import (
+    NATIVE,
     batching_parts,
     flags,
     is_ensemble,
@@ -42,8 +43,9 @@ from harness.adapter import (
 )
 from harness.codecs import OpenInferenceGRPC, OpenInferenceHTTP
 from harness.control import ControlConnection, agreed, ask_interpreter, choose_ports, process_environment
-from harness.errors import DeployError
+from harness.errors import DeployError, StorageError
 from harness.processes import ProcessRef, descendants
+from harness.workload import ArtifactKind
 
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
@@ -62,11 +64,14 @@ def existing(paths):
 version = "%d.%d" % sys.version_info[:2]
 spec = importlib.util.find_spec("pytriton")
 server = spec.submodule_search_locations[0] + "/tritonserver" if spec else ""
+installed = os.path.isfile("{_INSTALLED}/bin/tritonserver")
+libraries = glob.glob(("{_INSTALLED}" if installed else server) + "/backends/*/libtriton_*.so")
 stubs = server + "/python_backend_stubs/"
 libdir = sysconfig.get_config_var("LIBDIR") or ""
 folders = [libdir, os.path.join(libdir, sysconfig.get_config_var("MULTIARCH") or ""), os.path.join(sys.base_prefix, "lib")]
 print(json.dumps({{
-    "installed": os.path.isfile("{_INSTALLED}/bin/tritonserver"),
+    "installed": installed,
+    "backends": sorted(os.path.basename(path)[len("libtriton_"):-len(".so")] for path in libraries),
     "wheel": server,
     "version": version,
     "stub": existing([stubs + version + "/{_STUB}"]),
@@ -88,13 +93,17 @@ class _Bundle:
     libraries: tuple[Path, ...]
     """Folders for ``LD_LIBRARY_PATH``: without the second, workers miss libcudart and the server hangs silently."""
 
+    backend_names: tuple[str, ...]
+    """The backends that the server came with."""
+
     @classmethod
     def find(cls, environment: ServerEnvironment) -> _Bundle:
         """Ask the environment's interpreter. Raises :class:`DeployError` when something is missing."""
         python = environment.python
         found = ask_interpreter(environment, _PROBE)
+        names = tuple(found["backends"])
         if found["installed"] and not found["wheel"]:
-            return cls(Path(_INSTALLED), None, ())  # the vendor's, whose image knows where its libraries are
+            return cls(Path(_INSTALLED), None, (), names)  # the vendor's, whose image knows where its libraries are
         if not found["wheel"]:
             raise DeployError(
                 f"{python} has no package nvidia-pytriton, which carries the server",
@@ -115,8 +124,8 @@ class _Bundle:
             )
         libraries = (Path(found["library"]).parent, Path(found["wheel"]).parents[1] / "nvidia_pytriton.libs")
         if found["installed"]:
-            return cls(Path(_INSTALLED), None, libraries)
-        return cls(Path(found["wheel"]), Path(found["stub"]), libraries)
+            return cls(Path(_INSTALLED), None, libraries, names)
+        return cls(Path(found["wheel"]), Path(found["stub"]), libraries, names)
 
     def backends(self, folder: Path) -> Path:
         """The backend directory: that of the installed server, else one laid out in ``folder`` with the Python backend and
@@ -217,6 +226,7 @@ class TritonDeployment(Deployment):
             file = self._request.workdir / "config" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
+        _link_export(self._request, self.host, model)
         for part in parts(self._request, model):
             self._control.command("POST", f"/v2/repository/models/{part}/load", timeout_s=Triton.start_timeout_s)
         self.wait_for(partial(self._answers, model), f"load the model {model!r}", Triton.start_timeout_s)
@@ -286,6 +296,21 @@ class TritonDeployment(Deployment):
         return self._control.says_ok(f"/v2/models/{model}/ready")
 
 
+def _link_export(request: DeployRequest, host: ProcessHost, model: str) -> None:
+    """Put an exported model into the repository, as a link for the time of the run. Raises :class:`StorageError`."""
+    exported = request.workload.exported
+    if request.artifact == "python" or exported is None:
+        return
+    link = request.workdir / "config" / "models" / model / "1" / NATIVE[request.artifact].file
+    host.remove_later(link)
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # of a server that is started again
+        link.symlink_to(exported)
+    except OSError as error:
+        raise StorageError.of(link, error) from error
+
+
 class Triton(Adapter):
     """The adapter."""
 
@@ -318,6 +343,21 @@ class Triton(Adapter):
         "only some items on, a script of the Python backend (BLS) asks the models, and is busy until all have answered",
     }
     composes: ClassVar[bool] = True
+    artifacts: ClassVar[tuple[ArtifactKind, ...]] = ("python", *NATIVE)
+
+    def artifact_refusal(self, artifact: ArtifactKind, environment: ServerEnvironment | None = None) -> str | None:
+        """By the backends that the environment's server came with: the vendor's images have those for exports, the wheel's
+        has the Python backend alone."""
+        if artifact == "python" or environment is None:
+            return super().artifact_refusal(artifact)
+        found, wanted = _Bundle.find(environment).backend_names, NATIVE[artifact].name
+        if wanted in found:
+            return None
+        where = f"image {environment.image}" if environment.image else f"environment {environment.python.parents[1]}"
+        return (
+            f"the Triton of the {where} has no backend `{wanted}`, which `artifact: {artifact}` needs; it has: "
+            f"{', '.join(found) or 'none'}"
+        )
 
     def refusals(self, tuning: Tuning, options: BaseModel, protocol: WireProtocol) -> dict[str, str]:
         """Beside autoscaling: a batch window without batches, for Triton's own default is not to batch."""
@@ -350,6 +390,8 @@ class Triton(Adapter):
                 remedy="set TMPDIR to a folder without blanks or other special characters in its path",
             )
         backends = bundle.backends(request.scratch / "backends")
+        for model in request.models:
+            _link_export(request, host, model)
         prefix = f"tailrace_triton_{secrets.token_hex(8)}_"
         host.remove_later(_SHARED_MEMORY / f"{prefix}*")
         log = request.workdir / "logs" / "tritonserver.log"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.adapter import DeployRequest, Tuning
-from harness.workload import StageSpec, TensorSpec
+from harness.workload import ArtifactKind, StageSpec, TensorSpec
 
 _DATA_TYPES = {
     "int32": "TYPE_INT32",
@@ -17,6 +19,24 @@ _DATA_TYPES = {
     "float16": "TYPE_FP16",
 }
 _FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class NativeBackend:
+    """A backend that runs an exported model within the server's process."""
+
+    name: str
+    file: str
+    """What it looks for in the folder of a version."""
+    threads: tuple[str, ...]
+    """The parameters that tell it how many threads an instance computes with on a CPU."""
+
+
+NATIVE: Mapping[ArtifactKind, NativeBackend] = {
+    "onnx": NativeBackend("onnxruntime", "model.onnx", ("intra_op_thread_count", "inter_op_thread_count")),
+    "torchscript": NativeBackend("pytorch", "model.pt", ("INTRA_OP_THREAD_COUNT", "INTER_OP_THREAD_COUNT")),
+}
+"""What runs each kind of export."""
 
 
 def stage_model(model: str, stage: StageSpec) -> str:
@@ -47,7 +67,9 @@ def model_files(request: DeployRequest, model: str) -> dict[str, str]:
         name = stage_model(model, stage)
         files[f"models/{name}/config.pbtxt"] = stage_config(request, model, stage)
         files[f"models/{name}/1/model.py"] = shim
-    if not request.stages:
+    if request.artifact != "python":
+        files[f"models/{model}/config.pbtxt"] = exported_config(request, model)
+    elif not request.stages:
         files[f"models/{model}/config.pbtxt"] = model_config(request, model)
         files[f"models/{model}/1/model.py"] = shim
     elif is_ensemble(request):
@@ -92,6 +114,25 @@ def model_config(request: DeployRequest, model: str) -> str:
             *_instance_group(request),
             *_dynamic_batching(request.tuning),
             *_parameters(_loaded(request)),
+        ]
+    )
+
+
+def exported_config(request: DeployRequest, model: str) -> str:
+    """``config.pbtxt`` of an exported model, run by a backend of Triton's own.
+
+    ONNX has names and types of its tensors in it, which are the workload's. TorchScript has none for outputs, and takes and
+    gives them in the order of this file, as long as no name ends in ``__`` and a number. The batch axis of an export has
+    no fixed size, and ONNX Runtime's backend will have it told so.
+    """
+    spec, backend = request.workload.spec, NATIVE[request.artifact]
+    return _text(
+        [
+            *_head(request, model, backend.name, spec.inputs, spec.outputs),
+            *_instance_group(request),
+            *_dynamic_batching(request.tuning),
+            # As in the workloads' own model.py: replicas share the cores.
+            *_parameters(dict.fromkeys(backend.threads, "1")),
         ]
     )
 
@@ -161,13 +202,16 @@ def _head(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
 ) -> list[str]:
-    batches = request.tuning.max_batch is not None
+    if request.tuning.max_batch is not None:
+        leading: tuple[int, ...] = ()
+    else:
+        leading = (1,) if request.artifact == "python" else (-1,)
     return [
         f"name: {_quoted(name)}",
         f"backend: {_quoted(backend)}" if backend else 'platform: "ensemble"',
         f"max_batch_size: {request.tuning.max_batch or 0}",
-        *_tensors("input", inputs, batches),
-        *_tensors("output", outputs, batches),
+        *_tensors("input", inputs, leading),
+        *_tensors("output", outputs, leading),
     ]
 
 
@@ -205,10 +249,10 @@ def knobs_in(config: dict[str, Any]) -> dict[str, object]:
     return knobs
 
 
-def _tensors(field: str, specs: tuple[TensorSpec, ...], batches: bool) -> list[str]:
+def _tensors(field: str, specs: tuple[TensorSpec, ...], leading: tuple[int, ...]) -> list[str]:
     lines = []
     for spec in specs:
-        dims = ", ".join(str(size) for size in (spec.shape if batches else (1, *spec.shape)))
+        dims = ", ".join(map(str, (*leading, *spec.shape)))
         lines.append(f"{field} {{ name: {_quoted(spec.name)} data_type: {_DATA_TYPES[spec.dtype]} dims: [ {dims} ] }}")
     return lines
 

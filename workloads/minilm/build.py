@@ -14,6 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 
 TOKENS = 32
 _LARGEST_BATCH = 1024
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPSET = 18
+"""Of ONNX: one that servers of some years' age know, too."""
 
 SENTENCES = """\
 The ferry leaves the island at six, whether or not the fog has lifted.
@@ -94,7 +97,7 @@ class Network(torch.nn.Module):  # type: ignore[misc]  # torch is not installed 
 def build_artifact(folder: Path, options: Mapping[str, Any], seed: int) -> None:
     """The network without its pooling: a TorchScript trace, or exported for ``torch.compile``; batches of any size."""
     torch.set_num_threads(1)
-    network = Network({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options["precision"]])
+    network = Network(_DTYPES[options["precision"]])
     ids, mask = (torch.ones((2, TOKENS), dtype=torch.int64) for _ in range(2))
     if options["compile"]:
         batch = {0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)}
@@ -104,6 +107,47 @@ def build_artifact(folder: Path, options: Mapping[str, Any], seed: int) -> None:
         return
     with torch.inference_mode():
         torch.jit.trace(network.eval(), (ids, mask), strict=False).save(folder / "model.pt")
+
+
+class Whole(torch.nn.Module):  # type: ignore[misc]
+    """The network and all that model.py does with what it gives, for servers that run no Python."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Both int64[n, tokens] → embedding float32[n, 384]."""
+        states = self.network(input_ids, attention_mask).float()
+        own = attention_mask.unsqueeze(-1).float()
+        mean = (states * own).sum(1) / own.sum(1).clamp(min=1e-9)
+        return torch.nn.functional.normalize(mean, dim=1)
+
+
+def export(kind: str, file: Path, options: Mapping[str, Any], seed: int) -> None:
+    """The whole of it, from token ids to the embedding, as ``onnx`` or ``torchscript``; batches of any size."""
+    torch.set_num_threads(1)
+    network = Whole(Network(_DTYPES[options["precision"]])).eval()
+    example = tuple(torch.ones((2, TOKENS), dtype=torch.int64) for _ in range(2))
+    if kind == "torchscript":
+        with torch.inference_mode():
+            torch.jit.trace(network, example, strict=False).save(file)
+        return
+    from onnx_ir.passes.common import NameFixPass
+
+    batch = {0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            example,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["embedding"],
+            opset_version=_OPSET,
+            dynamic_shapes=(batch, batch),
+            verbose=False,
+        )
+    NameFixPass()(program.model)  # the exporter has called what its embedding layer gives `embedding`, too
+    program.save(file, external_data=False)
 
 
 def make_payloads(count: int, seed: int) -> list[dict[str, NDArray[np.generic]]]:
