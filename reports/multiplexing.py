@@ -157,7 +157,7 @@ def _share_of(cell: CellView, kind: str) -> float:
 def _group(title: str, cells: Sequence[CellView], recorded: dict[str, list[MultiplexedTrial]]) -> Group:
     lines: dict[str, list[CellView]] = {}
     for cell in cells:
-        if cell.comparable:
+        if cell.comparable and not cell.faulty:
             lines.setdefault(f"{cell.framework} · {policy_words(cell)}", []).append(cell)
     drawn = tuple(
         Line(label, tuple(sorted(own, key=lambda cell: float(cell.summary["multiplexing"]["memory_mb"]))))
@@ -165,11 +165,11 @@ def _group(title: str, cells: Sequence[CellView], recorded: dict[str, list[Multi
     )
     trials = [trial for cell in cells for trial in recorded[cell.key] if len(trial.trace)]
     sizes = [float(cell.summary["multiplexing"]["memory_mb"]) for cell in cells]
-    theory = _theory(trials[0], sizes) if trials else None
+    theory = theory_of(trials[0], sizes) if trials else None
     return Group(title, drawn, theory, tuple(_sentences(drawn, theory)))
 
 
-def _theory(trial: MultiplexedTrial, measured_mb: Sequence[float]) -> Theory:
+def theory_of(trial: MultiplexedTrial, measured_mb: Sequence[float]) -> Theory:
     """From the shares that the trial's models had of its arrivals, and from their order; at and between these sizes."""
     sizes = np.array(trial.memory.sizes, dtype=np.float64)
     shares = np.bincount(trial.trace, minlength=len(sizes)) / len(trial.trace)

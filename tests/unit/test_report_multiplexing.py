@@ -23,6 +23,7 @@ from reports.multiplexing import (
     Multiplexing,
     knee,
     multiplexing,
+    theory_of,
     words,
 )
 from reports.multiplexing_figures import headroom, memory_curves
@@ -85,6 +86,19 @@ def test_theory_is_of_the_recorded_arrivals_and_below_nobody(told: Multiplexing)
     lru = group.lines[0]
     at = [theory.memory_mb.tolist().index(mb) for mb in lru.memory_mb]
     assert lru.cold == pytest.approx(theory.lru[at], abs=0.08)
+
+
+def test_of_models_of_several_sizes_theory_has_a_bound(run: RunFolder) -> None:
+    recorded = read_multiplexed(next(trial for trial in run.trials if trial.id == "reference--lru-200--1"))
+    assert recorded is not None
+    sizes = [size * (1 + place % 2) for place, size in enumerate(recorded.memory.sizes)]
+    mixed = replace(recorded, memory=replace(recorded.memory, sizes=sizes))
+    theory = theory_of(mixed, [300, 500, 900])
+    assert not theory.exact
+    assert {300, 500, 900} <= set(theory.memory_mb.tolist())
+    assert (np.diff(theory.lru) <= 1e-12).all() and (np.diff(theory.least) <= 0).all()
+    assert (theory.least <= theory.lru).all() and theory.least[0] > 0
+    assert theory.lru[-1] == theory.least[-1] == 0.0
 
 
 def test_the_simulator_finds_again_what_it_has_made(run: RunFolder, told: Multiplexing) -> None:
