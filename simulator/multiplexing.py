@@ -84,10 +84,10 @@ class Multiplexed:
 class _Model:
     """One model's queue and replica."""
 
+    idle_since: int
     waiting: deque[int] = field(default_factory=deque)
     loaded: bool = False
     in_hand: list[int] = field(default_factory=list)
-    idle_since: int = 0
 
     @property
     def busy(self) -> bool:
@@ -113,7 +113,8 @@ class _Simulation:
             memory.policy,
             [names[model] for model in memory.pinned],
         )
-        self._models = [_Model() for _ in names]
+        begin = self._arrivals[0] if self._arrivals else 0
+        self._models = [_Model(idle_since=begin) for _ in names]
         for model in memory.at_start:
             self._pool.enter(names[model])
             self._models[model].loaded = True
@@ -122,7 +123,7 @@ class _Simulation:
         self._window_ns = round(device.batching.window_ms * NS_PER_MS)
         self._events: list[tuple[int, int, int]] = [(at, _ARRIVES, i) for i, at in enumerate(self._arrivals)]
         """When, what, and the arrival or model; a list that ascends is a heap."""
-        self._device_free = 0
+        self._device_free = begin
         self._wanted: dict[int, None] = {}
         self._loading: tuple[int, int] | None = None
         """When it was decided, and the model."""

@@ -58,6 +58,14 @@ def test_a_cold_request_waits_for_the_load_and_those_behind_it_too() -> None:
     assert done.share(Met.COLD, since=2) == 0.0
 
 
+def test_time_may_begin_anywhere() -> None:
+    memory = Memory(300 * MB, [100 * MB] * 6, "lru", at_start=[0])
+    arrivals, models = drawn(9, 300, 8.0, 6)
+    one, other = (simulate(device(), memory, arrivals - shift, models) for shift in (0, 10**13))
+    assert np.array_equal(one.response_ms, other.response_ms)
+    assert np.array_equal(one.met, other.met)
+
+
 def test_loads_come_one_after_the_other_and_models_of_different_ones_share_the_device() -> None:
     memory = Memory(400 * MB, [200 * MB] * 3, "lru", at_start=[2])
     done = simulate(device(), memory, times(1, 1.05), np.array([0, 1]))
