@@ -92,8 +92,8 @@ def read_multiplexed(folder: TrialFolder) -> MultiplexedTrial | None:
 
 def calibrated(trial: MultiplexedTrial, cost: Mapping[str, float]) -> Device:
     """The device that a trial's server computes and loads on. ``cost`` has what the emulated device takes (``base_ms``,
-    ``per_item_ms``, ``load_ms``, ``load_gb_per_s``); what the server adds is the median over the trial: to an answer, before
-    a load can begin, and after it until the first of those who waited has its answer."""
+    ``per_item_ms``, ``load_ms``, ``load_gb_per_s``). What the server adds before a load can begin is what it was each time in
+    the trial; what it adds to an answer, and after a load until the first of those who waited is answered, is the median."""
     service = Service(base_ms=cost["base_ms"], per_item_ms=cost["per_item_ms"])
     times_ms = service.times_ns(trial.batching.max_batch) / NS_PER_MS
     hot_ms = ((trial.done_ns - trial.arrivals_ns) / NS_PER_MS)[trial.met == Met.HOT]
@@ -115,7 +115,7 @@ def calibrated(trial: MultiplexedTrial, cost: Mapping[str, float]) -> Device:
         trial.batching,
         cost["load_ms"],
         cost["load_gb_per_s"],
-        start_s=_middle(np.array(start_ms)) / 1e3,
+        starts_s=tuple(max(0.0, start) / 1e3 for start in start_ms) or (0.0,),
         ready_s=_middle(np.array(ready_ms)) / 1e3,
         overhead_ms=overhead_ms,
     )

@@ -37,17 +37,18 @@ class Device:
     load_ms: float
     load_gb_per_s: float
     """A load occupies the link for ``load_ms``, and for the model's bytes at this speed."""
-    start_s: float = 0.0
-    """From the decision to load a model until the link is asked for: whoever has to go ends, and a process starts."""
+    starts_s: tuple[float, ...] = (0.0,)
+    """From the decision to load a model until the link is asked for: whoever has to go ends, and a process starts. Each load
+    draws one of these; what was measured varies, and the tail is made of that."""
     ready_s: float = 0.0
     """From the end of the load until the model is asked."""
     overhead_ms: float = 0.0
     """What every answer takes beyond queue and batch."""
 
-    def load_ns(self, size_bytes: float) -> int:
+    def load_ns(self, size_bytes: float, start_s: float) -> int:
         """From the decision to load a model of so many bytes until it is asked."""
         link_s = self.load_ms / 1e3 + size_bytes / (self.load_gb_per_s * 1e9)
-        return round((self.start_s + link_s + self.ready_s) * NS_PER_S)
+        return round((start_s + link_s + self.ready_s) * NS_PER_S)
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,20 @@ class _Model:
         return bool(self.waiting or self.in_hand)
 
 
-def simulate(device: Device, memory: Memory, arrivals_ns: Ints, models: NDArray[np.integer]) -> Multiplexed:
-    """Until every arrival is answered. ``arrivals_ns`` ascend; ``models`` are the positions of theirs in the memory's sizes.
-    Raises ``ValueError`` where a model that is asked for could never be loaded."""
-    return _Simulation(device, memory, arrivals_ns, models).run()
+def simulate(
+    device: Device, memory: Memory, arrivals_ns: Ints, models: NDArray[np.integer], *, seed: int = 7
+) -> Multiplexed:
+    """Until every arrival is answered. ``arrivals_ns`` ascend; ``models`` are the positions of theirs in the memory's sizes;
+    ``seed`` is of what is drawn. Raises ``ValueError`` where a model that is asked for could never be loaded."""
+    return _Simulation(device, memory, arrivals_ns, models, seed).run()
 
 
 class _Simulation:
-    def __init__(self, device: Device, memory: Memory, arrivals_ns: Ints, models: NDArray[np.integer]) -> None:
+    def __init__(
+        self, device: Device, memory: Memory, arrivals_ns: Ints, models: NDArray[np.integer], seed: int
+    ) -> None:
         self._device = device
+        self._random = np.random.default_rng(seed)
         self._sizes = memory.sizes
         self._arrivals = [int(at) for at in arrivals_ns]
         self._wanted_model = [int(model) for model in models]
@@ -235,14 +241,15 @@ class _Simulation:
             model = self._loading[1]
             self._pool.enter(self._names[model])
             self._most = max(self._most, self._pool.capacity - self._pool.free)
-            heapq.heappush(self._events, (now + self._device.load_ns(self._sizes[model]), _LOADED, model))
+            took = self._device.load_ns(self._sizes[model], float(self._random.choice(self._device.starts_s)))
+            self._pool.learn(self._names[model], took / NS_PER_S)
+            heapq.heappush(self._events, (now + took, _LOADED, model))
 
     def _loaded(self, model: int, now: int) -> None:
         assert self._loading is not None  # noqa: S101 - nothing else is loaded
         decided, _ = self._loading
         self._loading = None
         self._loads.append((decided, now, model))
-        self._pool.learn(self._names[model], self._device.load_ns(self._sizes[model]) / NS_PER_S)
         at = self._models[model]
         at.loaded, at.idle_since = True, now
         del self._wanted[model]

@@ -373,7 +373,7 @@ def _sharing(arrivals: Floats, plan: MemoryPlan, *, overhead_ms: float, seed: in
         Batching(max_batch=_MAX_BATCH, window_ms=10),
         load_ms=COST["load_ms"],
         load_gb_per_s=COST["load_gb_per_s"],
-        start_s=STARTED_S,
+        starts_s=(STARTED_S,),
         overhead_ms=overhead_ms,
     )
     memory = multiplexing.Memory(

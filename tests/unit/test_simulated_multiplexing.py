@@ -29,7 +29,7 @@ def device(**changed: Any) -> Device:
             "batching": Batching(max_batch=8, window_ms=5),
             "load_ms": 50,
             "load_gb_per_s": 1,
-            "start_s": 0.1,
+            "starts_s": (0.1,),
             **changed,
         }
     )
@@ -56,6 +56,18 @@ def test_a_cold_request_waits_for_the_load_and_those_behind_it_too() -> None:
     assert done.evictions.tolist() == [[10_000_000_000, 0]]
     assert done.share(Met.COLD) == 0.25
     assert done.share(Met.COLD, since=2) == 0.0
+
+
+def test_loads_take_as_long_as_they_were_measured_to() -> None:
+    memory = Memory(100 * MB, [100 * MB] * 2, "lru", at_start=[0])
+    one, same, other = (
+        simulate(device(starts_s=(0.1, 0.5)), memory, np.arange(400) * 10**10, np.arange(400) % 2, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    took = one.loads[:, 1] - one.loads[:, 0]
+    assert set(took.tolist()) == {250_000_000, 650_000_000}
+    assert 0.4 < (took == 250_000_000).mean() < 0.6
+    assert np.array_equal(one.loads, same.loads) and not np.array_equal(one.loads, other.loads)
 
 
 def test_time_may_begin_anywhere() -> None:
@@ -130,7 +142,7 @@ def test_far_apart_it_is_a_plain_cache(policy: Policy, pinned: tuple[int, ...]) 
     memory = Memory(800 * MB, sizes, policy, pinned, at_start=[0, 1, 2])
     _, models = drawn(5, 600, 1.0, 12)
     done = simulate(device(), memory, np.arange(600) * 10_000_000_000, models)
-    found = plainly(policy, memory, models.tolist(), [device().load_ns(size) / 1e9 for size in sizes])
+    found = plainly(policy, memory, models.tolist(), [device().load_ns(size, 0.1) / 1e9 for size in sizes])
     assert (done.met == Met.HOT).tolist() == found
     assert not (done.met == Met.WARM).any()
     assert len(done.loads) == found.count(False)
