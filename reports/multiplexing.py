@@ -115,16 +115,17 @@ def multiplexing(views: Sequence[RunView]) -> Multiplexing | None:
     for cell in cells:
         members.setdefault((cell.run, cell.conditions, cell.summary["mean_rate"]), []).append(cell)
     conditions = [cell.conditions for cell in cells]
-    groups = []
+    groups: list[Group] = []
+    theories: dict[str, Theory | None] = {}
     for own in members.values():
         title = " · ".join(part for part in (own[0].run, distinction(own[0].conditions, conditions)) if part)
         groups.append(_group(title, own, recorded))
-    theories = {cell.key: group.theory for group in groups for line in group.lines for cell in line.cells}
+        theories |= {cell.key: groups[-1].theory for cell in own}
     return Multiplexing(
         tuple(groups),
         _note(cells),
         [_row(cell) for cell in cells],
-        [_brief(cell, theories.get(cell.key)) for cell in cells],
+        [_brief(cell, theories[cell.key]) for cell in cells],
         [row for run in views for row in _predictions(run, [c for c in run.cells if c in cells], recorded)],
         tuple(told for cell in cells if (told := _headroom(cell, folders[cell.key])) is not None),
     )

@@ -28,6 +28,7 @@ from reports.multiplexing import (
 )
 from reports.multiplexing_figures import headroom, memory_curves
 from reports.report import build
+from reports.text import NOTHING
 from simulator.multiplexed_trial import calibrated, predict, read_multiplexed
 from tests.synthetic import COST, SHARING, STARTED_S, make_run
 
@@ -200,6 +201,7 @@ def test_where_nothing_keeps_the_objective_it_says_so(run: RunFolder) -> None:
     assert found is not None
     assert found.groups[0].lines == () and memory_curves(found) == []
     assert len(found.rows) == 12
+    assert all(NOTHING not in row for row in found.brief)
 
 
 def test_the_knee_is_where_the_curve_hangs_deepest() -> None:
