@@ -327,7 +327,8 @@ def test_an_export_is_served_by_tritons_own_backend(
     assert ADAPTER.artifact_refusal(artifact, environment) is None
     deployment = deploy(request, guardian)
     await_ready(deployment)
-    assert deployment.applied() == {"max_batch": 1, "replicas": 1, **tuning.chosen()}
+    own_default = {"onnx": 2, "torchscript": 1}[artifact]
+    assert deployment.applied() == {"max_batch": 1, "replicas": own_default, **tuning.chosen()}
     assert deployment.replicas() == []
 
     def ask(index: int) -> str | None:
