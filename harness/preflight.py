@@ -477,8 +477,8 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         if reason := checked.contestants[name].adapter.artifact_refusal(experiment.artifact, build_for(name)):
             raise InputError(
                 reason,
-                remedy="use `environment: docker` without a base image of your own for it, `containers.base_images`, for the "
-                "vendor's has it, or `artifact: python`",
+                remedy="use `environment: docker` on the vendor's own image (no `containers.base_images` for it), or "
+                "`artifact: python`",
             )
     workload: PreparedWorkload = prepare(
         experiment.workload,

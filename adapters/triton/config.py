@@ -29,12 +29,13 @@ class NativeBackend:
     file: str
     """What it looks for in the folder of a version."""
     threads: tuple[str, ...]
-    """The parameters that tell it how many threads an instance computes with on a CPU."""
+    """The parameters that tell it how many threads an instance computes with on a CPU. Not PyTorch's INTER_OP_THREAD_COUNT:
+    before release 26.05 the whole server aborts at the second model that says it."""
 
 
 NATIVE: Mapping[ArtifactKind, NativeBackend] = {
     "onnx": NativeBackend("onnxruntime", "model.onnx", ("intra_op_thread_count", "inter_op_thread_count")),
-    "torchscript": NativeBackend("pytorch", "model.pt", ("INTRA_OP_THREAD_COUNT", "INTER_OP_THREAD_COUNT")),
+    "torchscript": NativeBackend("pytorch", "model.pt", ("INTRA_OP_THREAD_COUNT",)),
 }
 """What runs each kind of export."""
 

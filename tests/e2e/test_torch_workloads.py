@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,64 @@ for length in (longest, build.TOKENS, 64):
     command = [builder.python, "-P", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# Of an export, run by what is no part of tailrace: the names of its tensors, and for TorchScript the devices in it.
+LOOK = r"""
+import json, re, sys
+if sys.argv[1].endswith(".onnx"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    told = {"inputs": [[t.name, t.shape[0]] for t in session.get_inputs()], "outputs": [t.name for t in session.get_outputs()]}
+else:
+    import torch
+    module = torch.jit.load(sys.argv[1])
+    names = [argument.name for argument in module.forward.schema.arguments][1:]
+    found = re.findall(r'Device = prim::Constant\[value="([^"]+)"\]', str(module.inlined_graph))
+    told = {"inputs": names, "devices": found}
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "artifact", "precision"),
+    [
+        ("minilm", "onnx", "fp32"),
+        ("minilm", "torchscript", "bf16"),
+        ("resnet50", "onnx", "fp32"),
+        ("resnet50", "torchscript", "bf16"),
+    ],
+)
+def test_an_export_answers_as_the_python_model_does(name: str, artifact: Any, precision: Any) -> None:
+    """Which is checked when it is made, alone and in one batch of all payloads; so this asks how near it came."""
+    prepared = _prepared(name, artifact=artifact, precision=precision)
+    (output,) = prepared.spec.outputs
+    for how in ("alone", "batch"):
+        with np.load(prepared.artifact.parent / f"exported-{how}.npz", allow_pickle=False) as archive:
+            apart = np.abs(archive[output.name] - _references(prepared)).max()
+        assert 0 <= apart < prepared.tolerance.atol / 2
+        if precision == "bf16":
+            assert apart > 1e-4, "it computes in bf16, and not in what the references were made in"
+
+    assert prepared.exported is not None
+    environment = environments.build("venv", _build_requirements(name, artifact), name=f"{name}-build")
+    looked = subprocess.run(
+        [environment.python, "-I", "-c", LOOK, prepared.exported],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    told = json.loads(looked.stdout)
+    inputs = [tensor.name for tensor in prepared.spec.inputs]
+    if artifact == "onnx":
+        assert told == {"inputs": [[one, "batch"] for one in inputs], "outputs": [output.name]}
+    else:
+        assert told["inputs"] == inputs
+        assert "cpu" not in told["devices"], "would compute there on a GPU, too"
+
+
+def _build_requirements(name: str, artifact: str) -> list[Path]:
+    folder = Path(catalogue.__file__).parent / name
+    more = folder / f"{artifact}-requirements.txt"
+    return [folder / "build-requirements.txt", *([more] if more.is_file() else [])]

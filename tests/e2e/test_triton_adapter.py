@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -30,7 +31,8 @@ from harness.adapter import (
 )
 from harness.guardian import Guardian
 from harness.processes import descendants, free_ports, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec, mismatch
+from workloads import catalogue
 
 pytestmark = pytest.mark.e2e
 
@@ -288,3 +290,62 @@ def test_the_same_ports_can_be_used_at_once_again(
         await_ready(deployment)
         assert deployment.endpoint.port == ports[0]
         deployment.stop()
+
+
+def test_the_bundled_server_has_no_backend_for_exports(environment: ServerEnvironment) -> None:
+    for artifact, backend in (("onnx", "onnxruntime"), ("torchscript", "pytorch")):
+        assert f"no backend `{backend}`" in (ADAPTER.artifact_refusal(cast("Any", artifact), environment) or "")
+    assert (ADAPTER.artifact_refusal("onnx", environment) or "").endswith("it has: python")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("artifact", ["onnx", "torchscript"])
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(max_batch=4, batch_window_ms=20, replicas=2)])
+@pytest.mark.skipif(
+    not all(Path(f"/opt/tritonserver/backends/{name}").is_dir() for name in ("onnxruntime", "pytorch")),
+    reason="there is no Triton with the backends onnxruntime and pytorch in /opt/tritonserver",
+)
+def test_an_export_is_served_by_tritons_own_backend(
+    guardian: RecordingGuardian, environment: ServerEnvironment, tmp_path: Path, artifact: Any, tuning: Tuning
+) -> None:
+    prepared = catalogue.prepare(
+        "minilm", models=("m",), device="cpu", seed=7, options={}, environment_kind="venv", artifact=artifact
+    )
+    (tmp_path / "scratch").mkdir()
+    request = DeployRequest(
+        workload=prepared,
+        models=("m",),
+        tuning=tuning,
+        options=ADAPTER.Options(),
+        protocol="http",
+        environment=environment,
+        workdir=tmp_path / "server",
+        scratch=tmp_path / "scratch",
+        server_env={},
+        artifact=artifact,
+    )
+    assert ADAPTER.artifact_refusal(artifact, environment) is None
+    deployment = deploy(request, guardian)
+    await_ready(deployment)
+    own_default = {"onnx": 2, "torchscript": 1}[artifact]
+    assert deployment.applied() == {"max_batch": 1, "replicas": own_default, **tuning.chosen()}
+    assert deployment.replicas() == []
+
+    def ask(index: int) -> str | None:
+        answer = ask_http(deployment.endpoint, "m", prepared.payloads[index])
+        assert answer.status == 200, answer.body
+        return mismatch(answer.tensors, prepared.references["m"][index], prepared.tolerance)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(ask, range(len(prepared.payloads)))) == {None}
+    seen = values(deployment.scrape(), "m")
+    assert seen["items_total"] == len(prepared.payloads)
+    assert (seen["batches_total"] < seen["items_total"]) == (tuning.max_batch is not None)
+    deployment.unload_model("m")
+    assert ask_http(deployment.endpoint, "m", prepared.payloads[0]).status != 200
+    deployment.load_model("m")
+    assert ask(0) is None
+    deployment.scale(1)
+    assert deployment.applied()["replicas"] == 1
+    assert ask(1) is None
+    deployment.stop()

@@ -224,6 +224,7 @@ def found(folder: Path, **other: object) -> ServerEnvironment:
         file.touch()
     said = {
         "installed": False,
+        "backends": ["python"],
         "wheel": str(wheel),
         "version": "3.11",
         "stub": str(stub),
@@ -473,3 +474,73 @@ def test_what_a_failing_model_raises_goes_through(start_shim: Callable[..., Shim
     with pytest.raises(Exception, match=re.escape(words)) as raised:
         start_shim(predict).execute(np.zeros((1, 3)), np.zeros((1, 3)))
     assert type(raised.value).__name__ == kind
+
+
+def exporting(artifact: Any, tuning: Tuning, device: Any = "cpu") -> DeployRequest:
+    request = on(device, tuning)
+    exported = Path("/a/exported/model")
+    return replace(request, artifact=artifact, workload=replace(request.workload, exported=exported))
+
+
+@pytest.mark.parametrize(
+    ("artifact", "backend", "threads"),
+    [
+        ("onnx", "onnxruntime", ("intra_op_thread_count", "inter_op_thread_count")),
+        ("torchscript", "pytorch", ("INTRA_OP_THREAD_COUNT",)),
+    ],
+)
+def test_an_export_is_run_by_a_backend_of_tritons_own(artifact: str, backend: str, threads: tuple[str, ...]) -> None:
+    tuning = Tuning(max_batch=16, batch_window_ms=2.5, replicas=3)
+    files = ADAPTER.render(exporting(artifact, tuning))
+    assert sorted(files) == ["models/alpha/config.pbtxt", "models/beta/config.pbtxt", "tritonserver.args"], "no Python"
+    assert files["models/beta/config.pbtxt"] == (
+        'name: "beta"\n'
+        f'backend: "{backend}"\n'
+        "max_batch_size: 16\n"
+        'input { name: "ids" data_type: TYPE_INT64 dims: [ 128 ] }\n'
+        'input { name: "image" data_type: TYPE_UINT8 dims: [ 2, 3 ] }\n'
+        'output { name: "y" data_type: TYPE_FP16 dims: [ 4 ] }\n'
+        "instance_group { kind: KIND_CPU count: 3 }\n"
+        "dynamic_batching {\n"
+        "  max_queue_delay_microseconds: 2500\n"
+        "}\n" + "".join(f'parameters {{ key: "{key}" value {{ string_value: "1" }} }}\n' for key in threads)
+    )
+    text_format.Parse(files["models/beta/config.pbtxt"], model_config_pb2.ModelConfig())
+
+
+def test_without_batching_the_batch_axis_of_an_export_has_no_size() -> None:
+    """ONNX Runtime's backend wants the axes of outputs told exactly as the model has them."""
+    config = ADAPTER.render(exporting("onnx", Tuning()))["models/alpha/config.pbtxt"]
+    parsed = text_format.Parse(config, model_config_pb2.ModelConfig())
+    assert [list(tensor.dims) for tensor in (*parsed.input, *parsed.output)] == [[-1, 128], [-1, 2, 3], [-1, 4]]
+    assert parsed.max_batch_size == 0
+
+
+def test_an_export_goes_to_the_gpus_as_everything_does() -> None:
+    config = ADAPTER.render(exporting("torchscript", Tuning(replicas=2), "cuda"))["models/alpha/config.pbtxt"]
+    assert "instance_group { kind: KIND_GPU gpus: [ 0 ] count: 2 }\n" in config
+
+
+def test_which_exports_can_be_run_is_told_by_the_backends_that_are_there(tmp_path: Path) -> None:
+    bundled = found(tmp_path)
+    for artifact, backend in (("onnx", "onnxruntime"), ("torchscript", "pytorch")):
+        refusal = ADAPTER.artifact_refusal(cast("Any", artifact), bundled) or ""
+        assert f"has no backend `{backend}`, which `artifact: {artifact}` needs; it has: python" in refusal
+    assert ADAPTER.artifact_refusal("python", bundled) is None
+    vendors = found(tmp_path, installed=True, wheel="", stub=None, backends=["onnxruntime", "python"])
+    assert ADAPTER.artifact_refusal("onnx", vendors) is None
+    assert "it has: onnxruntime, python" in (ADAPTER.artifact_refusal("torchscript", vendors) or "")
+    assert ADAPTER.artifact_refusal("onnx") is None, "unknown before there is an environment"
+
+
+def test_an_export_is_in_the_repository_as_a_link_that_goes_with_the_run(tmp_path: Path) -> None:
+    removed: list[Path] = []
+    host = Recorder()
+    host.remove_later = removed.append  # type: ignore[method-assign]
+    environment = found(tmp_path, installed=True, wheel="", stub=None, backends=["onnxruntime"])
+    request = replace(exporting("onnx", Tuning()), environment=environment, workdir=tmp_path, scratch=tmp_path)
+    for _ in range(2):  # a node that is started again finds its link there
+        ADAPTER.deploy(request, cast(Any, host))
+    links = [tmp_path / "config" / "models" / model / "1" / "model.onnx" for model in request.models]
+    assert [link.readlink() for link in links] == [request.workload.exported] * 2
+    assert set(links) <= set(removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from harness.adapter import Tuning, WireProtocol
+from harness.adapter import ServerEnvironment, Tuning, WireProtocol
 from harness.errors import InputError
-from harness.preflight import check
+from harness.preflight import check, set_up
 from harness.registry import all_adapters, get_adapter
 from harness.spec import Experiment
 from tests.fake_nvml import FakeGpu, install
@@ -126,9 +127,19 @@ def test_a_process_has_one_mig_instance(monkeypatch: pytest.MonkeyPatch) -> None
     check(on_gpus(devices=2, nodes=2, adapters=["triton"]))
 
 
+def test_what_reads_gpus_as_numbers_is_not_given_an_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeGpu("GPU-a", mig=[FakeGpu("MIG-x", instance=1)]), FakeGpu("GPU-b"))
+    with pytest.raises(InputError, match=r"torchserve cannot run on MIG instances: .*numbers of GPUs.*UUID"):
+        check(on_gpus(adapters=["triton", "torchserve"]))
+    check(on_gpus(adapters=["triton", "ray_serve"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+    check(on_gpus(adapters=["triton", "torchserve"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"artifact": "onnx"}, "`artifact`: the workload emulated has no export to onnx"),
         ({"precision": "bf16"}, "workload emulated does not offer bf16; it offers no choice of precision"),
         ({"precision": "fp32"}, "it offers no choice"),
         ({"compile": True}, "`compile`: the workload emulated does not offer to be compiled"),
@@ -143,3 +154,49 @@ def test_the_torch_workloads_offer_precisions_and_compilation() -> None:
     for workload in ("minilm", "resnet50"):
         for precision in ("fp32", "bf16", "fp16"):
             check(experiment(workload=workload, precision=precision, compile=True))
+
+
+def exported(**changes: Any) -> Experiment:
+    return experiment(workload="minilm", device="cpu", artifact="onnx", scenarios=[{"name": "one"}], **changes)
+
+
+def test_who_runs_python_alone_serves_the_python_model_or_the_experiment_stops() -> None:
+    served = {cell.adapter: expressed for cell, expressed in check(exported()).tunings.items()}
+    assert {name: expressed.artifact for name, expressed in served.items()} == {"triton": "onnx", "kserve": "python"}
+    assert "artifact" not in served["triton"].left_out
+    assert served["kserve"].left_out["artifact"].startswith("kserve has no place for `artifact: onnx`")
+    with pytest.raises(InputError, match="kserve has no place for `artifact: onnx`") as refused:
+        check(exported(when_refused="stop", tuning={"replicas": 2}))
+    assert "leave_out` to run it without, by its Python code" in str(refused.value)
+    for name, adapter in all_adapters().items():
+        assert (adapter.artifacts == ("python",)) == (name != "triton")
+
+
+def test_replicas_of_an_export_are_no_processes_to_be_hit() -> None:
+    faults = {"scenarios": [{"name": "kill", "faults": [{"kind": "kill_replica", "at_s": 2}]}]}
+    basis = {"workload": "minilm", "device": "cpu", "adapters": ["triton"]}
+    with pytest.raises(InputError, match="kill_replica cannot be done to triton: replicas of `artifact: torchscript`"):
+        check(experiment(**basis, **faults, artifact="torchscript"))
+    check(experiment(**basis, **faults))
+    node = {"scenarios": [{"name": "kill", "faults": [{"kind": "kill_node", "at_s": 2}]}]}
+    check(experiment(**basis, **node, artifact="torchscript"))
+
+
+def test_a_server_without_the_backend_is_refused_before_anything_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = get_adapter("triton")
+    built: list[list[Path]] = []
+
+    def environment(_experiment: Any, _adapter: Any, requirements: list[Path], _progress: Any) -> ServerEnvironment:
+        built.append(requirements)
+        return ServerEnvironment(Path("/e/bin/python"), "venv")
+
+    def asked(artifact: str, environment: ServerEnvironment | None = None) -> str | None:
+        return None if environment is None else f"nothing in {environment.python} runs {artifact}"
+
+    monkeypatch.setattr("harness.preflight._environment", environment)
+    monkeypatch.setattr("harness.preflight.prepare", lambda *_, **__: pytest.fail("an export that nobody can run"))
+    monkeypatch.setattr(adapter, "artifact_refusal", asked)
+    with pytest.raises(InputError, match="nothing in /e/bin/python runs onnx") as refused:
+        set_up(check(exported()), lambda _: None)
+    assert "environment: docker" in str(refused.value)
+    assert built == [[adapter.requirements]], "what the Python model needs is not needed by who runs the export"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,128 @@ def test_the_hash_of_an_artifact_covers_names_and_contents(toy: Path) -> None:
     assert _prepare(toy).artifact_sha256 != first.artifact_sha256
 
 
+# In the place of ONNX Runtime: a model is a JSON file that says what it adds, and whether it has a batch axis.
+FAKE_RUNTIME = """
+import json
+from types import SimpleNamespace
+import numpy as np
+
+class InferenceSession:
+    def __init__(self, path, providers):
+        assert providers == ["CPUExecutionProvider"]
+        self.told = json.loads(path.read_text())
+
+    def get_inputs(self):
+        return [SimpleNamespace(name=name) for name in self.told["inputs"]]
+
+    def get_outputs(self):
+        return [SimpleNamespace(name="sum")]
+
+    def run(self, names, inputs):
+        assert names == ["sum"]
+        sums = (inputs["file"].sum(1) + self.told["added"]).astype(np.float32)
+        if len(sums) > 1:
+            sums += np.float32(self.told["more_in_batches"])
+        return [sums[:self.told["rows"]]]
+"""
+EXPORT = """
+def export(kind, file, options, seed):
+    assert kind == "onnx"
+    told = {"inputs": ["file"], "added": options["added"] + len("m"), "more_in_batches": 0, "rows": None}
+    file.write_text(json.dumps({**told, **CHANGES}))
+"""
+
+
+@pytest.fixture
+def exportable(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes of the toy one that can be exported, with those mistakes."""
+    runtime = toy.parent / "runtime"
+    runtime.mkdir()
+    (runtime / "onnxruntime.py").write_text(FAKE_RUNTIME)
+    monkeypatch.setenv("PYTHONPATH", str(runtime))
+    tolerance = {"atol": 0.001, "rtol": 0}
+    spec = {**WORKLOAD, "exports": {"onnx": ["fp32"]}, "tolerance": tolerance, "lower_precisions": {"bf16": tolerance}}
+    (toy / "workload.yaml").write_text(yaml.safe_dump({**spec, "compiles": True}))
+
+    def build(**mistakes: Any) -> Path:
+        (toy / "build.py").write_text(BUILD + EXPORT.replace("CHANGES", repr(mistakes)))
+        return toy
+
+    return build
+
+
+def test_an_export_lies_in_the_artifact_beside_what_the_python_model_loads(exportable: Callable[..., Path]) -> None:
+    toy = exportable()
+    messages: list[str] = []
+    prepared = _prepare(toy, artifact="onnx", messages=messages)
+    assert prepared.exported == prepared.artifact / "exported" / "model.onnx"
+    assert prepared.exported.is_file()
+    assert (prepared.artifact / "deep" / "config.json").is_file(), "other frameworks serve the Python model"
+    assert any("exporting it to onnx" in message for message in messages)
+    plain = _prepare(toy)
+    assert plain.exported is None
+    assert plain.artifact != prepared.artifact
+    assert plain.references["m"][0]["sum"] == prepared.references["m"][0]["sum"]
+    messages.clear()
+    again = _prepare(toy, artifact="onnx", messages=messages)
+    assert (messages, again.artifact_sha256) == ([], prepared.artifact_sha256)
+    assert again.exported is not None
+    again.exported.write_text("{}")
+    _prepare(toy, artifact="onnx", messages=messages)
+    assert "is damaged" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "models", "said"),
+    [
+        ({"added": 3.5}, ("m",), "of m, 5 of 5 payloads, asked one by one, differ by up to 1; allowed are 0.001 and 0"),
+        ({"more_in_batches": 0.25}, ("m",), "5 of 5 payloads, asked in one batch, differ by up to 0.25"),
+        ({"rows": 1}, ("m",), "gives 1 of the output `sum`"),
+        ({}, ("m", "other"), "of other, 5 of 5 payloads, asked one by one, differ by up to 4"),
+    ],
+)
+def test_an_export_that_does_not_agree_is_refused_with_the_numbers_and_not_kept(
+    exportable: Callable[..., Path], mistakes: dict[str, Any], models: tuple[str, ...], said: str
+) -> None:
+    toy = exportable(**mistakes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        _prepare(toy, artifact="onnx", models=models)
+    assert _left(toy.parent / "cache") == []
+    assert _prepare(toy, models=models).exported is None
+
+
+def test_an_export_within_the_tolerance_is_taken(exportable: Callable[..., Path]) -> None:
+    assert _prepare(exportable(more_in_batches=0.0009), artifact="onnx").exported is not None
+
+
+def test_an_export_has_the_names_of_the_declaration(exportable: Callable[..., Path]) -> None:
+    toy = exportable(inputs=["x"])
+    with pytest.raises(TailraceError) as caught:
+        _prepare(toy, artifact="onnx")
+    assert "has the inputs ['x'], workload.yaml declares ['file']" in (caught.value.detail or "")
+    assert _left(toy.parent / "cache") == []
+
+
+def test_what_an_export_needs_to_be_made_is_asked_for_only_then(exportable: Callable[..., Path]) -> None:
+    toy = exportable()
+    (toy / "onnx-requirements.txt").write_text("no-such-package==1\n")
+    _prepare(toy)
+    with pytest.raises(EnvironmentBuildError, match="toy-build needs: no-such-package"):
+        _prepare(toy, artifact="onnx")
+
+
+def test_an_export_that_is_not_offered_is_refused(exportable: Callable[..., Path]) -> None:
+    toy = exportable()
+    with pytest.raises(InputError, match="toy has no export to torchscript, only to onnx"):
+        _prepare(toy, artifact="torchscript")
+    with pytest.raises(InputError, match="toy has no export to onnx in bf16, only in fp32"):
+        _prepare(toy, artifact="onnx", precision="bf16")
+    with pytest.raises(InputError, match="an export is not compiled by torch"):
+        _prepare(toy, artifact="onnx", compiled=True)
+    with pytest.raises(InputError, match="emulated has no export to onnx: there is nothing of it but its Python code"):
+        _prepare("emulated", device="emulated", artifact="onnx")
+
+
 def _left(cache: Path) -> list[str]:
     return [path.name for path in (cache / "artifacts").iterdir() if path.suffix != ".lock"]
 
@@ -254,6 +376,8 @@ def test_code_and_declaration_must_agree(toy: Path, change: dict[str, Any], said
         (yaml.safe_dump({**WORKLOAD, "payload": 3}), "`payload`.*did you mean `payloads`"),
         (yaml.safe_dump({**WORKLOAD, "slo": {"latency_ms": 0}}), r"`slo\.latency_ms`.*greater than 0"),
         (yaml.safe_dump({**WORKLOAD, "devices": ["tpu"]}), r"`devices\.0`"),
+        (yaml.safe_dump({**WORKLOAD, "exports": {"tflite": ["fp32"]}}), r"`exports\.tflite"),
+        (yaml.safe_dump({**WORKLOAD, "exports": {"onnx": ["bf16"]}}), "onnx is offered in bf16, which is not among"),
         ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )
