@@ -237,10 +237,16 @@ def _recommendation(cells: Sequence[CellView]) -> str:
     best = min(
         keeping, key=lambda c: (c.summary["multiplexing"]["memory_mb"], _share_of(c, "cold"), c.summary["p99_ms"])
     )
+    size = best.summary["multiplexing"]["memory_mb"]
+    others = [cell for cell in keeping if cell.summary["multiplexing"]["memory_mb"] == size and cell is not best]
+    told = f"The smallest memory that keeps p99 within {objective}: {_setting(best)} ({_in_short(best)})"
     return (
-        f"The smallest memory that keeps p99 within {objective}: {_setting(best)} ({best.framework}: {_p99(best)}, "
-        f"{share(_share_of(best, 'cold'))} of requests cold)."
+        f"{told}; so do {listing([f'{policy_words(c)} ({_in_short(c)})' for c in others])}." if others else f"{told}."
     )
+
+
+def _in_short(cell: CellView) -> str:
+    return f"{cell.framework}: {_p99(cell)}, {share(_share_of(cell, 'cold'))} of requests cold"
 
 
 def _setting(cell: CellView) -> str:
