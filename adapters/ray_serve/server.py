@@ -96,6 +96,10 @@ class Model(_Replica):
         return self._wire.encode(self._model.predict(_stacked(items, self._wire.inputs)), len(items))
 
 
+class NotLoadedError(Exception):
+    """A model that was asked for could not be loaded."""
+
+
 class Resident:
     """A model in memory. Ray calls ``__del__`` in a thread when it evicts one, and loads the next after it has returned."""
 
@@ -131,18 +135,10 @@ class Multiplexed(ABC):
         self._batching = user_config
 
     async def __call__(self, request: Any) -> Response:
-        name = serve.get_multiplexed_model_id()
         try:
-            resident = await self.resident(name)
-        except (
-            Exception
-        ) as error:  # whatever the model says; without this the client would be told of a fault in the server
-            return Response(f"{name} cannot be loaded: {error}", 503, {"Retry-After": "1"})
-        resident.asked += 1  # nothing has been awaited since Ray gave it out
-        try:
-            return await self._wire.answer(request, lambda item: self._answer(name, resident, item))
-        finally:
-            resident.asked -= 1
+            return await self._wire.answer(request, self._answer)
+        except NotLoadedError as error:
+            return Response(str(error), 503, {"Retry-After": "1"})
 
     @abstractmethod
     async def resident(self, name: str) -> Resident:
@@ -152,13 +148,22 @@ class Multiplexed(ABC):
         """Load a model. Raises what the model raises."""
         return await asyncio.to_thread(Resident, self._arguments, name)
 
-    async def _answer(self, name: str, resident: Resident, item: _Item) -> bytes:
-        if self._batching is None:
-            return self._predict(resident, [item])[0]
-        if name not in self._queues:
-            self._queues[name] = self._queue(name, self._batching)
-        answer: bytes = await self._queues[name]((resident, item))
-        return answer
+    async def _answer(self, item: _Item) -> bytes:
+        name = serve.get_multiplexed_model_id()
+        try:
+            resident = await self.resident(name)
+        except Exception as error:  # whatever the model says: Ray would answer 500, as to a fault of this code
+            raise NotLoadedError(f"{name} cannot be loaded: {error}") from error
+        resident.asked += 1  # nothing has been awaited since Ray gave it out
+        try:
+            if self._batching is None:
+                return self._predict(resident, [item])[0]
+            if name not in self._queues:
+                self._queues[name] = self._queue(name, self._batching)
+            answer: bytes = await self._queues[name]((resident, item))
+            return answer
+        finally:
+            resident.asked -= 1
 
     def _queue(self, name: str, settings: dict[str, Any]) -> Any:
         async def predict(asked: list[tuple[Resident, _Item]]) -> list[bytes]:

@@ -69,9 +69,10 @@ def test_models_come_and_go_and_no_request_fails(adapter: str, tmp_path: Path) -
     assert set(outcomes(told)) == {"ok"}
     assert trial.facts["memory"]["controlled"] is (adapter == "triton")
     assert trial.facts.get("not_applied", []) == []
-    assert told["accounting"]["executed"] == told["accounting"]["outcomes"]["ok"], (
-        "nothing is computed twice or in vain"
-    )
+    account = told["accounting"]
+    assert account["executed"] == account["outcomes"]["ok"], "nothing is computed twice or in vain"
+    # Ray's figures are up to two seconds old.
+    assert account["server_ok"] > account["outcomes"]["ok"] / 2, "what was counted before a model went stays counted"
 
 
 def test_kserve_serves_many_models_behind_the_controller(tmp_path: Path) -> None:
