@@ -61,6 +61,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
         "compare": make_run(folder / "compare", trials=3),
         "short": make_run(folder / "short", adapters=("triton", "ray_serve"), variant="killed"),
         "hostile": make_run(folder / "hostile", variant="hostile"),
+        "sharing": make_run(
+            folder / "sharing",
+            adapters=("reference", "triton"),
+            scenarios=("lru-200", "lru-400"),
+            memories={f"lru-{mb}": {"memory_mb": mb} for mb in (200, 400)},
+            span_s=30,
+            peak_rate=4,
+        ),
     }
 
 

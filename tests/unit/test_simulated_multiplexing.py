@@ -89,10 +89,11 @@ def test_loads_come_one_after_the_other_and_models_of_different_ones_share_the_d
 
 def test_an_idle_model_goes_first_and_a_busy_one_finishes_what_it_has_in_hand() -> None:
     slow = device(service=Service(base_ms=1000, per_item_ms=0), batching=Batching(max_batch=1, window_ms=0))
-    both = Memory(400 * MB, [200 * MB] * 3, "lru", at_start=[0, 1])
-    # Model 0 was asked for longer ago than 1, but computes: 1 goes, at once.
-    idle = simulate(slow, both, times(0, 1.5, 2.0), np.array([1, 0, 2]))
-    assert idle.loads[0].tolist() == [2_000_000_000, 2_350_000_000, 2]
+    both = Memory(400 * MB, [200 * MB] * 3, "lfu", at_start=[0, 1])
+    # Model 0 was asked for less often than 1, but computes: 1 goes, at once.
+    idle = simulate(slow, both, times(0, 2, 5, 5.5), np.array([1, 1, 0, 2]))
+    assert idle.evictions.tolist() == [[5_500_000_000, 1]]
+    assert idle.loads.tolist() == [[5_500_000_000, 5_850_000_000, 2]]
     one = Memory(200 * MB, [200 * MB] * 3, "lru", at_start=[0])
     # Model 0 finishes one request; the other waits until it is back, which is a load for it.
     busy = simulate(slow, one, times(0, 0.1, 0.2), np.array([0, 0, 2]))
