@@ -132,6 +132,13 @@ def bench_pipeline(session: nox.Session) -> None:
 
 
 @nox.session
+def multiplex(session: nox.Session) -> None:
+    """Many models in one memory: cold starts and p99 by its size and policy, beside theory and simulation; about 45 minutes."""
+    _install(session)
+    session.run("tailrace", "run", "multiplex", *session.posargs)
+
+
+@nox.session
 def pareto(session: nox.Session) -> None:
     """Goodput per device against the tail, Triton and Ray Serve: the simulator picks what is measured; about twenty minutes."""
     _install(session)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.codecs import Codec
 from harness.errors import DeployError, ServerError, StorageError
+from harness.multiplexing import MemoryPlan, Policy
 from harness.processes import ProcessRef, log_tail
 from harness.workload import ArtifactKind, PreparedWorkload, StageSpec
 
@@ -101,6 +102,7 @@ class DeployRequest:
 
     workload: PreparedWorkload
     models: tuple[str, ...]
+    """To be loaded at the start; others of the artifact may follow through :meth:`Deployment.load_model`."""
     tuning: Tuning
     options: BaseModel
     protocol: WireProtocol
@@ -118,6 +120,9 @@ class DeployRequest:
     """How many devices each node has; its processes see no others."""
     node_envs: tuple[Mapping[str, str], ...] = ()
     """With a cluster of its own: what each node's processes must get on top of ``server_env``, by the node's index."""
+    memory: MemoryPlan | None = None
+    """Of a framework that says itself which models are in a memory that does not hold them all
+    (:attr:`Adapter.residency`): what it goes by."""
     stages: tuple[StageSpec, ...] = ()
     """The stages of a pipeline that the framework is to compose itself (:attr:`Adapter.composes`), each run by a ``Stage`` of
     ``workload.model_file``; empty: its ``Model`` is all there is to serve."""
@@ -379,6 +384,9 @@ class Adapter(ABC):
     """Of :data:`NEEDS`, those for which the framework is the usual choice, and why: what `tailrace recommend` goes by."""
     composes: ClassVar[bool] = False
     """Whether ``deploy`` heeds ``request.stages``; where it does not, the trait ``pipelines`` says why."""
+    residency: ClassVar[Mapping[Policy, str]] = {}
+    """Policies by which the framework itself says which of many models are in memory → the native key. Empty: it has none, and
+    the harness's controller loads and unloads through its management interface."""
     artifacts: ClassVar[tuple[ArtifactKind, ...]] = ("python",)
     """What ``deploy`` heeds as ``request.artifact``. An export is run by the server itself: ``replicas`` finds no process that
     could be hit alone."""
@@ -428,6 +436,21 @@ class Adapter(ABC):
         reason = self.traits.get("pipelines", "its adapter does not say how it would")
         return f"{self.name} cannot compose the stages of a pipeline: {reason}"
 
+    def multiplexing_refusal(self, plan: MemoryPlan, tuning: Tuning, protocol: WireProtocol) -> str | None:
+        """Why this framework cannot serve many models from a memory that does not hold them all; ``None`` when it can."""
+        if tuning.autoscale is not None or (tuning.replicas or 1) > 1:
+            return f"each model of {self.name} in memory has one replica: set `tuning.replicas: 1`, and no `autoscale`"
+        if self.residency:
+            known = ", ".join(self.residency)
+            return None if plan.policy in self.residency else f"{self.name} knows only the policy {known}"
+        if missing := [name for name in ("load_model", "unload_model") if name not in self.capabilities()]:
+            return f"{self.name} has no policy of its own, and its adapter not the capability `{'`, `'.join(missing)}`"
+        if protocol != "http":
+            return (
+                f"{self.name} has no policy of its own, and the harness's controller speaks HTTP: leave `protocol` out"
+            )
+        return None
+
     def artifact_refusal(self, artifact: ArtifactKind, environment: ServerEnvironment | None = None) -> str | None:
         """Why this framework, or its server in that very environment, cannot serve an export; ``None`` when it can."""
         if artifact in self.artifacts:
@@ -454,6 +477,7 @@ class Adapter(ABC):
             "capabilities": self.capabilities(),
             "traits": dict(self.traits),
             "composes": self.composes,
+            "residency": dict(self.residency),
             "approximate": dict(self.approximate),
             "exposes": self.exposes,
             "baseline": self.baseline,

@@ -93,9 +93,19 @@ def accounting(
     }
 
 
+_ALIKE = ("adapter", "number", "tuning", "composition", "protocol", "mean_rate")
+_ALIKE_IN_MEMORY = ("policy", "pinned", "memory_mb")
+
+
+def _conditions(trial: Mapping[str, Any]) -> list[Any]:
+    """What two trials have to share for one to show what a fault did to the other."""
+    memory = trial.get("multiplexing") or {}
+    return [*(trial.get(key) for key in _ALIKE), *(memory.get(key) for key in _ALIKE_IN_MEMORY)]
+
+
 def pair(trials: Sequence[dict[str, Any]]) -> None:
     """Set beside every trial with faults the one that met the same arrivals without: same framework, seed,
-    rate, tuning and composition."""
+    rate, tuning, composition, and memory of its models."""
     for trial in trials:
         calm = next(
             (
@@ -103,10 +113,7 @@ def pair(trials: Sequence[dict[str, Any]]) -> None:
                 for other in trials
                 if trial["faults"]
                 and not other["faults"]
-                and all(
-                    other.get(key) == trial.get(key)
-                    for key in ("adapter", "number", "tuning", "composition", "protocol", "mean_rate")
-                )
+                and _conditions(other) == _conditions(trial)
                 and other["state"] == trial["state"] == "done"
             ),
             None,

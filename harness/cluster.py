@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from harness.adapter import (
     NODE_NAME,
@@ -29,6 +30,7 @@ from harness.adapter import (
 )
 from harness.balancer import Backend, BackendState, Balancer
 from harness.control import agreed
+from harness.emulated_device import DEVICE_FOLDER
 from harness.errors import DeployError, ServerError, TailraceError
 from harness.links import Link, Links
 from harness.machine import drop_page_cache
@@ -88,6 +90,7 @@ class Cluster(Deployment):
         self._answering: set[int] = set()
         self._present: set[int] = set()
         self.models = list(request.models)
+        self._memory = request.memory
         self.node_count = layout.nodes
         self._own = adapter.own_cluster and layout.nodes > 1
         alone = adapter.own_cluster or layout.nodes == 1
@@ -349,6 +352,19 @@ class Cluster(Deployment):
             return False
         return state.up and state.checked
 
+    # -- the memory that models share ----------------------------------------------------------------------------
+
+    @property
+    def device_folder(self) -> Path:
+        """Where the emulated device of the only node tells of loads."""
+        return Path(self._requests[0].server_env[DEVICE_FOLDER])
+
+    @property
+    def sharing(self) -> list[str]:
+        """The models that share a memory, loaded or not, the most popular at the trace's beginning first; none where it holds
+        them all."""
+        return [] if self._memory is None else list(self._memory.sizes)
+
     # -- links ---------------------------------------------------------------------------------------------------
 
     @property
@@ -392,7 +408,8 @@ class Cluster(Deployment):
         ]
 
     def scrape(self) -> list[MetricSample]:
-        """Summed over the nodes that answer, batch sizes averaged. What a node had counted before it died stays counted.
+        """Summed over the nodes that answer, batch sizes averaged. What a node had counted before it died, or a model before it
+        was unloaded, stays counted.
 
         Raises ``OSError`` when no node answers.
         """
@@ -410,8 +427,11 @@ class Cluster(Deployment):
             for sample in samples:
                 units[sample.metric] = sample.unit
                 if sample.metric in _COUNTERS:
+                    key = (index, sample.scope, sample.metric)
                     with self._lock:
-                        self._last[index, sample.scope, sample.metric] = sample.value
+                        if sample.value < (last := self._last.get(key, 0.0)):
+                            self._ended[key] += last  # of a model that was unloaded, and counts anew
+                        self._last[key] = sample.value
                 else:
                     found[sample.scope, sample.metric].append(sample.value)
         if not answered and failure is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -70,7 +70,8 @@ class RawHTTP:
     """Raw tensors over HTTP: the body is the inputs' :func:`raw_bytes`.
 
     For frameworks that leave the wire format to the user (Ray Serve, TorchServe): no parsing on either side, so that
-    the framework is measured and not a JSON library. ``path`` may hold ``{model}``.
+    the framework is measured and not a JSON library. ``path``, and the values of ``headers`` that go beside the usual ones,
+    may hold ``{model}``.
     """
 
     host: str
@@ -78,10 +79,12 @@ class RawHTTP:
     path: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, model: str, inputs: Tensors) -> PreparedRequest:
         body = raw_bytes(self.inputs, inputs)
-        headers = {"Content-Type": "application/octet-stream"}
+        named = {name: value.format(model=model) for name, value in self.headers.items()}
+        headers = {"Content-Type": "application/octet-stream", **named}
         return PreparedRequest(http_request(self.host, self.port, self.path.format(model=model), body, headers))
 
     def decode(self, headers: Mapping[str, str], body: bytes) -> Tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from harness.adapter import Deployment, Replica
 from harness.cluster import Cluster
-from harness.emulated_device import read_counters
+from harness.emulated_device import LOADS, read_counters, read_rooms
 from harness.errors import StorageError, TailraceError
 from harness.pipeline import read_clocks
 from harness.processes import ProcessRef, descendants
@@ -280,6 +281,48 @@ class EmulatedDevices:
                 Reading(scope, "items_total", items[device], "1"),
             ]
         return [*readings, Reading("copies", "copies_used", copies_used, "1")]
+
+
+class EmulatedMemory:
+    """The limited memory of an emulated device, and, as events, which models come and go: ``models-resident`` at first,
+    ``model-begun``, ``model-loaded``,
+    ``model-failed``, ``model-refused`` by the device's own clock, ``model-gone`` when it is seen."""
+
+    source = "memory"
+    interval_s = 0.05
+
+    def __init__(self, folder: Path, budget_bytes: int, events: EventLog) -> None:
+        self._folder = folder
+        self._budget_bytes = budget_bytes
+        self._events = events
+        self._told_bytes = 0
+        self._rooms: dict[str, tuple[str, int]] | None = None
+
+    def read(self) -> list[Reading]:
+        self._tell_loads()
+        rooms = read_rooms(self._folder)
+        if self._rooms is None:
+            self._events.write("models-resident", models=sorted({model for model, _ in rooms.values()}))
+        for name, (model, _) in (self._rooms or {}).items():
+            if name not in rooms:
+                self._events.write("model-gone", model=model)
+        self._rooms = rooms
+        used = sum(size for _, size in rooms.values())
+        return [
+            Reading("device-0", "memory_used_bytes", used, "B"),
+            Reading("device-0", "memory_free_bytes", self._budget_bytes - used, "B"),
+            Reading("device-0", "models_resident", len(rooms), "1"),
+        ]
+
+    def _tell_loads(self) -> None:
+        with (self._folder / LOADS).open(encoding="utf-8") as log:
+            log.seek(self._told_bytes)
+            for line in log:
+                if not line.endswith("\n"):
+                    break
+                self._told_bytes += len(line.encode())
+                told = json.loads(line)
+                self._events.write(f"model-{told.pop('what')}", **told)
 
 
 class StageClocks:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Scope = Literal["replica", "node", "link", "cluster"]
+Scope = Literal["replica", "node", "link", "cluster", "model"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class FaultKind:
 
     does: str
     scope: Scope
-    """What it hits: a replica, a node, the connections to a node, or all nodes one after the other."""
+    """What it hits: a replica, a node, the connections to a node, all nodes one after the other, or the loading of a model into
+    a memory that all models share."""
     needs: tuple[str, ...] = ()
     """Capabilities of the adapter without which it cannot be done."""
     defaults: Mapping[str, float] = field(default_factory=dict)
@@ -74,5 +75,7 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     ),
     "rolling_restart": FaultKind("every node in turn is ended in order and started again", "cluster"),
     "model_reload": FaultKind("a node unloads its model and loads it again", "node", ("load_model", "unload_model")),
+    "kill_loading": FaultKind("SIGKILL of the process that loads a model, at the first load from then on", "model"),
+    "load_failure": FaultKind("every load of one model fails", "model", (), {"duration_s": 10}),
 }
 """By name, in the order of docs and matrices."""

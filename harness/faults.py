@@ -8,7 +8,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -17,13 +17,15 @@ import numpy as np
 from harness.adapter import Adapter, Containers, ProcessHost, Replica, Tuning
 from harness.cgroups import refusal as cgroup_refusal
 from harness.cluster import Cluster
+from harness.emulated_device import fail_loads, loads_under_way
 from harness.errors import TailraceError
 from harness.fault_kinds import FAULT_KINDS
-from harness.processes import ProcessRef
+from harness.processes import ProcessRef, descendants
 from harness.spec import FaultChoice, FaultSchedule
 from harness.store import EventLog
 
 _JOIN_S = 30.0
+_LOADS_POLL_S = 0.01
 _Found = TypeVar("_Found")
 
 
@@ -71,9 +73,11 @@ def plan_faults(
     return sorted(planned, key=lambda fault: fault.at_s)
 
 
-def refusal(kind: str, adapter: Adapter, tuning: Tuning, nodes: int, *, containers: bool = False) -> str | None:
-    """Why a fault cannot be done to a framework on this machine, whose nodes are ``containers`` or processes; ``None`` when
-    it can."""
+def refusal(
+    kind: str, adapter: Adapter, tuning: Tuning, nodes: int, *, containers: bool = False, multiplexed: bool = False
+) -> str | None:
+    """Why a fault cannot be done to a framework on this machine, whose nodes are ``containers`` or processes, and whose models
+    share a memory that does not hold them all where it is ``multiplexed``; ``None`` when it can."""
     missing = [name for name in FAULT_KINDS[kind].needs if name not in adapter.capabilities()]
     if missing:
         return f"its adapter does not have the capability `{'`, `'.join(missing)}`"
@@ -83,9 +87,24 @@ def refusal(kind: str, adapter: Adapter, tuning: Tuning, nodes: int, *, containe
         return "it is done to containers alone: it needs `environment: docker`"
     if kind == "disconnect_node" and adapter.own_cluster and nodes > 1:
         return "the nodes of its own cluster share one address, and none can be taken off the network by itself"
-    if kind == "slow_node" and not containers and (reason := cgroup_refusal()):
-        return reason
-    return adapter.fault_refusals(tuning).get(kind)
+    reason = cgroup_refusal() if kind == "slow_node" and not containers else None
+    return (
+        reason
+        or _loading_refusal(kind, containers=containers, multiplexed=multiplexed)
+        or adapter.fault_refusals(tuning).get(kind)
+    )
+
+
+def _loading_refusal(kind: str, *, containers: bool, multiplexed: bool) -> str | None:
+    if FAULT_KINDS[kind].scope == "model" and not multiplexed:
+        return "models are loaded while the trace runs only where they share a memory: it needs `multiplexing`"
+    if kind == "kill_loading" and containers:
+        return (
+            "who loads a model is told by a pid, and a container has pids of its own: leave `environment: docker` out"
+        )
+    if kind == "model_reload" and multiplexed:
+        return "with `multiplexing` models come and go by its policy"
+    return None
 
 
 def fault_matrix(adapters: Iterable[Adapter]) -> dict[str, dict[str, str | None]]:
@@ -103,11 +122,12 @@ class _Hit:
     """What is kept of it with the trial."""
     process: ProcessRef | None = None
     link: str = ""
+    model: str = ""
 
     @property
     def place(self) -> object:
         """What it was done to. Two faults of one kind in one place are healed by the last one's end."""
-        return self.process or self.link
+        return self.process or self.link or self.model
 
 
 class _MissedError(Exception):
@@ -171,11 +191,17 @@ class Nemesis(threading.Thread):
             "pid": None,
         }
         self.done.append(told)
-        try:
+        with self._missing(fault):
             getattr(self, f"_{fault.kind}")(_Hit(fault, told), draw)
+
+    @contextlib.contextmanager
+    def _missing(self, fault: PlannedFault) -> Iterator[None]:
+        """Tell of a fault that could not be injected: the trial goes on, and is INVALID."""
+        try:
+            yield
         except _MissedError as missed:
             self._events.write("fault-missed", kind=fault.kind, reason=str(missed))
-        except Exception as error:  # the trial goes on, and is INVALID: the fault was not injected
+        except Exception as error:
             self._events.write("fault-missed", kind=fault.kind, reason=f"{type(error).__name__}: {error}")
 
     def _injected(self, hit: _Hit, target: str, began_ns: int, **more: Any) -> None:
@@ -273,6 +299,53 @@ class Nemesis(threading.Thread):
 
     _partition = _latency = _packet_loss = _reset = _do_to_link
 
+    # -- the loading of models -----------------------------------------------------------------------------------
+
+    def _load_failure(self, hit: _Hit, draw: float) -> None:
+        hit.model = self._chosen(self._cluster.sharing, hit, draw, "model")
+        now = time.monotonic_ns()
+        self._apply(hit)
+        self._injected(hit, hit.model, now)
+
+    def _kill_loading(self, hit: _Hit, _draw: float) -> None:
+        models = self._cluster.sharing
+        wanted = models if hit.fault.target == "random" else models[int(hit.fault.target) :][:1]
+
+        def kill() -> None:
+            while not self._stopped.wait(_LOADS_POLL_S):
+                for model, process in self._loaders(wanted):
+                    now = time.monotonic_ns()
+                    if self._cluster.host.signal(process, signal.SIGKILL):
+                        self._injected(hit, model, now, pid=process.pid)
+                        return
+            raise _MissedError("no model was loaded from then on")
+
+        self._wait_and_do(hit, kill)
+
+    def _loaders(self, models: Sequence[str]) -> list[tuple[str, ProcessRef]]:
+        """Who loads one of these models at this moment. Processes that have died in a load are told of, too, but are no longer
+        among the cluster's."""
+        if not any(model in models for model, _ in loads_under_way(self._cluster.device_folder)):
+            return []
+        alive = {ref.pid: ref for root in self._cluster.trees() for ref, _ in descendants(root)}
+        # Looking through processes takes a while, in which a load may have ended.
+        return [
+            (model, alive[pid])
+            for model, pid in loads_under_way(self._cluster.device_folder)
+            if model in models and pid in alive
+        ]
+
+    def _wait_and_do(self, hit: _Hit, task: Callable[[], None]) -> None:
+        """Do a fault when its time has come, which others do not wait for."""
+
+        def run() -> None:
+            with self._missing(hit.fault):
+                task()
+
+        thread = threading.Thread(target=run, name=hit.fault.kind, daemon=True)
+        self._errands.append(thread)
+        thread.start()
+
     # -- errands that take as long as they take ------------------------------------------------------------------
 
     def _rolling_restart(self, hit: _Hit, _draw: float) -> None:
@@ -340,6 +413,8 @@ class Nemesis(threading.Thread):
                 cluster.links.partition(hit.link)
             case "reset":
                 cluster.links.reset(hit.link, once=hit.fault.duration_s == 0)
+            case "load_failure":
+                fail_loads(cluster.device_folder, hit.model, failing=True)
 
     def _undo(self, hit: _Hit) -> None:
         cluster, host = self._cluster, self._cluster.host
@@ -356,6 +431,8 @@ class Nemesis(threading.Thread):
                 _contained(host).reconnect(_known(hit.process))
             case "packet_loss":
                 cluster.links.clear(hit.link, "stalls")
+            case "load_failure":
+                fail_loads(cluster.device_folder, hit.model, failing=False)
             case "latency" | "partition" | "reset":
                 cluster.links.clear(hit.link, hit.fault.kind)
 

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from harness.errors import InputError
 
 MAX_MODELS = 1_000
+_GOLDEN = (5**0.5 - 1) / 2
+"""The fractional parts of its multiples are spread as evenly as can be, however many there are."""
 
 
 class Popularity(BaseModel):
@@ -42,6 +44,12 @@ class Models(BaseModel):
     count: int = Field(ge=1, le=MAX_MODELS, description="How many.")
     popularity: Popularity = Field(default=Popularity(), description="Which model each request is for (keys below).")
 
+    size_mb: tuple[PositiveFloat, PositiveFloat] | PositiveFloat = Field(
+        default=400.0,
+        description="What each takes of the device's memory, MiB, where `multiplexing` limits it: one number, or smallest and "
+        "largest, between which sizes are spread whatever the popularity.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _bare_count(cls, value: Any) -> Any:
@@ -51,6 +59,13 @@ class Models(BaseModel):
         """``emulated-00`` …, by popularity at the trace's beginning; a single one bears the workload's name."""
         width = max(2, len(str(self.count - 1)))
         return (workload,) if self.count == 1 else tuple(f"{workload}-{i:0{width}d}" for i in range(self.count))
+
+    def sizes_mb(self) -> tuple[float, ...]:
+        """What each takes, in the order of :meth:`names`: evenly spread, and neighbours in popularity far apart in size."""
+        if not isinstance(self.size_mb, tuple):
+            return (self.size_mb,) * self.count
+        smallest, largest = self.size_mb
+        return tuple(smallest + (largest - smallest) * (_GOLDEN * index % 1.0) for index in range(self.count))
 
 
 def ranked(model_index: NDArray[np.int64]) -> NDArray[np.int64]:

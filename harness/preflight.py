@@ -19,6 +19,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
 from harness.gpus import gpus
 from harness.machine import page_cache_refusal, raise_file_limit
+from harness.multiplexing import MemoryPlan, plan_memory
 from harness.popularity import draw
 from harness.prices import price_per_hour
 from harness.registry import get_adapter
@@ -78,6 +79,8 @@ class Checked:
     device: Device
     contestants: Mapping[str, Contestant]
     tunings: Mapping[Cell, Expressed]
+    memories: Mapping[Cell, MemoryPlan]
+    """Of cells whose models share a limited memory."""
     plans: tuple[TrialPlan, ...]
     traces: Mapping[tuple[int, float | None], Trace]
     """One trace per seed and rate of a scenario: each block of trials draws its own arrivals."""
@@ -121,16 +124,20 @@ def check(experiment: Experiment) -> Checked:
     tunings = {
         cell: _expressed(experiment, spec, contestants[cell.adapter], cell.scenario) for cell in cells(experiment)
     }
+    memories: dict[Cell, MemoryPlan] = {}
     for cell, expressed in tunings.items():
-        _check_faults(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed)
-        _check_scaler(experiment, contestants[cell.adapter].adapter, cell.scenario, expressed.tuning)
+        contestant = contestants[cell.adapter]
+        if (memory := _memory(experiment, spec, device, contestant, cell.scenario, expressed.tuning)) is not None:
+            memories[cell] = memory
+        _check_faults(experiment, contestant.adapter, cell.scenario, expressed)
+        _check_scaler(experiment, contestant.adapter, cell.scenario, expressed.tuning)
     plans = tuple(interleave(experiment))
     traces = {
         (seed, rate): make_trace(experiment, spec, seed, rate) for seed, rate in dict.fromkeys(map(_traffic, plans))
     }
     for trace in traces.values():
         _check_traffic(experiment, trace)
-    checked = Checked(experiment, spec, device, contestants, tunings, plans, traces)
+    checked = Checked(experiment, spec, device, contestants, tunings, memories, plans, traces)
     for plan in plans:
         faults_of(plan.cell.scenario, checked.trace_of(plan), plan.seed)
     return checked
@@ -190,6 +197,37 @@ def _expressed(experiment: Experiment, spec: WorkloadSpec, contestant: Contestan
             + (", by its Python code" if "artifact" in left_out else ""),
         )
     return Expressed(tuning, left_out, composition, artifact)
+
+
+def _memory(
+    experiment: Experiment,
+    spec: WorkloadSpec,
+    device: Device,
+    contestant: Contestant,
+    scenario: Scenario,
+    tuning: Tuning,
+) -> MemoryPlan | None:
+    """What the models of a cell have to share, if they have to."""
+    choice = experiment.multiplexing_of(scenario)
+    if choice is None:
+        return None
+    where = "`multiplexing`" if scenario.multiplexing is None else f"`scenarios.{scenario.name}.multiplexing`"
+    models = experiment.models
+    plan = plan_memory(choice, models.names(spec.name), models.sizes_mb(), where)
+    reason = None
+    if device != "emulated" or "load_gb_per_s" not in spec.cost:
+        reason = "memory is limited on the emulated device alone: use `workload: emulated`"
+    elif experiment.devices > 1 or experiment.nodes > 1:
+        reason = "models share the memory of one device: use `devices: 1` and `nodes: 1`"
+    elif scenario.scaler is not None:
+        reason = (
+            "a scaler changes how many copies of every model there are, and their memory is one copy's: leave it out"
+        )
+    else:
+        reason = contestant.adapter.multiplexing_refusal(plan, tuning, contestant.protocol)
+    if reason is not None:
+        raise InputError(f"{where}: {reason}", remedy="change that, or leave `multiplexing` out")
+    return plan
 
 
 def _check_environment(experiment: Experiment, contestants: Mapping[str, Contestant]) -> None:
@@ -253,7 +291,14 @@ def _check_mig(experiment: Experiment, device: Device, contestants: Mapping[str,
 def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, expressed: Expressed) -> None:
     tuning, containers = expressed.tuning, experiment.environment == "docker"
     for kind in scenario.fault_kinds:
-        reason = refusal(kind, adapter, tuning, experiment.nodes, containers=containers)
+        reason = refusal(
+            kind,
+            adapter,
+            tuning,
+            experiment.nodes,
+            containers=containers,
+            multiplexed=experiment.multiplexing_of(scenario) is not None,
+        )
         if expressed.artifact != "python" and FAULT_KINDS[kind].scope == "replica":
             reason = (
                 f"replicas of `artifact: {expressed.artifact}` are no processes of their own, but part of the server's"
@@ -268,12 +313,14 @@ def _check_faults(experiment: Experiment, adapter: Adapter, scenario: Scenario, 
     for fault in scenario.faults:
         if fault.target == "random":
             continue
-        replica = FAULT_KINDS[fault.kind].scope == "replica"
-        known = (tuning.replicas or 0) * experiment.nodes if replica else experiment.nodes
+        known, what = {
+            "replica": ((tuning.replicas or 0) * experiment.nodes, "replicas"),
+            "model": (experiment.models.count, "models"),
+        }.get(FAULT_KINDS[fault.kind].scope, (experiment.nodes, "nodes"))
         if known and fault.target >= known:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {fault.kind}: target {fault.target} does not exist, there are {known} "
-                f"{'replicas' if replica else 'nodes'}, which count from 0",
+                f"{what}, which count from 0",
                 remedy="use " + (f"0 to {known - 1}" if known > 1 else "0") + ", or random",
             )
 
@@ -482,6 +529,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 tuning=checked.tunings[plan.cell].tuning,
                 left_out=checked.tunings[plan.cell].left_out,
                 composition=checked.tunings[plan.cell].composition,
+                memory=checked.memories.get(plan.cell),
                 artifact=checked.tunings[plan.cell].artifact,
             )
         )

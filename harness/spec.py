@@ -31,6 +31,7 @@ from harness.adapter import Adapter, Tuning, WireProtocol
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.matrix import multiplied_out
+from harness.multiplexing import Multiplexing
 from harness.popularity import Models
 from harness.workload import ArtifactKind, Composition, Device, Precision, Slo
 
@@ -110,7 +111,8 @@ class FaultChoice(FaultParameters):
     )
     target: Literal["random"] | Annotated[int, Field(ge=0)] = Field(
         default="random",
-        description="Which replica (oldest first) or node: `random` (by the trial's seed) or its index from 0.",
+        description="Which replica (oldest first), node, or model (most popular first): `random` (by the trial's seed) or its "
+        "index from 0.",
     )
 
     @model_validator(mode="after")
@@ -221,6 +223,9 @@ class Scenario(_Strict):
     composition: Composition | None = Field(
         default=None, description="How a pipeline is served, in place of the experiment's; left out: the experiment's."
     )
+    multiplexing: Multiplexing | None = Field(
+        default=None, description="The models' memory, in place of the experiment's; left out: the experiment's."
+    )
     adapters: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Only these of the experiment's frameworks; left out: all of them."
     )
@@ -315,10 +320,15 @@ class Experiment(_Strict):
     adapters: tuple[str, ...] = Field(min_length=1, description="The frameworks that race (`tailrace adapters`).")
     workload: str = Field(default="emulated", description="The model: a name, or the path of a workload folder.")
     workload_options: dict[str, float] = Field(
-        default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms)."
+        default={}, description="Parameters of the workload (`emulated`: base_ms, per_item_ms, load_ms, load_gb_per_s)."
     )
     models: Models = Field(
         default=Models(count=1), description="How many models of the workload are served, a number or keys (below)."
+    )
+    multiplexing: Multiplexing | None = Field(
+        default=None,
+        description="The models share a memory that does not hold them all (keys below; [multiplexing](multiplexing.md)); left "
+        "out: all are loaded.",
     )
     precision: Precision | None = Field(
         default=None, description="`fp32`, `bf16` or `fp16`, of those that the workload offers; left out: fp32."
@@ -456,6 +466,10 @@ class Experiment(_Strict):
         tuning = self.tuning if scenario.tuning is None else scenario.tuning
         scaled = scenario.scaler is not None and scenario.scaler.of == "replicas"
         return tuning.model_copy(update={"replicas": scenario.scaler.min}) if scaled and scenario.scaler else tuning
+
+    def multiplexing_of(self, scenario: Scenario) -> Multiplexing | None:
+        """The models' memory under a scenario."""
+        return self.multiplexing if scenario.multiplexing is None else scenario.multiplexing
 
     @property
     def sha256(self) -> str:

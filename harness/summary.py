@@ -21,6 +21,7 @@ from harness.metrics import (
     percentile,
 )
 from harness.records import REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from harness.residence import residence, residence_across
 from harness.samples import Samples
 from harness.schedule import Phase
 from harness.steadiness import steadiness
@@ -142,6 +143,7 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "p50_service_ms": percentile(service, 0.50),
         "p99_service_ms": percentile(service, 0.99),
         "models": by_model(several, trace, slo_ms),
+        "multiplexing": residence(facts, trace, several, trial.events, samples, span_s),
         "good": good,
         "ok": trace.count(Outcome.OK),
         "errors": trace.count(Outcome.ERROR),
@@ -365,6 +367,7 @@ def _cells(trials: Sequence[Summary]) -> list[Summary]:
                 **_percentile_across(whole, "p50_ms", "p50_ci_ms"),
                 **_percentile_across(whole, "p99_ms", "p99_ci_ms"),
                 "models": _models_across(members, whole),
+                "multiplexing": residence_across(whole, _percentile_across),
                 "send_lag_p99_ms": max(lags, default=math.nan),
                 "verdict": _worst(trial["verdict"] for trial in members),
                 "reasons": sorted({reason["code"] for trial in members for reason in trial["reasons"]}),

@@ -34,6 +34,7 @@ from harness.collectors import (
     Collector,
     ContainerStatistics,
     EmulatedDevices,
+    EmulatedMemory,
     Host,
     Nodes,
     OwnProcesses,
@@ -45,6 +46,7 @@ from harness.collectors import (
     StageClocks,
 )
 from harness.devices import device_environment
+from harness.emulated_device import limit_memory
 from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from harness.exchange import check_answer, exchange
 from harness.faults import Nemesis, PlannedFault
@@ -52,6 +54,8 @@ from harness.gpu_collectors import DCGM_PORT, DcgmExporter, NvidiaGpus
 from harness.gpus import Gpu, gpus
 from harness.guardian import Guardian
 from harness.machine import cpu_count
+from harness.model_controller import ModelController
+from harness.multiplexing import MemoryPlan
 from harness.observer import Observer
 from harness.pipeline import pipeline_environment
 from harness.prices import price_per_hour
@@ -104,8 +108,16 @@ class TrialSetup:
     """Knobs that were asked for and that this framework has no place for, each with the reason."""
     composition: Composition | None = None
     """How a pipeline is served; ``None`` for other workloads."""
+    memory: MemoryPlan | None = None
+    """What the models share; ``None`` where all are loaded."""
+
     artifact: ArtifactKind = "python"
     """What of the model its servers run."""
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the harness says which models are in memory, for the framework does not."""
+        return self.memory is not None and not self.adapter.residency
 
     @property
     def devices(self) -> int:
@@ -171,6 +183,7 @@ class Trial:
         self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
         self._nvidia: NvidiaGpus | None = None
         self._containers: ContainerHost | None = None
+        self._controller: ModelController | None = None
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
             "cell": setup.plan.cell.id,
@@ -198,6 +211,7 @@ class Trial:
             "tuning": setup.tuning.model_dump(mode="json"),
             "left_out": dict(setup.left_out),
             "composition": setup.composition,
+            "memory": setup.memory and {**asdict(setup.memory), "controlled": setup.controlled},
             "artifact": setup.artifact,
             "stages": [stage.name for stage in setup.workload.spec.pipeline],
             "options": setup.options.model_dump(mode="json"),
@@ -263,6 +277,7 @@ class Trial:
         write_json(self._folder.facts_path, self.facts)
 
     def _run(self, guardian: Guardian, events: EventLog) -> None:
+        setup = self._setup
         scratch = Path(tempfile.mkdtemp(prefix="tailrace-"))
         guardian.remove_later(glob.escape(str(scratch)))
         with contextlib.ExitStack() as opened:
@@ -279,6 +294,10 @@ class Trial:
             deployment = self._deploy(guardian, events, scratch)
             try:
                 self._bring_up(deployment, events)
+                if setup.memory is not None and setup.controlled:
+                    self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
+                    self._controller.start()
+                    deployment.endpoint = self._controller.endpoint
                 self._stage("verify", events)
                 self._verify(deployment)
                 self._check_applied(deployment)
@@ -289,6 +308,8 @@ class Trial:
             finally:
                 deployment.stop_watching()  # nothing is started again from here on
                 self._stage("stop", events)
+                if self._controller is not None:
+                    self._controller.stop()
                 # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
                 interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
                 with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
@@ -316,9 +337,11 @@ class Trial:
     def _deploy(self, guardian: Guardian, events: EventLog, scratch: Path) -> Cluster:
         setup = self._setup
         node_envs = [self._device_environment(scratch, index) for index in range(setup.layout.nodes)]
+        at_start = setup.memory.at_start if setup.memory is not None and setup.controlled else setup.models
         request = DeployRequest(
             workload=setup.workload,
-            models=setup.models,
+            models=at_start,
+            memory=setup.memory,
             tuning=setup.tuning,
             options=setup.options,
             protocol=setup.protocol,
@@ -366,6 +389,8 @@ class Trial:
         each = self._setup.devices_per_node
         folder = device_folder(scratch, node)
         folder.mkdir(parents=True)
+        if self._setup.memory is not None:
+            limit_memory(folder, self._setup.memory)
         own = self._gpus[node * each : (node + 1) * each]
         return device_environment(self._setup.workload.device, folder, own, each)
 
@@ -419,7 +444,8 @@ class Trial:
         """Compare answers with the reference before the clock starts. Raises :class:`ServerError` on the first difference."""
         workload, endpoint = self._setup.workload, deployment.endpoint
         count = min(_VERIFIED_PAYLOADS, len(workload.payloads))
-        for model in self._setup.models:
+        # The most popular last: they are in memory then, if not all are.
+        for model in reversed(self._setup.models):
             for payload_id in range(count):
                 request = endpoint.codec.encode(model, workload.payloads[payload_id])
                 answer = exchange(endpoint, request, _ANSWER_TIMEOUT_S)
@@ -590,6 +616,8 @@ class Trial:
                     [device_folder(scratch, node) for node in range(setup.layout.nodes)], setup.devices_per_node
                 )
             )
+        if setup.memory is not None:
+            collectors.append(EmulatedMemory(device_folder(scratch, 0), setup.memory.budget_bytes, events))
         if self._nvidia is not None:
             self._nvidia.serve(lambda: [ref.pid for root in deployment.trees() for ref, _ in descendants(root)])
             collectors.append(self._nvidia)

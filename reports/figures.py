@@ -117,7 +117,7 @@ def _latency_panel(title: str, cells: Sequence[CellView], name: str) -> Figure:
     with svg.style():
         canvas = svg.new_figure(300)
         ax = canvas.add_axes((0.105, 0.085, 0.87, 0.83))
-        scale = _LogAxis.fit(ax, [*everything, *objectives])
+        scale = LogAxis.fit(ax, [*everything, *objectives])
         for objective in objectives:
             ax.axhline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
         shown = 1.0
@@ -133,10 +133,10 @@ def _latency_panel(title: str, cells: Sequence[CellView], name: str) -> Figure:
         ax.set_xlim(0, shown + 0.05)
         ticks = [(-math.log10(1 - q), label) for q, label in _QUANTILE_TICKS if -math.log10(1 - q) <= shown + 0.05]
         ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
-        _heading(canvas, ax, "Response time, ms (log scale)")
+        heading(canvas, ax, "Response time, ms (log scale)")
         alt = "Response time by percentile. " + " ".join(_latency_words(cell) for cell in cells)
         tooltips = {f"tip-{cell.key}": _latency_words(cell) for cell in cells}
-        _stamp(canvas, cells)
+        stamp(canvas, cells)
         drawn = svg.inline(canvas, name=name, alt=alt, tooltips=tooltips)
     keys = [Key(cell.label, cell.slot, dash=styles.index(cell)) for cell in cells]
     keys += [Key(f"objective, {listing([milliseconds(o) for o in objectives])}", kind="objective")]
@@ -154,7 +154,7 @@ def _latency_words(cell: CellView) -> str:
 
 
 @dataclass(frozen=True)
-class _LogAxis:
+class LogAxis:
     """A logarithmic axis with a strip above it for +∞."""
 
     begin: float
@@ -165,7 +165,7 @@ class _LogAxis:
     @classmethod
     def fit(
         cls, ax: Axes, values: Iterable[float], *, horizontal: bool = False, most_ticks: int = 7, strip: float = 0.17
-    ) -> _LogAxis:
+    ) -> LogAxis:
         """Set limits and ticks of an axis for these values; the strip takes that share of the finite part's length."""
         every = np.array(list(values), dtype=np.float64)
         finite = every[np.isfinite(every) & (every > 0)]
@@ -207,13 +207,13 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks[:: -(-len(ticks) // most)]
 
 
-def _heading(canvas: Canvas, ax: Axes, text: str) -> None:
+def heading(canvas: Canvas, ax: Axes, text: str) -> None:
     """The axis named in words above it, where it is read first."""
     above = ax.get_position().y1 + 9 / (canvas.get_figheight() * 72)
     canvas.text(0.005, above, text, color=svg.MUTED, fontsize=12, va="baseline")
 
 
-def _stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
+def stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
     """Say *emulated* inside the picture, so that it goes wherever the picture goes."""
     if any(cell.summary["emulated"] for cell in cells):
         above = 1 - 15 / (canvas.get_figheight() * 72)
@@ -284,24 +284,24 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
             ax.xaxis.set_visible(i == panels - 1)
             axes.append(ax)
         rate, attainment, p99, *others = axes
-        _heading(canvas, rate, "Requests per second")
+        heading(canvas, rate, "Requests per second")
         rate.set_ylim(0, shared.peak_rate * 1.06)
         rate.yaxis.set_major_locator(svg.few_ticks())
         _line(rate, evidence.goodput, colour, area=True)
         _line(rate, evidence.rate, svg.MUTED, width=1.2)
-        _heading(canvas, attainment, "Good, % of what was offered")
+        heading(canvas, attainment, "Good, % of what was offered")
         _percent_axis(attainment)
         _line(attainment, evidence.attainment.times(100), colour)
-        _heading(canvas, p99, "p99 response time, ms (log scale)")
-        scale = _LogAxis.fit(p99, shared.p99s_ms, most_ticks=3, strip=0.3)
+        heading(canvas, p99, "p99 response time, ms (log scale)")
+        scale = LogAxis.fit(p99, shared.p99s_ms, most_ticks=3, strip=0.3)
         p99.axhline(float(cell.summary["slo_ms"]), color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
         _line(p99, evidence.p99_ms, colour, scale=scale)
         for ax, name in zip(others, shared.gauges, strict=True):
             if name == "utilization":
-                _heading(canvas, ax, "Utilisation, %")
+                heading(canvas, ax, "Utilisation, %")
                 _percent_axis(ax)
             else:
-                _heading(canvas, ax, _GAUGE_HEADINGS[name])
+                heading(canvas, ax, _GAUGE_HEADINGS[name])
                 ax.set_ylim(0, shared.peaks[name] * 1.06)
                 ax.yaxis.set_major_locator(svg.few_ticks())
             if name in evidence.gauges:
@@ -311,7 +311,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         _fault_marks(cell, axes, span_s)
         axes[-1].xaxis.set_major_locator(svg.few_ticks(6))
         axes[-1].set_xlabel("seconds of the trace", labelpad=2)
-        _stamp(canvas, [cell])
+        stamp(canvas, [cell])
         drawn = svg.inline(canvas, name=f"time-{cell.key}", alt=_timeline_words(cell, evidence))
     return Figure(cell.label, drawn, note=_timeline_note(len(cell.repetitions)))
 
@@ -329,7 +329,7 @@ def _timeline_note(trials: int) -> str:
 
 
 def _line(
-    ax: Axes, band: Band, colour: str, *, scale: _LogAxis | None = None, area: bool = False, width: float = 1.8
+    ax: Axes, band: Band, colour: str, *, scale: LogAxis | None = None, area: bool = False, width: float = 1.8
 ) -> None:
     """A per-second line with its band; thinned where it has more points than anyone can see."""
     place: Callable[[Floats], Floats] = scale.place if scale is not None else (lambda values: values)
@@ -421,8 +421,8 @@ def _recovery(kind: str, cells: Sequence[CellView], name: str) -> Figure:
             lowest = f"{np.nanmin(after):.0f} %" if np.isfinite(after).any() else "not known"
             words.append(f"{cell.label}: at the lowest {lowest}; {_recovered(cell.faults[0])}.")
         ax.set_xlabel("seconds since the fault", labelpad=3)
-        _heading(canvas, ax, "Good, % of what was offered")
-        _stamp(canvas, cells)
+        heading(canvas, ax, "Good, % of what was offered")
+        stamp(canvas, cells)
         tooltips = {f"tip-{name}-{cell.key}": told for cell, told in zip(cells, words, strict=True)}
         alt = f"Recovery from {humanly(kind)}. " + " ".join(words)
         drawn = svg.inline(canvas, name=name, alt=alt, tooltips=tooltips)
@@ -535,7 +535,7 @@ def _frontier(group: Frontier, name: str) -> Figure:
         for cell in claimed:
             ends += [cell.summary["p99_ms"], *(cell.summary["p99_ci_ms"] or [])]
         infinite = [cell for cell in claimed if math.isinf(cell.summary["p99_ms"])]
-        scale = _LogAxis.fit(
+        scale = LogAxis.fit(
             ax, ends, horizontal=True, most_ticks=6, strip=0.17 if 2 * len(infinite) <= len(claimed) else 0.6
         )
         low, high = _around([end for c in cells for end in (benefit.value(c.summary), *benefit.ends(c.summary))])
@@ -555,12 +555,12 @@ def _frontier(group: Frontier, name: str) -> Figure:
         beside = ax if not claimed else canvas.add_axes((0.985 - aside, 0.17, aside, 0.745), sharey=ax) if aside else ax
         if unclaimed:
             _unclaimed(beside, unclaimed, benefit, styles, alone=not claimed)
-        _heading(canvas, ax, benefit.heading)
+        heading(canvas, ax, benefit.heading)
         ax.set_xlabel("p99 response time, ms (log scale)", labelpad=3)
         alt = f"{benefit.title} against p99. " + " ".join(_point_words(cell, group) for cell in cells)
         alt += f" On the frontier: {listing([c.label for c in best]) or 'none'}."
         alt += "".join(f" On {own[0].framework}'s own: {listing([c.label for c in own])}." for own in group.own)
-        _stamp(canvas, cells)
+        stamp(canvas, cells)
         drawn = svg.inline(
             canvas, name=name, alt=alt, tooltips={f"tip-{cell.key}": _point_words(cell, group) for cell in cells}
         )
@@ -640,7 +640,7 @@ def _staircase(ax: Axes, best: Sequence[CellView], benefit: Benefit, colour: str
     )
 
 
-def _point(ax: Axes, cell: CellView, benefit: Benefit, x: float, style: int, scale: _LogAxis, opacity: float) -> None:
+def _point(ax: Axes, cell: CellView, benefit: Benefit, x: float, style: int, scale: LogAxis, opacity: float) -> None:
     s = cell.summary
     y, colour = benefit.value(s), svg.colour(cell.slot)
     if s["p99_ci_ms"] and math.isfinite(s["p99_ms"]):
@@ -777,8 +777,8 @@ def _knob_figure(told: _KnobMap, name: str) -> Figure:
         ax.set_xticks(range(len(told.columns)), [f"{value:g}" for value in told.columns])
         ax.set_yticks(range(len(told.rows)), [f"{value:g}" for value in told.rows])
         ax.set_xlabel(told.across, labelpad=3)
-        _heading(canvas, ax, f"{told.up} ↑")
-        _stamp(canvas, list(told.at.values()))
+        heading(canvas, ax, f"{told.up} ↑")
+        stamp(canvas, list(told.at.values()))
         drawn = svg.inline(
             canvas, name=name, alt=f"{first.framework} by {told.across} and {told.up}. " + " ".join(words.values()),
             tooltips=words,
@@ -852,7 +852,7 @@ def cold_start(cells: Sequence[CellView]) -> Figure | None:
         ax.set_yticks([])
         ax.set_xlabel("seconds since the process was started", labelpad=2)
         alt = "Cold start by phase. " + " ".join(_cold_words(start) for start in starts)
-        _stamp(canvas, cells)
+        stamp(canvas, cells)
         drawn = svg.inline(canvas, name="cold", alt=alt)
     keys = tuple(Key(word, None, "area", strength=_phase_alpha(word)) for word in words)
     numbers = sorted({start.starts for start in starts})

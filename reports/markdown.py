@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from harness.store import RunFolder
 from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from reports.evidence import CellView, view
+from reports.multiplexing import BRIEF_HEADINGS, multiplexing, words
 from reports.text import interval, markdown_safe, markdown_table, milliseconds, per_second, printable, share
 
 CELL_HEADINGS = (
@@ -30,6 +31,9 @@ def markdown(runs: Sequence[RunFolder]) -> str:
     lines += [*markdown_table(CELL_HEADINGS, [_row(cell) for cell in cells]), ""]
     if pairs := ratios(views):
         lines += [*markdown_table(RATIO_HEADINGS, pairs), ""]
+    if shared := multiplexing(views):
+        lines += [*(f"- {markdown_safe(sentence)}" for sentence in words(shared)), ""]
+        lines += [*markdown_table(BRIEF_HEADINGS, shared.brief), ""]
     told = verdict(views)
     lines += [f"**{told.word}**: {markdown_safe(told.sentence)}", ""]
     lines += [

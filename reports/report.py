@@ -23,6 +23,8 @@ from reports.contestants import profiles
 from reports.defaults import defaults
 from reports.evidence import CellView, RunView, view
 from reports.figures import DASHES, Key
+from reports.multiplexing import MULTIPLEXING_HEADINGS, PREDICTION_HEADINGS, multiplexing, words
+from reports.multiplexing_figures import headroom, memory_curves
 from reports.page import render, write_page
 from reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
 from reports.reproduce import Portable, reproduce
@@ -64,6 +66,7 @@ def build(runs: Sequence[RunFolder]) -> str:
     cells = [cell for run in views for cell in run.cells]
     script = (files("reports") / "report.js").read_text(encoding="utf-8")
     frontiers = figures.frontiers(cells)
+    shared = multiplexing(views)
     return render(
         "report.html.j2",
         title=question(views),
@@ -74,6 +77,12 @@ def build(runs: Sequence[RunFolder]) -> str:
         defaults=defaults(cells),
         pipelines=pipelines(cells),
         price_headings=PRICE_HEADINGS,
+        multiplexing=shared,
+        multiplexing_words=words(shared) if shared else (),
+        multiplexing_headings=MULTIPLEXING_HEADINGS,
+        prediction_headings=PREDICTION_HEADINGS,
+        memory_curves=memory_curves(shared) if shared else (),
+        headroom=headroom(shared.headroom) if shared else None,
         stage_headings=STAGE_HEADINGS,
         ruler=ruler(views),
         ruler_headings=HEADINGS,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from harness.multiplexing import MemoryPlan, plan_memory
 from harness.records import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
 from harness.spec import Experiment, interleave
 from harness.store import EventLog, RunFolder, TrialFolder, write_json
 from harness.tables import TableWriter, finish_table
+from simulator import multiplexing
+from simulator.system import Batching, Service
 
 Variant = Literal["complete", "killed", "empty", "one-request", "hostile"]
 Floats = NDArray[np.float64]
@@ -23,6 +26,11 @@ Floats = NDArray[np.float64]
 SCRIPT = '<script>alert("tailrace")</script>'
 """What the hostile variant puts wherever a server, a trace or a user may put text."""
 HOSTILE = SCRIPT + " {{ 7 * 7 }} $\\frac{ & ]]> </style></svg> \u202e"
+
+SHARING = 6
+STARTED_S = 0.2
+"""What a load takes beyond :data:`COST`."""
+COST = {"base_ms": 12.0, "per_item_ms": 3.0, "load_ms": 50.0, "load_gb_per_s": 1.0}
 
 EPOCH_NS = 5_000_000_000_000
 _BASE_S, _PER_ITEM_S, _MAX_BATCH, _TIMEOUT_S = 0.012, 0.003, 16, 10.0
@@ -43,6 +51,7 @@ def make_run(
     slo_ms: float = 200.0,
     name: str = "compare",
     variant: Variant = "complete",
+    memories: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunFolder:
     """Write a run folder and open it.
 
@@ -51,7 +60,10 @@ def make_run(
     brings the replica back after 4 s. ``fail_fraction`` of the arrivals fail besides.
     Variants: ``killed`` (the last trial is an unfinished Arrow stream cut in mid-batch, the one before it failed at
     deploy, when there are three), ``empty`` (no arrivals), ``one-request``, ``hostile`` (markup in every text).
+    With ``memories`` by scenario (keys of ``multiplexing``) there are :data:`SHARING` models of 100 MiB, and no faults; the
+    harness drives whatever is not the reference server.
     """
+    memories = memories or {}
     experiment = Experiment.model_validate(
         {
             "name": name,
@@ -59,15 +71,19 @@ def make_run(
             if variant != "hostile"
             else HOSTILE,
             "adapters": list(adapters),
-            "devices": 2,
+            "devices": 1 if memories else 2,
+            "models": {"count": SHARING, "size_mb": 100} if memories else 1,
             "device": device,
             "trace": {"name": "surge" if variant != "hostile" else f"surge {HOSTILE}", "tail_s": 20},
             "tuning": {"max_batch": _MAX_BATCH, "batch_window_ms": 10, "replicas": 2},
             "scenarios": [
                 {
                     "name": s,
-                    "faults": [] if s in ("no-fault", "defaults") else [{"kind": "kill_replica", "at_s": fault_at}],
+                    "faults": []
+                    if s in ("no-fault", "defaults", *memories)
+                    else [{"kind": "kill_replica", "at_s": fault_at}],
                     "tuning": "defaults" if s == "defaults" else None,
+                    "multiplexing": memories.get(s),
                 }
                 for s in scenarios
             ],
@@ -106,6 +122,12 @@ def make_run(
             tuned=bool(experiment.tuning_of(plan.cell.scenario).chosen()),
             rng=rng,
         )
+        if (choice := experiment.multiplexing_of(plan.cell.scenario)) is not None:
+            names = experiment.models.names(experiment.workload)
+            shared = plan_memory(choice, names, experiment.models.sizes_mb(), "memories")
+            simulated = _sharing(arrivals, shared, overhead_ms=2 + 3 * position, seed=plan.seed)
+            controlled = plan.cell.adapter != "reference"
+            facts.update(models=list(names), memory={**asdict(shared), "controlled": controlled})
         _write_trial(trial, facts, simulated, span_s=span_s, killed=killed, variant=variant, rng=rng)
     if variant != "killed":
         run.amend_manifest(ended_at="2026-11-23T22:31:40Z")
@@ -169,6 +191,7 @@ def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
             "artifact_sha256": "ab" * 32,
             "payloads": 64,
             "tolerance": {"atol": 0.0, "rtol": 0.0},
+            "cost": COST,
         },
         "trace": {
             "name": experiment.trace.name,
@@ -191,7 +214,13 @@ def _manifest(experiment: Experiment, variant: Variant) -> dict[str, Any]:
 
 
 def _adapter(name: str, index: int, hostile: bool) -> dict[str, Any]:
-    titles = {"triton": "Triton", "ray_serve": "Ray Serve", "torchserve": "TorchServe", "kserve": "KServe"}
+    titles = {
+        "reference": "Reference server",
+        "triton": "Triton",
+        "ray_serve": "Ray Serve",
+        "torchserve": "TorchServe",
+        "kserve": "KServe",
+    }
     return {
         "title": HOSTILE if hostile and index == 0 else titles.get(name, name),
         "homepage": "javascript:alert(1)" if hostile else "https://example.org/" + name,
@@ -274,6 +303,12 @@ class _Simulated:
     outcome: NDArray[np.uint8]
     busy: tuple[Floats, Floats]
     """Starts and ends of the batches, in order of their ends."""
+    models: NDArray[np.int64] | None = None
+    """Whom each arrival is for, where there are several."""
+    events: tuple[tuple[float, str, dict[str, Any]], ...] = ()
+    """When (s), what, and the details."""
+    memory: tuple[Floats, Floats] | None = None
+    """Bytes that are free, and from when on (s)."""
 
 
 def _simulate(
@@ -328,6 +363,53 @@ def _simulate(
     )
 
 
+def _sharing(arrivals: Floats, plan: MemoryPlan, *, overhead_ms: float, seed: int) -> _Simulated:
+    """Models that share a memory, by the simulator of just that: loads take :data:`STARTED_S` more than the link does."""
+    names = list(plan.sizes)
+    shares = np.arange(1, len(names) + 1) ** -1.0
+    models = np.random.default_rng(seed).choice(len(names), len(arrivals), p=shares / shares.sum())
+    device = multiplexing.Device(
+        Service(base_ms=12, per_item_ms=3),
+        Batching(max_batch=_MAX_BATCH, window_ms=10),
+        load_ms=COST["load_ms"],
+        load_gb_per_s=COST["load_gb_per_s"],
+        starts_s=(STARTED_S,),
+        overhead_ms=overhead_ms,
+    )
+    memory = multiplexing.Memory(
+        plan.budget_bytes,
+        list(plan.sizes.values()),
+        plan.policy,
+        [names.index(name) for name in plan.pinned],
+        [names.index(name) for name in plan.at_start],
+    )
+    done = multiplexing.simulate(device, memory, np.rint(arrivals * 1e9).astype(np.int64), models)
+    told: list[tuple[float, str, dict[str, Any]]] = [(-9.0, "models-resident", {"models": list(plan.at_start)})]
+    steps = [(-9.0, plan.budget_bytes - sum(plan.sizes[name] for name in plan.at_start))]
+    for decided_ns, loaded_ns, model in done.loads.tolist():
+        load = {"model": names[model], "pid": 4000 + len(told), "device": 0, "bytes": plan.sizes[names[model]]}
+        told += [(decided_ns / 1e9 + STARTED_S, "model-begun", load), (loaded_ns / 1e9, "model-loaded", load)]
+        steps.append((decided_ns / 1e9 + STARTED_S, -load["bytes"]))
+    for at_ns, model in done.evictions.tolist():
+        told.append((at_ns / 1e9, "model-gone", {"model": names[model]}))
+        steps.append((at_ns / 1e9, plan.sizes[names[model]]))
+    at_s, changes = np.array(sorted(steps), dtype=np.float64).T
+    outcome = np.full(len(arrivals), Outcome.OK, dtype=np.uint8)
+    done_s = arrivals + done.response_ms / 1e3
+    nothing = np.empty(0)
+    return _Simulated(
+        arrivals,
+        arrivals,
+        arrivals,
+        done_s,
+        outcome,
+        (nothing, nothing),
+        models,
+        tuple(told),
+        (at_s, np.cumsum(changes)),
+    )
+
+
 def _write_failed(trial: TrialFolder, facts: dict[str, Any]) -> None:
     """A trial whose server never came up."""
     facts.update(
@@ -355,12 +437,14 @@ def _write_trial(
     variant: Variant,
     rng: np.random.Generator,
 ) -> None:
-    _write_requests(trial, simulated, variant, cut=killed)
+    _write_requests(trial, facts, simulated, variant, cut=killed)
     _write_samples(trial, facts, simulated, span_s, rng, cut=killed)
     events = EventLog(trial.folder / "events.jsonl")
     for offset_s, event in ((-9.0, "deploy"), (-6.5, "ready"), (-6.3, "verified"), (-4.0, "warm-up"), (0.0, "measure")):
         events.write(event, mono_ns=EPOCH_NS + int(offset_s * 1e9))
-    if facts["scenario"] not in ("no-fault", "defaults"):
+    for offset_s, event, details in simulated.events:
+        events.write(event, mono_ns=EPOCH_NS + round(offset_s * 1e9), **details)
+    if facts["scenario"] not in ("no-fault", "defaults") and simulated.models is None:
         at_s = trial_fault_s(trial)
         facts["faults"] = [
             {"kind": "kill_replica", "at_s": at_s, "injected_s": at_s + 0.002, "target": "model-1", "pid": 4242}
@@ -404,7 +488,9 @@ def trial_fault_s(trial: TrialFolder) -> float:
     return float(max(fault["at_s"] for s in experiment["scenarios"] for fault in s["faults"]))
 
 
-def _write_requests(trial: TrialFolder, simulated: _Simulated, variant: Variant, *, cut: bool) -> None:
+def _write_requests(
+    trial: TrialFolder, facts: dict[str, Any], simulated: _Simulated, variant: Variant, *, cut: bool
+) -> None:
     n = len(simulated.arrival_s)
     warm = 0 if variant in ("empty", "one-request") else 100
     warm_s = np.linspace(-4.0, -1.1, warm)
@@ -415,7 +501,8 @@ def _write_requests(trial: TrialFolder, simulated: _Simulated, variant: Variant,
     names = np.array(OUTCOME_NAMES, dtype=object)[outcome]
     messages = {Outcome.ERROR: "the model's worker has died", Outcome.SHED: "queue full", Outcome.TIMEOUT: "10 s"}
     statuses = {Outcome.OK: 200, Outcome.ERROR: 500, Outcome.SHED: 503}
-    text = HOSTILE if variant == "hostile" else "model"
+    text = HOSTILE if variant == "hostile" else facts["models"][0]
+    asked = [text] * n if simulated.models is None else [facts["models"][model] for model in simulated.models]
     errors = [
         None if o == Outcome.OK else f"{messages.get(Outcome(o), 'reset')}{HOSTILE if variant == 'hostile' else ''}"
         for o in outcome
@@ -430,7 +517,7 @@ def _write_requests(trial: TrialFolder, simulated: _Simulated, variant: Variant,
         pa.array(names, type=pa.string()),
         pa.array([statuses.get(Outcome(o)) for o in outcome], type=pa.int16()),
         pa.array(errors, type=pa.string()),
-        pa.array([text] * total, type=pa.string()),
+        pa.array([text] * warm + asked, type=pa.string()),
         pa.array(np.arange(total) % 64, type=pa.int32()),
         pa.array(np.full(total, 310)),
         pa.array(np.full(total, 180)),
@@ -460,6 +547,10 @@ def _write_samples(
         waiting = np.searchsorted(simulated.arrival_s, t) - np.searchsorted(np.sort(simulated.start_s), t)
     else:
         busy, waiting = np.zeros_like(t), np.zeros_like(t)
+    if simulated.memory is not None:
+        at_s, free = simulated.memory
+        row = free[np.searchsorted(at_s, t, side="right") - 1]
+        rows += [(t, "memory", "device-0", "memory_free_bytes", row, "B")]
     if facts["device"] == "emulated":
         rows += [(t, "device", f"device-{d}", "busy_s_total", busy / 2, "s") for d in (0, 1)]
     elif facts["device"] == "cuda":

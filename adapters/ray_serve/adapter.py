@@ -46,6 +46,7 @@ from harness.adapter import (
 from harness.codecs import RawHTTP
 from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_environment, socket_folder
 from harness.errors import DeployError, ServerError
+from harness.multiplexing import MIB, MemoryPlan, Policy
 from harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
 
 _TITLE = re.compile(r"ray::ServeReplica:(?P<model>[^:]+):(?P<deployment>[\w-]+)")
@@ -107,7 +108,7 @@ class RayServeDeployment(Deployment):
         ]
         self._haproxy_metrics = ControlConnection("ray_serve", endpoint.host, ports.haproxy_metrics, log)
         self._folder = folder
-        self._models = list(request.models)
+        self._applications = config.applications(request)
         self._haproxy = config.behind_haproxy(request)
         self._metrics = Metrics()
         self._worker_nodes = worker_nodes
@@ -119,7 +120,7 @@ class RayServeDeployment(Deployment):
         if not _control_socket(self._folder).exists() or not self.process.alive():
             return False
         try:
-            return self.health() and set(self._models) <= self._routed() and self._whole()
+            return self.health() and set(self._applications) <= self._routed() and self._whole()
         except (OSError, ServerError, DeployError):
             return False
 
@@ -129,7 +130,8 @@ class RayServeDeployment(Deployment):
         return bool(self._serve.says_ok("/-/healthz"))
 
     def replicas(self) -> list[Replica]:
-        """The replica processes, oldest first, by the title that Ray gives them."""
+        """The replica processes, oldest first, by the title that Ray gives them. One that holds many models is called after
+        their application."""
         found = []
         roots = [self.process, *self._node_processes]
         for reference, process in itertools.chain.from_iterable(map(descendants, roots)):
@@ -164,7 +166,8 @@ class RayServeDeployment(Deployment):
         """Ray's metrics per model, one to two seconds old, and HAProxy's, which are of this moment.
 
         Sizes of batches are counted from the histogram's buckets (its sum is an estimate of Ray's), whose bounds this
-        adapter sets so that every size up to 64 has one of its own. Behind HAProxy requests wait inside the replicas,
+        adapter sets so that every size up to 64 has one of its own. Models that share a memory are told of together, as one
+        application. Behind HAProxy requests wait inside the replicas,
         in no metric of their own: ``queue_depth`` is what HAProxy has open less what Ray says the replicas work on,
         so it is off by what has changed within Ray's delay. ``replicas`` is known behind HAProxy alone. Ray writes
         all that it has, half a megabyte: each scrape costs the server some 50 ms of one core, and as much for each
@@ -178,7 +181,7 @@ class RayServeDeployment(Deployment):
         for node in self._node_metrics:
             with contextlib.suppress(OSError):  # a node may be down
                 ray_pages.append(node.page("/metrics"))
-        readings = self._metrics.read(self._models, "\n".join(ray_pages), haproxy_page)
+        readings = self._metrics.read(self._applications, "\n".join(ray_pages), haproxy_page)
         if self._request.stages:
             # Batches are those of single stages, in which requests wait, too, in no metric: the stages' clocks tell.
             readings = [reading for reading in readings if reading.metric in _OF_THE_WHOLE]
@@ -190,17 +193,22 @@ class RayServeDeployment(Deployment):
         return config.knobs_in(self._ask({"do": "report"}, _REPORT_TIMEOUT_S), self._request.nodes)
 
     def load_model(self, model: str) -> None:
-        """Deploy one more application; returns when Serve says that it runs and the proxy routes to it."""
+        """Deploy one more application; returns when Serve says that it runs and the proxy routes to it.
+
+        Raises :class:`ServerError` where models share a memory: they come when they are asked for, by Serve's own policy.
+        """
+        self._refuse_if_multiplexed(model)
         self._ask({"do": "load", "application": config.application(self._request, model)}, RayServe.start_timeout_s)
         self.wait_for(lambda: self._has_route(model) is True, f"add the route to {model!r}", RayServe.start_timeout_s)
-        if model not in self._models:
-            self._models.append(model)
+        if model not in self._applications:
+            self._applications.append(model)
 
     def unload_model(self, model: str) -> None:
         """Delete the application; returns when the proxy has no route to it: behind HAProxy that is after its replicas
-        have drained, 30 s in which they still answer."""
-        if model in self._models:
-            self._models.remove(model)
+        have drained, 30 s in which they still answer. Raises :class:`ServerError` as :meth:`load_model`."""
+        self._refuse_if_multiplexed(model)
+        if model in self._applications:
+            self._applications.remove(model)
         self._ask({"do": "unload", "model": model}, RayServe.start_timeout_s)
         gone = f"remove the route to {model!r}"
         self.wait_for(lambda: self._has_route(model) is False, gone, RayServe.start_timeout_s)
@@ -223,6 +231,10 @@ class RayServeDeployment(Deployment):
             self.host.kill_tree(process)
         super().stop(grace_s)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _refuse_if_multiplexed(self, model: str) -> None:
+        if self._request.memory is not None:
+            raise ServerError(f"ray_serve itself says when {model!r} comes into memory and goes: @serve.multiplexed")
 
     def _spawn(self, node: _WorkerNode) -> ProcessRef:
         return self.host.spawn(node.name, node.argv, env=node.env, cwd=self._request.workdir, log=node.log)
@@ -299,6 +311,9 @@ class RayServe(Adapter):
         "takes the requests",
     }
     composes: ClassVar[bool] = True
+    residency: ClassVar[Mapping[Policy, str]] = {
+        "lru": "@serve.multiplexed max_num_models_per_replica: of each replica, so many models whatever their sizes",
+    }
     approximate: ClassVar[Mapping[str, str]] = {
         "queue_depth": "behind HAProxy it is what HAProxy has open less what Ray said a second or two ago",
     }
@@ -322,6 +337,23 @@ class RayServe(Adapter):
                 "a deployment has either num_replicas or autoscaling_config"
             )
         return refusals
+
+    def multiplexing_refusal(self, plan: MemoryPlan, tuning: Tuning, protocol: WireProtocol) -> str | None:
+        """Serve has one policy, which counts models, in each replica by itself."""
+        if tuning.autoscale is not None:
+            return "the replicas of ray_serve share the memory evenly, so their number must not change: no `autoscale`"
+        if plan.policy not in self.residency:
+            return f"ray_serve knows only the policy {', '.join(self.residency)}"
+        if plan.pinned:
+            return "ray_serve pins no model: @serve.multiplexed evicts whichever was asked for longest ago"
+        replicas = tuning.replicas or 1
+        if not config.models_per_replica(plan, replicas):
+            largest = max(plan.sizes.values())
+            return (
+                f"each of {replicas} replicas of ray_serve must have room for the largest model by itself: "
+                f"{replicas} × {largest / MIB:g} MiB are more than {plan.budget_bytes / MIB:g}"
+            )
+        return None
 
     def render(self, request: DeployRequest) -> dict[str, str]:
         """``serve.json``, a configuration in Serve's own schema, and ``ray.json``: ``ray.init`` and the environment."""
@@ -355,7 +387,8 @@ class RayServe(Adapter):
             ports=(*astuple(ports), *(node.metrics_port for node in worker_nodes)),
         )
         inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
-        codec = RawHTTP(request.host, ports.http, config.ROUTE, inputs, outputs)
+        named = {} if request.memory is None else {config.MODEL_HEADER: "{model}"}
+        codec = RawHTTP(request.host, ports.http, config.ROUTE, inputs, outputs, named)
         endpoint = Endpoint("http", request.host, ports.http, codec)
         return RayServeDeployment(
             host,

@@ -11,11 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harness.adapter import Autoscale, DeployRequest, Tuning
 from harness.control import agreed
+from harness.multiplexing import MemoryPlan
 
 DEPLOYMENT = "Model"
 """The deployment that takes the requests of an application: the model or, where Serve composes a pipeline, what calls the
 deployments of its stages, which are called as the stages are."""
 ROUTE = "/models/{model}"
+MULTIPLEXED = "models"
+"""The one application of models that share a memory, at the route before theirs."""
+MODEL_HEADER = "serve_multiplexed_model_id"
+"""Where Serve looks for the model that a request is for."""
 _NODE_ADDRESS = "127.0.0.2"
 """Another loopback address: 127.0.0.1 Ray would replace by the machine's public one. All nodes of a cluster have it: replicas
 listen on loopback, where HAProxy looks for those alone that are at its own node's address."""
@@ -34,7 +39,7 @@ class Options(BaseModel):
     proxy: Literal["haproxy", "python"] | None = Field(
         default=None,
         description="haproxy: Ray's HAProxy data plane, requests go straight to the replicas; "
-        "python: Ray's own default proxy; left out: haproxy, but python under `tuning: defaults`",
+        "python: Ray's own default proxy; left out: haproxy, but python under `tuning: defaults` and with `multiplexing`",
     )
 
 
@@ -47,11 +52,11 @@ def files(request: DeployRequest) -> dict[str, str]:
     serve = {
         "http_options": http_options,
         "logging_config": {"logs_dir": str(request.workdir / "logs" / "serve")},
-        "applications": [application(request, model) for model in request.models],
+        "applications": [application(request, name) for name in applications(request)],
     }
     # Logical CPUs, one per replica: Ray sets the model's OMP_NUM_THREADS to it. As many again for models that are
     # loaded later and for replicas that start while others end.
-    num_cpus = 2 * _most_per_node(tuning) * len(request.models) * (1 + len(request.stages)) + 2
+    num_cpus = 2 * _most_per_node(tuning) * len(applications(request)) * (1 + len(request.stages)) + 2
     num_gpus = request.devices if request.workload.device == "cuda" else 0
     ray: dict[str, Any] = {
         "init": {
@@ -85,8 +90,19 @@ def _node(num_cpus: int, num_gpus: int) -> dict[str, int | str]:
     }
 
 
+def applications(request: DeployRequest) -> list[str]:
+    """The names of Serve's applications: one for each model, or one for all that share a memory."""
+    return [MULTIPLEXED] if request.memory is not None else list(request.models)
+
+
+def models_per_replica(memory: MemoryPlan, replicas: int) -> int:
+    """``max_num_models_per_replica``: Serve counts models, not bytes, so that each has to be taken for the largest one; and its
+    replicas know nothing of each other's, so that each has its share of the memory."""
+    return memory.budget_bytes // max(memory.sizes.values()) // replicas
+
+
 def application(request: DeployRequest, model: str) -> dict[str, Any]:
-    """One model as an entry of ``applications``. The tuning says what one node is to hold.
+    """One model, or all that share a memory, as an entry of ``applications``. The tuning says what one node is to hold.
 
     Of a node that has died the replicas wait for its return. Without ``max_replicas_per_node`` Ray would start them on the
     nodes that are left, as far as their CPUs go; there they would share devices that are busy already.
@@ -101,13 +117,15 @@ def application(request: DeployRequest, model: str) -> dict[str, Any]:
         "outputs": [spec.model_dump(mode="json") for spec in workload.spec.outputs],
     }
     deployments = [_deployment(request, DEPLOYMENT, batches=True)]
+    if request.memory is not None:
+        args["models_per_replica"] = models_per_replica(request.memory, request.tuning.replicas or 1)
     if request.stages:
         args["stages"] = [stage.model_dump(mode="json") for stage in request.stages]
         stages = [_deployment(request, stage.name, batches=stage.on_device) for stage in request.stages]
         deployments = [_ingress(request), *stages]
     return {
         "name": model,
-        "route_prefix": ROUTE.format(model=model),
+        "route_prefix": f"/{MULTIPLEXED}" if request.memory is not None else ROUTE.format(model=model),
         "import_path": "server:application",
         "args": args,
         "deployments": deployments,
@@ -125,8 +143,10 @@ def _deployment(request: DeployRequest, name: str, *, batches: bool) -> dict[str
     if batches and tuning.queue_limit is not None:
         deployment["max_queued_requests"] = tuning.queue_limit
     if batches and tuning.max_batch is not None:
-        # Ray's default of 5 would end every batch at 5: one batch runs while the next one forms.
-        deployment["max_ongoing_requests"] = _FORMING_BATCHES * tuning.max_batch
+        # Ray's default of 5 would end every batch at 5: one batch runs while the next one forms. Where models share a memory,
+        # those of each: requests wait for their model inside the replica, and must not keep out those for others.
+        models = 1 if request.memory is None else len(request.memory.sizes)
+        deployment["max_ongoing_requests"] = _FORMING_BATCHES * tuning.max_batch * models
         deployment["user_config"] = {"max_batch_size": tuning.max_batch}
         if tuning.batch_window_ms is not None:
             deployment["user_config"]["batch_wait_timeout_s"] = tuning.batch_window_ms / 1000
@@ -194,9 +214,9 @@ def environment(request: DeployRequest) -> dict[str, str]:
 
 
 def behind_haproxy(request: DeployRequest) -> bool:
-    """Whether requests go through Ray's HAProxy data plane."""
+    """Whether requests go through Ray's HAProxy data plane, which knows nothing of which replica has which model."""
     if not isinstance(request.options, Options) or request.options.proxy is None:
-        return bool(request.tuning.chosen())
+        return request.memory is None and bool(request.tuning.chosen())
     return request.options.proxy == "haproxy"
 
 

@@ -55,15 +55,17 @@ class Metrics:
         return readings
 
     def _count_batches(self, ray: Sequence[Sample]) -> None:
-        histograms: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+        histograms: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
         for sample in ray:
             if sample.name == _BATCH_SIZES:
-                key = (sample.labels["application"], sample.labels["replica"])
-                histograms[key].append((float(sample.labels["le"]), sample.value))
-        for (model, replica), buckets in histograms.items():
+                labels = sample.labels
+                # Of models that share a memory each has a function of its own.
+                key = (labels["application"], labels["replica"], labels.get("function_name", ""))
+                histograms[key].append((float(labels["le"]), sample.value))
+        for (model, *series), buckets in histograms.items():
             batches, items = batches_and_items(buckets)
-            self._add(model, "batches_total", batches, replica)
-            self._add(model, "items_total", items, replica)
+            self._add(model, "batches_total", batches, *series)
+            self._add(model, "items_total", items, *series)
 
     def _count_requests(self, ray: Sequence[Sample]) -> None:
         for sample in ray:

@@ -1,4 +1,5 @@
 """The server's main process: a Ray head on this machine, Ray Serve in it, one application per model, until SIGTERM.
+Models that share a memory are one application.
 
 It runs in the environment's interpreter and imports nothing of the harness. ``serve.json`` is a configuration in Ray
 Serve's own schema (``ray.serve.schema.ServeDeploySchema``), ``ray.json`` holds the arguments of ``ray.init``. A control
@@ -10,6 +11,7 @@ as many worker nodes (``node.py``) to join it.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import json
 import math
@@ -92,6 +94,97 @@ class Model(_Replica):
 
     def _predict(self, items: list[_Item]) -> list[bytes]:
         return self._wire.encode(self._model.predict(_stacked(items, self._wire.inputs)), len(items))
+
+
+class Resident:
+    """A model in memory. Ray calls ``__del__`` in a thread when it evicts one, and loads the next after it has returned."""
+
+    def __init__(self, arguments: dict[str, Any], name: str) -> None:
+        self.model = _module(arguments).Model(arguments["artifact"], name, arguments["device"])
+        self.asked = 0
+        """Requests that have got hold of this model and are not answered yet."""
+
+    def __del__(self) -> None:
+        """Give back the memory, after the requests under way: to Ray they are none of its business, they would keep the model
+        in memory beside the one that comes in its place."""
+        while getattr(self, "asked", 0):
+            time.sleep(_POLL_S / 10)
+        self.model = None
+
+
+class Multiplexed(ABC):
+    """Many models behind one deployment, in a memory that does not hold them all.
+
+    Loading goes on in a thread, so that models in memory are served meanwhile. Each model has a batch queue of its own: of one
+    for all, Ray would cut batches at ``max_batch_size`` first and split them by model then.
+    """
+
+    _batching: dict[str, Any] | None = None
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+        self._wire = _Wire(arguments)
+        self._queues: dict[str, Any] = {}
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray Serve's hook for ``user_config``, which exists when batching was asked for."""
+        self._batching = user_config
+
+    async def __call__(self, request: Any) -> Response:
+        name = serve.get_multiplexed_model_id()
+        try:
+            resident = await self.resident(name)
+        except (
+            Exception
+        ) as error:  # whatever the model says; without this the client would be told of a fault in the server
+            return Response(f"{name} cannot be loaded: {error}", 503, {"Retry-After": "1"})
+        resident.asked += 1  # nothing has been awaited since Ray gave it out
+        try:
+            return await self._wire.answer(request, lambda item: self._answer(name, resident, item))
+        finally:
+            resident.asked -= 1
+
+    @abstractmethod
+    async def resident(self, name: str) -> Resident:
+        """The model, after it has been loaded if need be."""
+
+    async def load(self, name: str) -> Resident:
+        """Load a model. Raises what the model raises."""
+        return await asyncio.to_thread(Resident, self._arguments, name)
+
+    async def _answer(self, name: str, resident: Resident, item: _Item) -> bytes:
+        if self._batching is None:
+            return self._predict(resident, [item])[0]
+        if name not in self._queues:
+            self._queues[name] = self._queue(name, self._batching)
+        answer: bytes = await self._queues[name]((resident, item))
+        return answer
+
+    def _queue(self, name: str, settings: dict[str, Any]) -> Any:
+        async def predict(asked: list[tuple[Resident, _Item]]) -> list[bytes]:
+            # One model for all: it is gone only after it has answered all, and comes again only after that.
+            return self._predict(asked[0][0], [item for _, item in asked])
+
+        predict.__name__ = name  # by which Ray's metrics tell queues apart
+        return serve.batch(**settings)(predict)
+
+    def _predict(self, resident: Resident, items: list[_Item]) -> list[bytes]:
+        return self._wire.encode(resident.model.predict(_stacked(items, self._wire.inputs)), len(items))
+
+    def batching(self) -> dict[str, Any]:
+        """What the batch queue of each model is set to; nothing when it does not batch."""
+        return self._batching or {}
+
+
+def _multiplexed(most: int) -> type[Multiplexed]:
+    """The deployment's class: Ray wants to know how many models a replica may hold where the class is made."""
+
+    class Model(Multiplexed):
+        @serve.multiplexed(max_num_models_per_replica=most)  # type: ignore[untyped-decorator]
+        async def resident(self, name: str) -> Resident:
+            return await self.load(name)
+
+    return Model
 
 
 class Stage(_Replica):
@@ -199,6 +292,9 @@ _stage: Any = serve.deployment(Stage)
 def application(args: dict[str, Any], options: Callable[[str], dict[str, Any]] = lambda name: {}) -> serve.Application:
     """Ray Serve's «application builder»: what the ``import_path`` of the rendered configuration names. ``options`` are those of
     each deployment by its name."""
+    if "models_per_replica" in args:
+        many: Any = serve.deployment(name=_DEPLOYMENT)(_multiplexed(args["models_per_replica"]))
+        return many.options(**options(_DEPLOYMENT)).bind(args)
     if "stages" not in args:
         return _model.options(**options(_DEPLOYMENT)).bind(args)
     names = [stage["name"] for stage in args["stages"]]

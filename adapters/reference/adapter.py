@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,7 @@ from harness.adapter import (
 )
 from harness.codecs import RawHTTP
 from harness.control import ControlConnection, agreed, choose_ports, process_environment
+from harness.multiplexing import Policy
 from harness.processes import ProcessRef, descendants
 from harness.workload import TensorSpec
 
@@ -115,6 +117,8 @@ class ReferenceDeployment(Deployment):
         totals: dict[str, dict[str, float]] = {}
         for family in text_string_to_metric_families(self._control.page("/metrics")):
             for sample in family.samples:
+                if "model" not in sample.labels:
+                    continue  # of the memory that all models share
                 totals.setdefault(sample.labels["model"], {})[sample.name] = sample.value
         samples = []
         for model, total in totals.items():
@@ -201,6 +205,11 @@ class Reference(Adapter):
         "pipelines": "in its front process: every stage has a queue, a batcher and replicas of its own, and requests are handed "
         "on as bytes",
     }
+    residency: ClassVar[Mapping[Policy, str]] = {
+        "lru": "memory.policy",
+        "lfu": "memory.policy",
+        "gdsf": "memory.policy",
+    }
     baseline: ClassVar[bool] = True
     composes: ClassVar[bool] = True
     start_timeout_s: ClassVar[float] = 120.0
@@ -238,6 +247,8 @@ class Reference(Adapter):
             "slo_ms": options.slo_ms or spec.slo.latency_ms,
             "health_timeout_s": options.health_timeout_s,
         }
+        if request.memory is not None:
+            config["memory"] = asdict(request.memory)
         if request.stages:
             config |= {"input_sizes": _sizes(spec.inputs), "stages": stages_of(request, system)}
         return {CONFIG: json.dumps(config, indent=1), SYSTEM: json.dumps(system, indent=1)}

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,8 @@ from adapters.ray_serve import config
 from adapters.ray_serve.adapter import ADAPTER
 from adapters.ray_serve.metrics import Metrics, batches_and_items
 from harness.adapter import Autoscale, DeployRequest, MetricSample, ServerEnvironment, Tuning
-from harness.errors import DeployError, InputError
+from harness.errors import DeployError, InputError, ServerError
+from harness.multiplexing import MemoryPlan, Multiplexing, plan_memory
 from harness.processes import ProcessRef, free_ports
 from harness.workload import Device, PreparedWorkload, Slo, TensorSpec, WorkloadSpec
 from tests.conftest import wait_until
@@ -112,6 +115,59 @@ def test_every_knob_lands_in_its_place(tmp_path: Path) -> None:
     assert ray["init"]["num_cpus"] > 6, "a replica takes one logical CPU"
     assert ray["environment"]["RAY_SERVE_BATCH_SIZE_BUCKETS"] == "1,2,3,4,5,6,7,8"
     assert ray["environment"]["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+def memory_of(budget_mb: float, *sizes_mb: float, **chosen: Any) -> MemoryPlan:
+    names = [f"m-{index}" for index in range(len(sizes_mb))]
+    return plan_memory(Multiplexing(memory_mb=budget_mb, **chosen), names, sizes_mb, "here")
+
+
+def test_models_that_share_a_memory_are_one_application(tmp_path: Path) -> None:
+    tuning = Tuning(max_batch=8, replicas=2)
+    request = replace(request_for(tuning, tmp_path, proxy=None), models=("m-0", "m-1", "m-2"))
+    files = ADAPTER.render(replace(request, memory=memory_of(1000, 100, 210, 90)))
+    (one,) = json.loads(files["serve.json"])["applications"]
+    assert (one["name"], one["route_prefix"]) == ("models", "/models")
+    assert one["args"]["models_per_replica"] == 2, "each of two replicas has 500 MiB, and room for two of the largest"
+    assert one["deployments"][0]["max_ongoing_requests"] == 2 * 8 * 3, "those of one model must not keep out the others"
+    environment = json.loads(files["ray.json"])["environment"]
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in environment, "HAProxy does not know which replica has which model"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "memory", "said"),
+    [
+        (Tuning(), memory_of(500, 100, 200), None),
+        (Tuning(replicas=2), memory_of(400, 100, 200), None),
+        (Tuning(replicas=3), memory_of(500, 100, 200), "3 × 200 MiB are more than 500"),
+        (Tuning(), memory_of(500, 100, policy="gdsf"), "only the policy lru"),
+        (Tuning(), memory_of(500, 100, pinned=1), "pins no model"),
+        (Tuning(autoscale=Autoscale(min=1, max=2, target_ongoing=2)), memory_of(500, 100), "no `autoscale`"),
+    ],
+)
+def test_memory_is_shared_by_what_serve_knows_of(tuning: Tuning, memory: MemoryPlan, said: str | None) -> None:
+    reason = ADAPTER.multiplexing_refusal(memory, tuning, "http")
+    assert reason is None if said is None else said in str(reason)
+
+
+@given(st.floats(1, 1e4), st.lists(st.floats(1, 100), min_size=1, max_size=5), st.integers(1, 8))
+def test_replicas_full_of_the_largest_model_fit_together(budget: float, sizes: list[float], replicas: int) -> None:
+    memory = memory_of(max(budget, *sizes), *sizes)
+    each, largest = config.models_per_replica(memory, replicas), max(memory.sizes.values())
+    assert replicas * each * largest <= memory.budget_bytes < replicas * (each + 1) * largest
+
+
+def test_a_model_that_shares_memory_is_named_in_a_header_and_comes_by_serves_policy_alone(tmp_path: Path) -> None:
+    memory = memory_of(500, 100)
+    request = replace(request_for(Tuning(), tmp_path), models=("m-0",), memory=memory)
+    deployment = ADAPTER.deploy(request, RecordingHost())
+    data = deployment.endpoint.codec.encode("m-0", {"x": np.zeros(4, dtype=np.float32)}).data
+    assert data.startswith(b"POST /models/m-0 HTTP/1.1\r\n")
+    assert b"\r\nserve_multiplexed_model_id: m-0\r\n" in data
+    for change in (deployment.load_model, deployment.unload_model):
+        with pytest.raises(ServerError, match="says when 'm-0' comes"):
+            change("m-0")
+    deployment.stop()
 
 
 def test_autoscaling_takes_the_place_of_a_number_of_replicas(tmp_path: Path) -> None:
@@ -360,6 +416,16 @@ def test_metrics_behind_haproxy_survive_the_death_of_a_replica() -> None:
     assert seen["queue_depth"] == 0, "Ray's gauge lags behind HAProxy's: never below zero"
     third = values(metrics.read(["alpha"], second, haproxy_page(sessions=0, ok=5, failed=0)))
     assert "batch_size" not in third, "no batch since: no mean"
+
+
+def test_batches_of_models_in_one_replica_are_told_apart() -> None:
+    lines = [
+        f'ray_serve_actual_batch_size_bucket{{application="alpha",replica="r",function_name="{name}",le="{bound}"}} {count}'
+        for name, ones, twos in (("m-0", 1, 2), ("m-1", 0, 5))
+        for bound, count in (("1.0", ones), ("2.0", ones + twos), ("+Inf", ones + twos))
+    ]
+    seen = values(Metrics().read(["alpha"], "\n".join(lines) + "\n", None))
+    assert (seen["batches_total"], seen["items_total"]) == (8, 15)
 
 
 def test_metrics_behind_the_python_proxy() -> None:

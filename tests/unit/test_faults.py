@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.adapter import Replica, Tuning
+from harness.emulated_device import LOADS, loads_under_way
+from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.faults import Nemesis, PlannedFault, plan_faults, refusal
+from harness.preflight import check
 from harness.processes import ProcessRef
 from harness.registry import all_adapters, get_adapter
-from harness.spec import FaultChoice, FaultSchedule
+from harness.spec import Experiment, FaultChoice, FaultSchedule
 from harness.store import EventLog
+from tests.conftest import wait_until
 
 
 def planned(*faults: dict[str, Any], seed: int = 1) -> list[PlannedFault]:
@@ -103,6 +111,36 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_faults_of_loading_need_models_that_come_and_go() -> None:
+    reference = get_adapter("reference")
+    for kind in ("kill_loading", "load_failure"):
+        assert "needs `multiplexing`" in str(refusal(kind, reference, Tuning(replicas=1), 1))
+        assert refusal(kind, reference, Tuning(replicas=1), 1, multiplexed=True) is None
+    assert "pids" in str(refusal("kill_loading", reference, Tuning(), 1, multiplexed=True, containers=True))
+    assert "its policy" in str(refusal("model_reload", reference, Tuning(), 1, multiplexed=True))
+
+
+MULTIPLEXED = {
+    **{"name": "multiplexed", "adapters": ["reference"], "workload": "emulated", "trace": {"name": "steady"}},
+    **{"models": 3, "multiplexing": {"memory_mb": 900}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"multiplexing": None}, "kill_loading cannot be done to reference: .* needs `multiplexing`"),
+        ({"scenarios": [{"name": "s", "faults": [{"kind": "load_failure", "target": 3}]}]}, "there are 3 models"),
+        ({"scenarios": [{"name": "s", "faults": [{"kind": "model_reload"}]}]}, "models come and go by its policy"),
+    ],
+)
+def test_what_cannot_be_done_to_models_is_known_before_the_start(changes: dict[str, Any], said: str) -> None:
+    scenarios = [{"name": "s", "faults": [{"kind": "kill_loading", "target": 2}, {"kind": "load_failure"}]}]
+    check(Experiment.model_validate({**MULTIPLEXED, "scenarios": scenarios}))
+    with pytest.raises(InputError, match=said):
+        check(Experiment.model_validate({**MULTIPLEXED, "scenarios": scenarios, **changes}))
+
+
 def test_fault_refusals_of_adapters_name_known_kinds() -> None:
     for adapter in all_adapters().values():
         assert set(adapter.fault_refusals(Tuning(replicas=3))) <= set(FAULT_KINDS)
@@ -113,9 +151,12 @@ class FakeCluster:
 
     def __init__(self, *, alive: bool = True) -> None:
         self.did: list[tuple[Any, ...]] = []
+        self.device_folder = Path()
+        self.trees: Callable[[], list[ProcessRef]] = list
         self.models = ["m"]
         self.node_count = 2
         self.link_names = ["node-0", "node-1"]
+        self.sharing = ["emulated-00", "emulated-01"]
         self.alive = alive
         self.host = SimpleNamespace(
             signal=self._record("signal", True),
@@ -187,6 +228,74 @@ def test_what_lasts_is_healed_in_time(tmp_path: Path) -> None:
     for told in nemesis.done:
         assert told["injected_s"] >= told["at_s"]
         assert told["healed_s"] - told["injected_s"] >= told["duration_s"] - 1e-6
+
+
+def test_a_load_that_fails_is_healed(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    cluster.device_folder = tmp_path
+    faults = planned({"kind": "load_failure", "at_s": 0, "duration_s": 0.3, "target": 1})
+    events = EventLog(tmp_path / "events.jsonl")
+    nemesis = Nemesis(faults, cluster, events, epoch_ns=time.monotonic_ns(), seed=1)  # type: ignore[arg-type]
+    nemesis.start()
+    mark = tmp_path / "load-fails.emulated-01"
+    wait_until(mark.exists, "loads fail")
+    wait_until(lambda: not mark.exists(), "they do no more")
+    nemesis.stop()
+    events.close()
+    assert [(told["target"], told["healed_s"] > 0.29) for told in nemesis.done] == [("emulated-01", True)]
+
+
+def told_of(folder: Path, *lines: tuple[str, str, int]) -> None:
+    with (folder / LOADS).open("a") as log:
+        for what, model, pid in lines:
+            log.write(json.dumps({"what": what, "model": model, "pid": pid}) + "\n")
+
+
+def test_loads_under_way_are_those_that_have_not_ended(tmp_path: Path) -> None:
+    assert loads_under_way(tmp_path) == []
+    told_of(tmp_path, ("begun", "a", 1), ("begun", "b", 2), ("loaded", "a", 1), ("begun", "c", 3), ("refused", "d", 4))
+    told_of(tmp_path, ("failed", "c", 3), ("begun", "a", 5))
+    with (tmp_path / LOADS).open("a") as log:
+        log.write('{"what": "loaded", "mod')
+    assert loads_under_way(tmp_path) == [("b", 2), ("a", 5)]
+
+
+@pytest.fixture
+def loader() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process
+        process.kill()
+
+
+def test_whoever_loads_the_model_is_killed_and_nobody_else(tmp_path: Path, loader: subprocess.Popen[bytes]) -> None:
+    cluster = FakeCluster()
+    cluster.device_folder = tmp_path
+    cluster.trees = lambda: [ProcessRef.of(loader.pid)]
+    told_of(tmp_path, ("begun", "emulated-00", loader.pid), ("begun", "emulated-01", os.getpid()))
+    faults = planned({"kind": "kill_loading", "at_s": 0, "target": 1})
+    events = EventLog(tmp_path / "events.jsonl")
+    nemesis = Nemesis(faults, cluster, events, epoch_ns=time.monotonic_ns(), seed=1)  # type: ignore[arg-type]
+    nemesis.start()
+    time.sleep(0.2)
+    assert cluster.did == [], "the other model's loader is not meant, and this very process is none of the cluster's"
+    told_of(tmp_path, ("begun", "emulated-01", loader.pid))
+    wait_until(lambda: nemesis.done[0]["injected_s"] is not None, "the fault was injected")
+    nemesis.stop()
+    events.close()
+    assert cluster.did == [("signal", ProcessRef.of(loader.pid), signal.SIGKILL)]
+    assert (nemesis.done[0]["target"], nemesis.done[0]["pid"]) == ("emulated-01", loader.pid)
+
+
+def test_without_a_load_nobody_is_killed_and_others_come_in_time(tmp_path: Path) -> None:
+    cluster = FakeCluster()
+    cluster.device_folder = tmp_path
+    faults = planned({"kind": "kill_loading", "at_s": 0}, {"kind": "kill_node", "at_s": 0.1})
+    nemesis = inject(tmp_path, cluster, faults, for_s=0.5)
+    assert [told["injected_s"] is None for told in nemesis.done] == [True, False]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "fault-missed"] == [
+        "no model was loaded from then on"
+    ]
 
 
 def test_what_is_done_to_containers_alone_is_taken_back(tmp_path: Path) -> None:

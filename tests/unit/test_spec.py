@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from harness.adapter import Autoscale, Tuning
 from harness.errors import InputError
+from harness.multiplexing import Multiplexing
 from harness.popularity import Models, Popularity
 from harness.spec import (
     Calibration,
@@ -166,6 +167,7 @@ def test_the_order_within_blocks_changes() -> None:
         ScalerChoice,
         Client,
         Models,
+        Multiplexing,
         Popularity,
         Warmup,
         Calibration,

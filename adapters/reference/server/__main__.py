@@ -21,6 +21,7 @@ from typing import Any
 from .http import TENSORS, TEXT, Answer, Connection
 from .model import LoadError, Model
 from .pipeline import Pipeline
+from .residency import Pool, Residency
 
 _PERIOD_S = 0.05
 """How often replicas, scalers and overdue requests are looked at."""
@@ -45,6 +46,8 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         self._started = self._closing = False
+        self._residency: Residency | None = None
+        """Who is in a memory that does not hold all models; ``None`` where it does."""
         pages: list[tuple[str, str, Callable[..., CallOff]]] = [
             ("POST", rf"/v2/models/{_NAME}/infer", self._infer),
             ("GET", r"/v2/health/ready", self._ready),
@@ -71,12 +74,14 @@ class Server:
         ending: asyncio.Future[Any] = loop.create_task(ended.wait())
         try:
             # The port is open before the models are loaded: what comes early waits for them in their queues.
-            loading: asyncio.Future[Any] = asyncio.gather(*map(self._load_model, self._config["models"]))
+            loading: asyncio.Future[Any] = asyncio.gather(*map(self._load_model, self._begin_with()))
             await asyncio.wait((loading, ending), return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 await loading
                 self._started = True
+                bringing = asyncio.gather(*([self._residency.run()] if self._residency else []))
                 await ending
+                bringing.cancel()
             else:
                 loading.cancel()
                 await asyncio.gather(loading, return_exceptions=True)
@@ -88,6 +93,44 @@ class Server:
             looking.cancel()
             for model in self._models.values():
                 model.abandon()
+
+    def _begin_with(self) -> list[str]:
+        """The models to load at the start; all others, where memory does not hold them, are there without a replica."""
+        memory = self._config.get("memory")
+        if memory is None:
+            return list(self._config["models"])
+        for name in self._config["models"]:
+            self._models[name] = model = Model(name, self._config_file, self._config)
+            model.target = 0
+        self._residency = Residency(
+            Pool(memory["budget_bytes"], memory["sizes"], memory["policy"], memory["pinned"]),
+            load=self._bring,
+            unload=self._put_out,
+            busy=lambda: [name for name, model in self._models.items() if isinstance(model, Model) and model.busy],
+            waited_for=lambda name: self._single(name).busy,
+            failed=lambda name, error: self._single(name).refuse_waiting(f"{name} cannot be loaded: {error}"),
+            loaded=memory["at_start"],
+        )
+        return list(memory["at_start"])
+
+    def _single(self, name: str) -> Model:
+        model = self._models[name]
+        assert isinstance(model, Model)  # noqa: S101 - of a pipeline, memory is not limited
+        return model
+
+    async def _bring(self, name: str) -> None:
+        model = self._single(name)
+        try:
+            await model.scale(1)
+        except LoadError:
+            await model.unload()
+            raise
+
+    async def _put_out(self, name: str) -> None:
+        model = self._single(name)
+        await model.unload()
+        if model.busy and self._residency is not None:
+            self._residency.want(name)  # there are requests that have come too late for the copy that has gone
 
     def handle(self, method: str, path: str, body: bytes, answer: Answer) -> CallOff:
         """Answer a request now, or see to it that it is answered; returns how to call it off."""
@@ -119,6 +162,8 @@ class Server:
                 answer(status, said, TEXT)
 
         request: Any = model.infer(body, answered)
+        if self._residency is not None and request is not None:
+            self._residency.ask(name)
         return None if request is None else lambda: model.withdraw(request)
 
     def _ready(self, *, body: bytes, answer: Answer) -> None:
@@ -132,7 +177,7 @@ class Server:
 
     def _configuration(self, *, body: bytes, answer: Answer) -> None:
         """What every model runs with at this moment, in the simulator's words."""
-        told = {name: model.system() for name, model in self._models.items()}
+        told = {name: model.system() for name, model in self._models.items() if model.target}
         answer(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
     def _metrics(self, *, body: bytes, answer: Answer) -> None:
@@ -142,6 +187,9 @@ class Server:
             lines.append(f"# TYPE {metric} {'counter' if metric.endswith('_total') else 'gauge'}")
             told = {name: of_one[metric] for name, of_one in figures.items() if metric in of_one}
             lines += [f'{metric}{{model="{name}"}} {value:.9g}' for name, value in told.items()]
+        if self._residency is not None:
+            lines += [f"{metric} {value:.9g}" for metric, value in self._residency.counts.items()]
+            lines.append(f"memory_free_bytes {self._residency.pool.free:.9g}")
         answer(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
     def _load(self, name: str, *, body: bytes, answer: Answer) -> None:
@@ -162,6 +210,9 @@ class Server:
 
     async def _load_model(self, name: str) -> None:
         """Load a model that is not there yet. Raises :class:`LoadError`; then it is not there."""
+        if self._residency is not None:
+            await self._bring(name)
+            return
         if name in self._models:
             return
         model = (Pipeline if "stages" in self._config else Model)(name, self._config_file, self._config)

@@ -22,7 +22,7 @@ _BUFFER_BYTES = 4 << 20
 _YOUNG_S = 10.0
 """Replicas that die younger are replaced later and later: at once, after 1 s, 2 s, 4 s, up to a minute."""
 _LONGEST_BACKOFF_S = 60.0
-_CLOSING = b"shutting down"
+_CLOSING = "shutting down"
 _REQUESTS = ("requests_ok_total", "requests_failed_total", "requests_shed_total", "requests_retried_total")
 _COUNTERS = (
     *_REQUESTS,
@@ -134,8 +134,8 @@ class Model:
         retry_after_s = NEVER if self.closing else self.dispatcher.arrive(request, now_s)
         if retry_after_s is not None:
             self.counts["requests_shed_total"] += 1
-            reason = _CLOSING if self.closing else b"overloaded: the queue is full, or the answer would be too late"
-            answer(503, reason, 1.0 if self.closing else retry_after_s)
+            reason = _CLOSING if self.closing else "overloaded: the queue is full, or the answer would be too late"
+            answer(503, reason.encode(), 1.0 if self.closing else retry_after_s)
             return None
         if self.timeout_s is not None:
             self._loop.call_later(self.timeout_s, self._expire, request)
@@ -267,6 +267,23 @@ class Model:
                 self.target = before
                 raise failure
 
+    async def unload(self) -> None:
+        """Have no replica; returns when their processes have ended. What waits goes on waiting."""
+        self.target = 0
+        for replica in self._staying():
+            self._retire(replica)
+        await asyncio.gather(*self.replicas.values())
+
+    def refuse_waiting(self, reason: str) -> None:
+        """Turn away all who wait."""
+        for request in self.dispatcher.take_all():
+            self._settle(request, 503, reason.encode())
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return self.dispatcher.waiting + self.dispatcher.in_hand > 0
+
     def _busy(self, replica: Replica) -> tuple[bool, float]:
         seat = self.dispatcher.seats.get(replica)
         return seat is not None and bool(seat.in_hand), -replica.started_s
@@ -337,10 +354,9 @@ class Model:
     async def close(self) -> None:
         """Take nothing more, finish what is there, and let the replicas go."""
         self.closing = True
-        while self.replicas and self.dispatcher.waiting + self.dispatcher.in_hand:
+        while self.replicas and self.busy:
             await asyncio.sleep(0.01)
-        for request in self.dispatcher.take_all():
-            self._settle(request, 503, _CLOSING)
+        self.refuse_waiting(_CLOSING)
         if self._restart is not None:
             self._restart.cancel()
         for replica in list(self.replicas):

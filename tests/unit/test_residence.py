@@ -1,0 +1,138 @@
+"""Cold, warm, hot: told from what the device says of loads and what clients say of requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.errors import InputError
+from harness.metrics import Measured
+from harness.multiplexing import Multiplexing, plan_memory
+from harness.popularity import Models
+from harness.preflight import check
+from harness.records import Outcome
+from harness.residence import Met, loads_of, met
+from harness.spec import Experiment
+
+S = 1_000_000_000
+
+
+def trace(*requests: tuple[int, float, float, bool]) -> Measured:
+    """Each: model, sent and done in seconds, whether it was answered; in the order of sending."""
+    model, sent, done, ok = (np.array(column) for column in zip(*requests, strict=True))
+    sent_ns, done_ns = (sent * S).astype(np.int64), (done * S).astype(np.int64)
+    outcome = np.where(ok, Outcome.OK, Outcome.TIMEOUT).astype(np.uint8)
+    return Measured(sent_ns, sent_ns, done_ns, done_ns, outcome, model.astype(np.uint16))
+
+
+def event(what: str, model: str, at_s: float, pid: int = 1) -> dict[str, Any]:
+    return {"event": f"model-{what}", "model": model, "t_ns": round(at_s * S), "pid": pid, "bytes": 100}
+
+
+RESIDENT = {"event": "models-resident", "models": ["a"], "t_ns": 0}
+LOAD_B = [event("begun", "b", 2.0), event("loaded", "b", 2.5)]
+
+
+def test_the_first_who_waited_is_cold_the_others_warm_and_whose_model_is_there_hot() -> None:
+    told = trace(
+        (1, 1.9, 2.6, True),  # for whom it was loaded: sent before the device knew of it
+        (1, 1.95, 2.6, True),  # came before the load began, but was not the first
+        (0, 2.1, 2.2, True),  # another model
+        (1, 2.4, 2.6, True),
+        (1, 2.5, 2.7, True),  # sent when it was loaded
+        (1, 3.0, 3.1, True),
+    )
+    assert list(met(told, ["a", "b"], [RESIDENT, *LOAD_B])) == [
+        *(Met.COLD, Met.WARM, Met.HOT, Met.WARM, Met.HOT, Met.HOT)
+    ]
+
+
+def test_who_fails_before_any_load_ended_was_cold_if_the_model_was_away() -> None:
+    told = trace(
+        (0, 0.5, 0.6, False),  # its model was there: whatever failed it, it was not memory
+        (1, 0.5, 1.5, False),  # never loaded in its time
+        (0, 1.0, 4.0, False),  # its model went while it waited
+        (0, 3.5, 3.6, False),
+    )
+    events = [RESIDENT, *LOAD_B, event("gone", "a", 2.0)]
+    assert list(met(told, ["a", "b"], events)) == [Met.HOT, Met.COLD, Met.COLD, Met.COLD]
+
+
+def test_loads_that_were_cut_off_or_failed_are_loads_that_did_not_come_to_their_end() -> None:
+    events = [
+        *(event("begun", "b", 1.0, pid=7), event("begun", "b", 2.0, pid=8), event("failed", "b", 3.0, pid=8)),
+        *(event("begun", "a", 2.5, pid=9), event("loaded", "a", 2.75, pid=9)),
+    ]
+    assert [(model, begun / S, ended / S, whole) for model, begun, ended, whole, _ in loads_of(events)] == [
+        ("b", 1.0, 1.0, False),
+        ("b", 2.0, 3.0, False),
+        ("a", 2.5, 2.75, True),
+    ]
+
+
+def test_the_most_popular_are_there_at_first_as_far_as_there_is_room() -> None:
+    plan = plan_memory(Multiplexing(memory_mb=10, pinned=1), ["a", "b", "c", "d"], [4, 5, 3, 3], "`multiplexing`")
+    assert plan.pinned == ("a",)
+    assert plan.at_start == ("a", "b")
+    assert plan.sizes["c"] == 3 * 2**20
+    everything = plan_memory(Multiplexing(memory_mb=10), ["a", "b"], [4, 5], "`multiplexing`")
+    assert everything.at_start == ("a", "b")
+
+
+def test_memory_too_small_for_the_largest_model_is_refused_with_the_sizes() -> None:
+    with pytest.raises(InputError, match=r"`x`\.memory_mb: 4 MiB do not hold 5 MiB of the largest one, b.*\n.*use 5"):
+        plan_memory(Multiplexing(memory_mb=4), ["a", "b"], [3, 5], "`x`")
+    with pytest.raises(InputError, match=r"3 MiB of 1 pinned models and 5 MiB of the largest one, b(.|\n)*use 8"):
+        plan_memory(Multiplexing(memory_mb=7, pinned=1), ["a", "b"], [3, 5], "`x`")
+    with pytest.raises(InputError, match=r"pinned: 3 models are to be pinned, and there are 2"):
+        plan_memory(Multiplexing(memory_mb=70, pinned=3), ["a", "b"], [3, 5], "`x`")
+
+
+def test_mixed_sizes_fill_their_range_and_are_no_matter_of_popularity() -> None:
+    sizes = Models(count=40, size_mb=(100, 900)).sizes_mb()
+    assert min(sizes) < 130
+    assert max(sizes) > 870
+    assert abs(np.corrcoef(sizes, range(40))[0, 1]) < 0.2
+    assert Models(count=3, size_mb=7).sizes_mb() == (7, 7, 7)
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "many",
+            "adapters": ["reference"],
+            "models": {"count": 4, "size_mb": 100},
+            "multiplexing": {"memory_mb": 200},
+            "trace": {"name": "steady", "params": {"rate": 5, "duration_s": 2}},
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"multiplexing": {"memory_mb": 90}}, "90 MiB do not hold 100 MiB of the largest one, emulated-00"),
+        ({"tuning": {"replicas": 2}}, "one replica: set `tuning.replicas: 1`"),
+        ({"nodes": 2, "devices": 2}, "the memory of one device"),
+        ({"workload": "minilm"}, "on the emulated device alone"),
+        ({"adapters": ["triton"], "client": {"protocol": "grpc"}}, "controller speaks HTTP"),
+        ({"adapters": ["null"]}, "null has no policy of its own, and its adapter not the capability `load_model`"),
+        ({"multiplexing": {"memory_mb": 200, "policy": "fifo"}}, "policy"),
+    ],
+)
+def test_what_cannot_share_a_memory_is_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((InputError, ValueError), match=message):
+        check(experiment(**changes))
+
+
+def test_a_scenario_may_have_a_memory_of_its_own() -> None:
+    scenarios = [{"name": "a"}, {"name": "b", "multiplexing": {"memory_mb": 300, "policy": "gdsf"}}]
+    checked = check(experiment(scenarios=scenarios))
+    plans = {cell.scenario.name: plan for cell, plan in checked.memories.items()}
+    assert (plans["a"].policy, len(plans["a"].at_start)) == ("lru", 2)
+    assert (plans["b"].policy, len(plans["b"].at_start)) == ("gdsf", 3)
+    with pytest.raises(InputError, match=r"`scenarios.b.multiplexing`.memory_mb: 20 MiB"):
+        check(experiment(scenarios=[{"name": "b", "multiplexing": {"memory_mb": 20}}]))
