@@ -212,7 +212,7 @@ def test_an_export_answers_as_the_python_model_does(name: str, artifact: Any, pr
     for how in ("alone", "batch"):
         with np.load(prepared.artifact.parent / f"exported-{how}.npz", allow_pickle=False) as archive:
             apart = np.abs(archive[output.name] - _references(prepared)).max()
-        assert 0 <= apart < prepared.tolerance.atol / 2
+        assert apart < prepared.tolerance.atol / (10 if precision == "fp32" else 1)
         if precision == "bf16":
             assert apart > 1e-4, "it computes in bf16, and not in what the references were made in"
 

@@ -533,6 +533,13 @@ def test_which_exports_can_be_run_is_told_by_the_backends_that_are_there(tmp_pat
     assert ADAPTER.artifact_refusal("onnx") is None, "unknown before there is an environment"
 
 
+def test_an_image_is_asked_for_its_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = subprocess.run([found(tmp_path).python], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr("harness.control._ask_image", lambda image, _program: {"sha256:1": said}[image])
+    image = ServerEnvironment(Path("/opt/server/bin/python"), "docker", image="sha256:1")
+    assert (ADAPTER.artifact_refusal("onnx", image) or "").startswith("the Triton of the image sha256:1 has no backend")
+
+
 def test_an_export_is_in_the_repository_as_a_link_that_goes_with_the_run(tmp_path: Path) -> None:
     removed: list[Path] = []
     host = Recorder()
