@@ -223,30 +223,29 @@ def _sentences(lines: Sequence[Line], theory: Theory | None) -> list[str]:
 
 
 def _recommendation(cells: Sequence[CellView]) -> str:
+    """Of each framework the smallest memory, and of policies with that the one with the fewest cold requests."""
     objective = listing(sorted({milliseconds(cell.summary["slo_ms"]) for cell in cells}))
-    keeping = [cell for cell in cells if within_objective(cell)]
-    if not keeping:
-        claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
-        if not claimed:
-            return f"Whether a memory keeps p99 within {objective} is not known: too few arrivals to claim a p99."
-        best = min(claimed, key=lambda cell: float(cell.summary["p99_ms"]))
+    claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
+    if not claimed:
+        return f"Whether a memory keeps p99 within {objective} is not known: too few arrivals to claim a p99."
+    best: dict[str, CellView] = {}
+    for cell in sorted(claimed, key=lambda c: (c.summary["multiplexing"]["memory_mb"], _share_of(c, "cold"))):
+        if within_objective(cell):
+            best.setdefault(cell.framework, cell)
+    if not best:
+        nearest = min(claimed, key=lambda cell: float(cell.summary["p99_ms"]))
         return (
-            f"None of these memories and policies keeps p99 within {objective}: the best is {_p99(best)}, by "
-            f"{best.framework} with {_setting(best)}."
+            f"None of these memories and policies keeps p99 within {objective}: the best is {_p99(nearest)}, by "
+            f"{nearest.framework} with {_setting(nearest)}."
         )
-    best = min(
-        keeping, key=lambda c: (c.summary["multiplexing"]["memory_mb"], _share_of(c, "cold"), c.summary["p99_ms"])
+    told = [
+        f"{_setting(cell)} with {name} ({_p99(cell)}, {share(_share_of(cell, 'cold'))} of requests cold)"
+        for name, cell in best.items()
+    ]
+    missed = [name for name in dict.fromkeys(cell.framework for cell in claimed) if name not in best]
+    return f"The smallest memory that keeps p99 within {objective}: {listing(told)}" + (
+        f"; with {listing(missed)} none of those that were tried does." if missed else "."
     )
-    size = best.summary["multiplexing"]["memory_mb"]
-    others = [cell for cell in keeping if cell.summary["multiplexing"]["memory_mb"] == size and cell is not best]
-    told = f"The smallest memory that keeps p99 within {objective}: {_setting(best)} ({_in_short(best)})"
-    return (
-        f"{told}; so do {listing([f'{policy_words(c)} ({_in_short(c)})' for c in others])}." if others else f"{told}."
-    )
-
-
-def _in_short(cell: CellView) -> str:
-    return f"{cell.framework}: {_p99(cell)}, {share(_share_of(cell, 'cold'))} of requests cold"
 
 
 def _setting(cell: CellView) -> str:
