@@ -133,7 +133,7 @@ def bench_pipeline(session: nox.Session) -> None:
 
 @nox.session
 def multiplex(session: nox.Session) -> None:
-    """Many models in one memory: cold starts and p99 by its size and policy, beside theory and simulation; about 45 minutes."""
+    """Many models in one memory: cold starts and p99 by its size and policy, beside theory and simulation; about 35 minutes."""
     _install(session)
     session.run("tailrace", "run", "multiplex", *session.posargs)
 
