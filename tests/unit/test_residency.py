@@ -85,6 +85,14 @@ def test_gdsf_lets_the_large_go_first_and_forgets_old_fame() -> None:
     assert list(slow.inside) == ["m0", "m2"], "what is slow to load is worth more"
 
 
+def test_of_models_nobody_has_asked_for_the_one_that_came_first_goes() -> None:
+    for policy in POLICIES:
+        pool = Pool(3, EQUAL, policy)
+        for model in ("m2", "m0", "m1"):
+            pool.enter(model)
+        assert pool.victims("m3") == ["m2"], "the same every time, whatever the order of hashes"
+
+
 def test_the_busy_go_last_and_what_never_fits_is_told() -> None:
     pool = Pool(2, {**EQUAL, "m5": 3.0}, "lru", ["m0"])
     serve(pool, ["m0", "m1"])

@@ -65,8 +65,9 @@ class Pool:
         ``ValueError`` when there would not be room without all of them."""
         chosen: list[str] = []
         room = self.free
-        order = sorted(self.inside.keys() - self.pinned, key=lambda other: (other in busy, *self._rank(other)))
-        for victim in order:
+        # In the order in which they came in: a set would decide ties by chance.
+        others = [other for other in self.inside if other not in self.pinned]
+        for victim in sorted(others, key=lambda other: (other in busy, *self._rank(other))):
             if room >= self.sizes[model]:
                 break
             chosen.append(victim)
