@@ -169,6 +169,11 @@ class Percentile:
     high: float | None
     more_needed: int
 
+    @property
+    def ends(self) -> list[float] | None:
+        """Both ends of the interval; ``None`` unless both exist."""
+        return None if self.low is None or self.high is None else [self.low, self.high]
+
 
 def claim_percentile(values: Floats, q: float, confidence: float = 0.95) -> Percentile:
     """A percentile, claimed only when the upper end of its two-sided interval exists (see :func:`samples_needed`)."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from harness.metrics import NS_PER_S, Measured, Percentile, claim_percentile
+from harness.metrics import NS_PER_S, Measured, claim_percentile
 from harness.multiplexing import MIB
 from harness.samples import Samples
 
@@ -150,9 +150,9 @@ def _kind(chosen: NDArray[np.bool_], trace: Measured, response: NDArray[np.float
         "requests": requests,
         **_share(requests, len(trace)),
         "p50_ms": p50.value,
-        "p50_ci_ms": _ends(p50),
+        "p50_ci_ms": p50.ends,
         "p99_ms": p99.value,
-        "p99_ci_ms": _ends(p99),
+        "p99_ci_ms": p99.ends,
         "failed": int(np.count_nonzero(chosen & ~trace.ok)),
     }
 
@@ -163,10 +163,6 @@ def _share(count: int, of: int) -> Summary:
         return {"share": None, "share_ci": None}
     ends = binomtest(count, of).proportion_ci(method="wilson")
     return {"share": count / of, "share_ci": [float(ends.low), float(ends.high)]}
-
-
-def _ends(claimed: Percentile) -> list[float] | None:
-    return None if claimed.low is None or claimed.high is None else [claimed.low, claimed.high]
 
 
 def residence_across(

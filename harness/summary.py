@@ -15,7 +15,6 @@ from harness.metrics import (
     MEASURED_COLUMNS,
     NS_PER_S,
     Measured,
-    Percentile,
     claim_percentile,
     measured,
     percentile,
@@ -132,11 +131,11 @@ def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> Summary:
         "goodput_per_joule": goodput_per_joule(good / span_s, gpus_power_w(gpus, devices, span_s)),
         "slo_attainment": good / arrivals if arrivals else math.nan,
         "p50_ms": p50.value,
-        "p50_ci_ms": _interval(p50),
+        "p50_ci_ms": p50.ends,
         "p90_ms": p90.value,
-        "p90_ci_ms": _interval(p90),
+        "p90_ci_ms": p90.ends,
         "p99_ms": p99.value,
-        "p99_ci_ms": _interval(p99),
+        "p99_ci_ms": p99.ends,
         "p99_more_needed": p99.more_needed,
         "p50_ok_ms": percentile(response[trace.ok], 0.50),
         "p99_ok_ms": percentile(response[trace.ok], 0.99),
@@ -197,9 +196,9 @@ def by_model(models: Sequence[str], trace: Measured, slo_ms: float) -> list[Summ
                 "good": good,
                 "slo_attainment": good / len(own) if len(own) else math.nan,
                 "p50_ms": p50.value,
-                "p50_ci_ms": _interval(p50),
+                "p50_ci_ms": p50.ends,
                 "p99_ms": p99.value,
-                "p99_ci_ms": _interval(p99),
+                "p99_ci_ms": p99.ends,
             }
         )
     return figures
@@ -255,10 +254,6 @@ def cold_copies(samples: Samples, span_s: float) -> int | None:
     if not len(within):
         return None
     return int(within[-1] - (before[-1] if len(before) else 0.0))
-
-
-def _interval(claimed: Percentile) -> list[float] | None:
-    return None if claimed.low is None or claimed.high is None else [claimed.low, claimed.high]
 
 
 _OWN_SOURCES = ("load-generator", "harness", "load-balancer", "link-proxy", "port-publisher")
