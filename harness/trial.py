@@ -54,7 +54,6 @@ from harness.gpu_collectors import DCGM_PORT, DcgmExporter, NvidiaGpus
 from harness.gpus import Gpu, gpus
 from harness.guardian import Guardian
 from harness.machine import cpu_count
-from harness.model_controller import ModelController
 from harness.multiplexing import MemoryPlan
 from harness.observer import Observer
 from harness.pipeline import pipeline_environment
@@ -71,6 +70,7 @@ from harness.workload import ArtifactKind, Composition, PreparedWorkload
 
 if TYPE_CHECKING:
     from harness.containers import ContainerHost
+    from harness.model_controller import ModelController
 
 _VERIFIED_PAYLOADS = 16
 """Payloads whose answers are compared with the reference before the clock starts, per model."""
@@ -295,6 +295,8 @@ class Trial:
             try:
                 self._bring_up(deployment, events)
                 if setup.memory is not None and setup.controlled:
+                    from harness.model_controller import ModelController
+
                     self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
                     self._controller.start()
                     deployment.endpoint = self._controller.endpoint
