@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from harness.errors import InputError
 from harness.metrics import Measured
-from harness.multiplexing import Multiplexing, plan_memory
+from harness.multiplexing import MIB, Multiplexing, plan_memory
 from harness.popularity import Models
 from harness.preflight import check
-from harness.records import Outcome
-from harness.residence import Met, loads_of, met
+from harness.records import SAMPLE_SCHEMA, Outcome
+from harness.residence import Met, loads_of, met, residence, residence_across
+from harness.samples import Samples
 from harness.spec import Experiment
 
 S = 1_000_000_000
@@ -136,3 +138,56 @@ def test_a_scenario_may_have_a_memory_of_its_own() -> None:
     assert (plans["b"].policy, len(plans["b"].at_start)) == ("gdsf", 3)
     with pytest.raises(InputError, match=r"`scenarios.b.multiplexing`.memory_mb: 20 MiB"):
         check(experiment(scenarios=[{"name": "b", "multiplexing": {"memory_mb": 20}}]))
+
+
+def test_the_figures_of_a_trial_and_of_its_cell() -> None:
+    told = trace((1, 1.9, 2.6, True), (1, 2.4, 2.6, True), (0, 3.0, 3.1, True), (0, 3.5, 9.0, False))
+    plan = {"policy": "lru", "pinned": ("a",), "budget_bytes": 3 * MIB, "sizes": {"a": 1, "b": 1}, "controlled": True}
+    events = [
+        *(
+            event("begun", "b", -2.0, pid=5),
+            event("loaded", "b", -1.0, pid=5),
+            RESIDENT,
+        ),  # before the trace: not counted
+        *LOAD_B,
+        *(
+            event("gone", "b", 3.0),
+            event("refused", "b", 3.2),
+            event("begun", "b", 4.0, pid=2),
+            event("gone", "a", 99.0),
+        ),
+    ]
+    at_s = [-1.0, 1.0, 2.0, 50.0]
+    free = [0, 2 * MIB, MIB, 0]
+    rows = [
+        {
+            "t_ns": round(t * S),
+            "source": "memory",
+            "scope": "device-0",
+            "metric": metric,
+            "value": float(value),
+            "unit": "1",
+        }
+        for t, mib in zip(at_s, free, strict=True)
+        for metric, value in (("memory_free_bytes", mib), ("models_resident", 3 - mib / MIB))
+    ]
+    samples = Samples(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
+    figures = residence({"memory": plan}, told, ["a", "b"], events, samples, 10.0)
+    assert figures is not None
+    counted = ("loads", "evictions", "load_failures", "refused", "controlled", "pinned", "models", "memory_mb")
+    assert [figures[key] for key in counted] == [1, 1, 1, 1, True, 1, 2, 3]
+    assert figures["reload_mb"] == 100 / MIB
+    assert figures["load_p50_s"] == 0.5
+    assert (figures["headroom_min_mb"], figures["headroom_mean_mb"], figures["resident_mean"]) == (1, 1.5, 1.5)
+    assert [figures[kind]["requests"] for kind in ("cold", "warm", "hot")] == [1, 1, 2]
+    assert figures["cold"]["share"] == 0.25
+    low, high = figures["cold"]["share_ci"]
+    assert (round(low, 4), round(high, 4)) == (0.0456, 0.6994), "Wilson's interval of 1 in 4"
+    assert [figures[kind]["failed"] for kind in ("cold", "warm", "hot")] == [0, 0, 1]
+    members = [{"multiplexing": figures, "arrivals": 4}] * 2
+    cell = residence_across(members, lambda kinds, key, ends: {key: len(kinds), ends: None})
+    assert cell is not None
+    assert [cell[key] for key in ("loads", "evictions", "load_failures", "refused")] == [2, 2, 2, 2]
+    assert (cell["load_p50_s"], cell["headroom_min_mb"], cell["cold"]["share"]) == (0.5, 1, 0.25)
+    assert residence_across([{"multiplexing": None, "arrivals": 4}], lambda kinds, key, ends: {}) is None
+    assert residence({}, told, ["a", "b"], events, samples, 10.0) is None
