@@ -196,7 +196,8 @@ def test_ray_serve_in_one_container(engine: Engine, tmp_path: Path) -> None:
             {"kind": "disconnect_node", "at_s": 5, "duration_s": 2},
             {"kind": "kill_replica", "at_s": 9},
         ],
-        *("--set", "trace={name: steady, params: {rate: 30, duration_s: 16}}"),
+        # Ray looks after its replicas every ten seconds: so much may pass before it starts one in place of the dead.
+        *("--set", "trace={name: steady, params: {rate: 30, duration_s: 30}}"),
         *("--set", "tuning={max_batch: 8, replicas: 2}"),
     )
     requests = trial.requests
