@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from harness.adapter import Deployment, Replica
 from harness.cluster import Cluster
-from harness.emulated_device import LOADS, read_counters, read_rooms
+from harness.device_memory import LOADS, read_rooms
+from harness.emulated_device import read_counters
 from harness.errors import StorageError, TailraceError
 from harness.pipeline import read_clocks
 from harness.processes import ProcessRef, descendants
@@ -283,10 +284,10 @@ class EmulatedDevices:
         return [*readings, Reading("copies", "copies_used", copies_used, "1")]
 
 
-class EmulatedMemory:
-    """The limited memory of an emulated device, and, as events, which models come and go: ``models-resident`` at first,
+class SharedMemory:
+    """The memory that models share, and, as events, which models come and go: ``models-resident`` at first,
     ``model-begun``, ``model-loaded``,
-    ``model-failed``, ``model-refused`` by the device's own clock, ``model-gone`` when it is seen."""
+    ``model-failed``, ``model-refused`` by the models' own clock, ``model-gone`` when it is seen."""
 
     source = "memory"
     interval_s = 0.05

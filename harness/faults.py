@@ -17,7 +17,7 @@ import numpy as np
 from harness.adapter import Adapter, Containers, ProcessHost, Replica, Tuning
 from harness.cgroups import refusal as cgroup_refusal
 from harness.cluster import Cluster
-from harness.emulated_device import fail_loads, loads_under_way
+from harness.device_memory import fail_loads, loads_under_way
 from harness.errors import TailraceError
 from harness.fault_kinds import FAULT_KINDS
 from harness.processes import ProcessRef, descendants

@@ -19,7 +19,7 @@ from harness.fault_kinds import FAULT_KINDS
 from harness.faults import PlannedFault, link_faults, plan_faults, refusal
 from harness.gpus import gpus
 from harness.machine import page_cache_refusal, raise_file_limit
-from harness.multiplexing import MemoryPlan, plan_memory
+from harness.multiplexing import MIB, MemoryPlan, plan_memory
 from harness.popularity import draw
 from harness.prices import price_per_hour
 from harness.registry import get_adapter
@@ -40,7 +40,7 @@ from harness.trial import TrialSetup
 from harness.workload import ArtifactKind, Composition, Device, PreparedWorkload, WorkloadSpec
 from traces.catalogue import load as load_trace
 from traces.trace import Trace, compress_time, rescale, window, with_tail
-from workloads.catalogue import check_arithmetic, check_export, load_spec, prepare
+from workloads.catalogue import check_arithmetic, check_export, load_spec, prepare, sharing_memory
 
 _SPARE_FILES = 256
 """File descriptors that the generator needs beside its connections."""
@@ -114,6 +114,11 @@ def check(experiment: Experiment) -> Checked:
     _check_workload(experiment, spec, device)
     check_arithmetic(spec, experiment.precision, experiment.compile)
     check_export(spec, experiment.artifact, experiment.precision, experiment.compile)
+    if experiment.artifact != "python" and experiment.models.count > 1:
+        raise InputError(
+            f"`artifact`: an export is of one model, and `models.count` is {experiment.models.count}: all would answer alike",
+            remedy="use `artifact: python`, whose weights go by the model's name, or `models: 1`",
+        )
     price_per_hour(experiment, device, gpus()[: experiment.devices] if device == "cuda" else [])
     contestants = {name: _contestant(experiment, name) for name in experiment.adapters}
     _check_environment(experiment, contestants)
@@ -215,8 +220,17 @@ def _memory(
     models = experiment.models
     plan = plan_memory(choice, models.names(spec.name), models.sizes_mb(), where)
     reason = None
-    if device != "emulated" or "load_gb_per_s" not in spec.cost:
-        reason = "memory is limited on the emulated device alone: use `workload: emulated`"
+    if device == "emulated" and "load_gb_per_s" not in spec.cost:
+        reason = (
+            f"the workload {spec.name} does not say what loading costs on the emulated device (`load_ms` and "
+            "`load_gb_per_s` of its `cost`)"
+        )
+    elif spec.pipeline:
+        reason = f"the workload {spec.name} is a pipeline, whose stages cannot be loaded and unloaded as one model"
+    elif experiment.artifact != "python":
+        reason = "an export is loaded by the server itself, and nobody sees what it takes: use `artifact: python`"
+    elif device == "cuda" and plan.budget_bytes > (has := gpus()[0].memory_bytes):
+        reason = f"`memory_mb` is {choice.memory_mb:g}, and the GPU has {has / MIB:,.0f} MiB"
     elif experiment.devices > 1 or experiment.nodes > 1:
         reason = "models share the memory of one device: use `devices: 1` and `nodes: 1`"
     elif scenario.scaler is not None:
@@ -508,6 +522,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
         trace = checked.trace_of(plan)
         contestant = checked.contestants[plan.cell.adapter]
         environment, environment_s = environments[plan.cell.adapter]
+        memory = checked.memories.get(plan.cell)
         setups.append(
             TrialSetup(
                 experiment=experiment,
@@ -516,7 +531,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 options=contestant.options,
                 environment=environment,
                 environment_s=environment_s,
-                workload=workload,
+                workload=workload if memory is None else sharing_memory(workload),
                 protocol=contestant.protocol,
                 slo_ms=checked.slo_ms,
                 arrivals_ns=trace.arrivals_ns,
@@ -529,7 +544,7 @@ def set_up(checked: Checked, on_progress: Callable[[str], None]) -> list[TrialSe
                 tuning=checked.tunings[plan.cell].tuning,
                 left_out=checked.tunings[plan.cell].left_out,
                 composition=checked.tunings[plan.cell].composition,
-                memory=checked.memories.get(plan.cell),
+                memory=memory,
                 artifact=checked.tunings[plan.cell].artifact,
             )
         )

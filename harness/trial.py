@@ -34,7 +34,6 @@ from harness.collectors import (
     Collector,
     ContainerStatistics,
     EmulatedDevices,
-    EmulatedMemory,
     Host,
     Nodes,
     OwnProcesses,
@@ -43,10 +42,11 @@ from harness.collectors import (
     Sampler,
     ServerMetrics,
     ServerProcesses,
+    SharedMemory,
     StageClocks,
 )
+from harness.device_memory import limit_memory
 from harness.devices import device_environment
-from harness.emulated_device import limit_memory
 from harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from harness.exchange import check_answer, exchange
 from harness.faults import Nemesis, PlannedFault
@@ -391,10 +391,11 @@ class Trial:
         each = self._setup.devices_per_node
         folder = device_folder(scratch, node)
         folder.mkdir(parents=True)
-        if self._setup.memory is not None:
-            limit_memory(folder, self._setup.memory)
+        workload = self._setup.workload
+        if self._setup.memory is not None and workload.own_file is not None:
+            limit_memory(folder, self._setup.memory, workload.own_file)
         own = self._gpus[node * each : (node + 1) * each]
-        return device_environment(self._setup.workload.device, folder, own, each)
+        return device_environment(workload.device, folder, own, each)
 
     def _bring_up(self, deployment: Cluster, events: EventLog) -> None:
         """Cold start by phase: process spawned → port open → ready (so it says) → first correct answer."""
@@ -619,7 +620,7 @@ class Trial:
                 )
             )
         if setup.memory is not None:
-            collectors.append(EmulatedMemory(device_folder(scratch, 0), setup.memory.budget_bytes, events))
+            collectors.append(SharedMemory(device_folder(scratch, 0), setup.memory.budget_bytes, events))
         if self._nvidia is not None:
             self._nvidia.serve(lambda: [ref.pid for root in deployment.trees() for ref, _ in descendants(root)])
             collectors.append(self._nvidia)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from harness.metrics import NS_PER_S, Measured, percentile
+from harness.multiplexing import MIB
 from harness.records import Outcome
 from harness.schedule import most_at_once
 from harness.steadiness import Steadiness
@@ -67,7 +68,7 @@ def judge(
         *_clocks(facts, trace),
         *_server(facts, trace, warmup),
         *_host(facts, host),
-        *_gpus(gpus),
+        *_gpus(gpus, (facts.get("memory") or {}).get("budget_bytes")),
         *_steadiness(facts, warmup, steady),
     ]
     if any(reason.effect == "INVALID" for reason in reasons):
@@ -255,8 +256,9 @@ def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Re
     return [Reason("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials", "UNKNOWN")]
 
 
-def _gpus(gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
-    """What makes figures of a GPU those of its cooling, its power limit or its neighbours."""
+def _gpus(gpus: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> list[Reason]:
+    """What makes figures of a GPU those of its cooling, its power limit or its neighbours; and, where models share so many bytes
+    of it, of more memory than is said."""
     reasons = []
     if lost := [gpu["gpu"] for gpu in gpus if gpu["lost"]]:
         remedy = "look for «Xid» in dmesg; reset it (nvidia-smi -r), or restart the machine"
@@ -274,6 +276,13 @@ def _gpus(gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
     if shared := [text for text in map(_others_on, gpus) if text]:
         remedy = "end them (nvidia-smi lists them), or choose another GPU by CUDA_VISIBLE_DEVICES"
         reasons.append(Reason("gpu-shared", "; ".join(shared), remedy, "UNKNOWN"))
+    taken = max((gpu["server_memory_bytes"] or 0.0 for gpu in gpus), default=0.0)
+    if budget_bytes is not None and taken > budget_bytes:
+        text = f"the server's processes held up to {taken / MIB:,.0f} MiB of the GPU, not {budget_bytes / MIB:,.0f} MiB"
+        remedy = (
+            "let models.size_mb be what a loaded copy holds, the context of its process included, or raise memory_mb"
+        )
+        reasons.append(Reason("memory-exceeded", text, remedy, "UNKNOWN"))
     return reasons
 
 

@@ -212,9 +212,10 @@ class PreparedWorkload:
     requirements: Path | None
     payloads: tuple[Tensors, ...]
     references: dict[str, tuple[Tensors, ...]]
-    stages_file: Path | None = None
-    """Of a pipeline: the workload's own ``model.py``, whose classes are the stages. ``model_file`` is then what runs them
-    (:mod:`workloads.pipeline`): its ``Model`` all of them, and its ``Stage`` one."""
+    own_file: Path | None = None
+    """The workload's own ``model.py`` where ``model_file`` is another that imports it: of a pipeline (:mod:`workloads.pipeline`,
+    whose ``Model`` is all stages, which are classes of the own file, and ``Stage`` one), or of models that share a memory
+    (:mod:`workloads.resident`)."""
     precision: Precision = "fp32"
     compiled: bool = False
     exported: Path | None = None
@@ -223,7 +224,7 @@ class PreparedWorkload:
     @property
     def code_folders(self) -> tuple[Path, ...]:
         """The folders that hold what a server imports of the workload."""
-        files = (self.model_file, self.stages_file)
+        files = (self.model_file, self.own_file)
         return tuple(dict.fromkeys(file.parent for file in files if file is not None))
 
     @property

@@ -8,6 +8,7 @@ from harness.store import RunFolder
 from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from reports.evidence import CellView, view
 from reports.multiplexing import BRIEF_HEADINGS, multiplexing, words
+from reports.pipelines import PRICE_HEADINGS, pipelines
 from reports.text import interval, markdown_safe, markdown_table, milliseconds, per_second, printable, share
 
 CELL_HEADINGS = (
@@ -31,6 +32,10 @@ def markdown(runs: Sequence[RunFolder]) -> str:
     lines += [*markdown_table(CELL_HEADINGS, [_row(cell) for cell in cells]), ""]
     if pairs := ratios(views):
         lines += [*markdown_table(RATIO_HEADINGS, pairs), ""]
+    if composed := pipelines(cells):
+        sentence = f": {markdown_safe(composed.sentence)}" if composed.sentence else ""
+        lines += [f"**The price of composition**{sentence}", ""]
+        lines += [*markdown_table(PRICE_HEADINGS, composed.prices), ""] if composed.prices else []
     if shared := multiplexing(views):
         lines += [*(f"- {markdown_safe(sentence)}" for sentence in words(shared)), ""]
         lines += [*markdown_table(BRIEF_HEADINGS, shared.brief), ""]

@@ -16,13 +16,18 @@ from harness.adapter import NODE_NAME
 from harness.matrix import spoken
 from harness.store import RunFolder, TrialFolder
 from reports.evidence import RunView
-from reports.text import NOTHING, bytes_size, sources
+from reports.text import NOTHING, bytes_size, listing, sources
 
 MAX_FILE_CHARACTERS = 20_000
 MAX_EVENTS = 100
 """Per trial; all of them are in ``events.jsonl``."""
 Rows = list[tuple[str, ...]]
 _UNREPORTED = "not reported"
+_ARTIFACTS = {
+    "python": "the workload's Python code",
+    "onnx": "the workload's export to ONNX",
+    "torchscript": "the workload's export to TorchScript",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class AdapterFacts:
     homepage: str
     environment: str
     capabilities: str
+    serves: str
+    """What its servers ran; empty when nothing ran."""
     packages: str
     knobs: Rows
     """Neutral knob, asked for, native key, as the server reports it; or the reason why there is no place for it. As in
@@ -94,6 +101,7 @@ def reproduce(run: RunView) -> Reproduce:
         ("System", str(hardware.get("os", NOTHING))),
         ("Started", str(manifest.get("started_at") or NOTHING)),
         ("Ended", str(manifest.get("ended_at") or "never: the run was cut short")),
+        *(("Gone on with", str(again.get("at") or NOTHING)) for again in manifest.get("resumed") or []),
     ]
     commit = f"{git.get('commit', '')}{' with uncommitted changes' if git.get('dirty') else ''}"
     versions: Rows = [
@@ -168,10 +176,16 @@ def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts
         homepage=homepage if homepage.startswith(("https://", "http://")) else "",
         environment=str(told.get("environment", NOTHING)),
         capabilities=", ".join(map(str, told.get("capabilities") or [])) or "none",
+        serves=listing(list(dict.fromkeys(_artifact(facts) for facts in own))),
         packages=sources(dict(sorted(packages.items()))) if packages else "",
         knobs=knobs,
         scenario=spoken(order)[own[0]["scenario"]] if own else "",
     )
+
+
+def _artifact(facts: Mapping[str, Any]) -> str:
+    kind = str(facts.get("artifact", "python"))
+    return _ARTIFACTS.get(kind, kind)
 
 
 def _knobs_set(facts: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -39,6 +40,8 @@ _HERE = Path(__file__).parent
 _RUNNER = _HERE / "prepare_artifact.py"
 _PIPELINE = _HERE / "pipeline.py"
 """What runs the stages of a pipeline, here and in servers."""
+_RESIDENT = _HERE / "resident.py"
+"""What gives models that share a memory their room in it."""
 _SEAL = "prepared.json"
 _EXPORTED: Mapping[ArtifactKind, str] = {"onnx": "exported/model.onnx", "torchscript": "exported/model.pt"}
 """Where an export lies in the artifact, by its kind."""
@@ -157,6 +160,11 @@ def prepare(
             remedy="check that disk, or set TAILRACE_CACHE to a folder on another one",
         )
     return ready
+
+
+def sharing_memory(workload: PreparedWorkload) -> PreparedWorkload:
+    """A workload, which is no pipeline, as it is served where its models share a memory that does not hold them all."""
+    return dataclasses.replace(workload, model_file=_RESIDENT, own_file=workload.model_file)
 
 
 def _folder(name_or_folder: str) -> Path:
@@ -287,6 +295,24 @@ def _check(out: Path, spec: WorkloadSpec, models: Sequence[str]) -> None:
     _check_arrays(out / "payloads.npz", spec.inputs, spec, "make_payloads() of build.py", "input")
     for index in range(len(models)):
         _check_arrays(out / f"references-{index}.npz", spec.outputs, spec, "predict() of model.py", "output")
+    _check_apart(out, spec, models)
+
+
+def _check_apart(out: Path, spec: WorkloadSpec, models: Sequence[str]) -> None:
+    """No two models may answer alike: what reaches the wrong one would be taken for right."""
+    answers = [_rows(out / f"references-{index}.npz") for index in range(len(models))]
+    first = np.stack([np.concatenate([np.ravel(x).astype(np.float64) for x in rows[0].values()]) for rows in answers])
+    tolerance = spec.tolerance
+    for index, own in enumerate(first):
+        near = np.isclose(first[:index], own, rtol=tolerance.rtol, atol=tolerance.atol).all(axis=1)
+        for other in np.flatnonzero(near).tolist():
+            pairs = zip(answers[other], answers[index], strict=True)
+            if all(mismatch(one, another, tolerance) is None for one, another in pairs):
+                raise InputError(
+                    f"workload {spec.name}: the models {models[other]} and {models[index]} give the same answers to all "
+                    f"{spec.payloads} payloads: a request that reached the wrong one would be taken for answered",
+                    remedy="let `Model` of model.py draw weights by its `name`, or use `models: 1`",
+                )
 
 
 def _check_arrays(path: Path, declared: Sequence[TensorSpec], spec: WorkloadSpec, source: str, role: str) -> None:
@@ -372,7 +398,7 @@ def _load(target: Path, spec: WorkloadSpec, models: Sequence[str], made: _Made) 
         requirements=requirements if requirements.is_file() else None,
         payloads=payloads,
         references=references,
-        stages_file=made.folder / "model.py" if spec.pipeline else None,
+        own_file=made.folder / "model.py" if spec.pipeline else None,
         exported=None if made.export == "python" else artifact / _EXPORTED[made.export],
     )
 

@@ -243,8 +243,8 @@ def _linear(folder: Path) -> Path:
 
 def _tampered(workload: PreparedWorkload, folder: Path, old: str, new: str) -> PreparedWorkload:
     """The same artifact and references, with another implementation of a stage on the server."""
-    assert workload.stages_file is not None
-    text = workload.stages_file.read_text(encoding="utf-8")
+    assert workload.own_file is not None
+    text = workload.own_file.read_text(encoding="utf-8")
     assert text.count(old) == 1
     other = folder / "emulated_pipeline" / "model.py"
     other.parent.mkdir()
@@ -252,7 +252,7 @@ def _tampered(workload: PreparedWorkload, folder: Path, old: str, new: str) -> P
     device = folder / "emulated" / "model.py"
     device.parent.mkdir()
     device.write_text((FOLDER / "emulated" / "model.py").read_text(encoding="utf-8"), encoding="utf-8")
-    return replace(workload, stages_file=other)
+    return replace(workload, own_file=other)
 
 
 @pytest.mark.parametrize("composed", [True, False])

@@ -3,6 +3,7 @@ simulator and against hostile bytes."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import json
 import re
@@ -18,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adapters.reference.adapter import ADAPTER, Options, knobs_in, system_of
+from adapters.reference.server.__main__ import Server
 from adapters.reference.server.http import HEAD_BYTES, Answer, Connection, RefusedError, parse_head
 from adapters.reference.server.prediction import Service, p99_s
 from adapters.reference.server.queueing import NEVER, Batching, Dispatcher, Request
@@ -25,6 +27,8 @@ from adapters.reference.server.replica import Layout
 from adapters.reference.server.scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
 from harness.adapter import AXES, CAPABILITIES, Autoscale, DeployRequest, ServerEnvironment, Tuning
 from harness.metrics import Ints, percentile
+from harness.multiplexing import MemoryPlan
+from harness.processes import free_ports
 from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
 from simulator import system as model
 from simulator.engine import ANSWERED, NS_PER_S, QUEUED, SHED, simulate
@@ -540,6 +544,37 @@ def test_outputs_of_another_shape_are_refused() -> None:
         layout.write({"y": np.zeros((3, 1), np.float32)}, 3)
     with pytest.raises(KeyError):
         layout.write({"z": np.zeros((3, 2), np.float32)}, 3)
+
+
+async def _refusals(config: Path) -> dict[str, int]:
+    """What a server whose models share a memory says to those who would change by hand what is in it."""
+    (port,) = free_ports(1)
+    serving = asyncio.create_task(Server(str(config)).run("127.0.0.1", port))
+    paths = ["repository/models/alpha/load", "repository/models/alpha/unload", "replicas/2"]
+    try:
+        statuses = {}
+        for path in paths:
+            while True:
+                try:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    break
+                except OSError:
+                    assert not serving.done(), serving
+                    await asyncio.sleep(0.01)
+            writer.write(f"POST /v2/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            statuses[path] = int((await reader.read()).split()[1])
+            writer.close()
+        return statuses
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def test_nobody_goes_behind_who_says_which_models_are_in_memory(tmp_path: Path) -> None:
+    memory = MemoryPlan(budget_bytes=100, sizes={"alpha": 60, "beta": 60}, policy="lru", pinned=(), at_start=())
+    config = tmp_path / "server.json"
+    config.write_text(ADAPTER.render(replace(REQUEST, memory=memory))["server.json"])
+    assert set(asyncio.run(_refusals(config)).values()) == {409}
 
 
 class Wire:

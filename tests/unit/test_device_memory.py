@@ -1,4 +1,4 @@
-"""The emulated device's memory: nobody has more than there is, and whoever goes gives it back."""
+"""The memory that models share: nobody has more than there is, and whoever goes gives it back."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness.collectors import EmulatedMemory
-from harness.emulated_device import LOADS, device_environment, fail_loads, limit_memory, read_rooms
+from harness.collectors import SharedMemory
+from harness.device_memory import LOADS, fail_loads, limit_memory, read_rooms
+from harness.emulated_device import device_environment
 from harness.multiplexing import MIB, MemoryPlan
 from harness.store import EventLog
+from workloads.emulated import model as emulated
 from workloads.emulated.build import build_artifact
-from workloads.emulated.model import Model
+from workloads import resident as resident_module
+from workloads.resident import Model
 
 PLAN = MemoryPlan(3 * MIB, {"a": MIB, "b": MIB, "c": 2 * MIB}, "lru", (), ("a",))
 HOLD = """
 import sys
-from workloads.emulated.model import Model
+from workloads.resident import Model
 model = Model(sys.argv[1], sys.argv[2], "emulated")
 print("up", flush=True)
 sys.stdin.read()
@@ -44,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name, value in device_environment(folder, 1).items():
         monkeypatch.setenv(name, value)
-    limit_memory(folder, PLAN)
+    limit_memory(folder, PLAN, Path(emulated.__file__))
     return folder
 
 
@@ -81,11 +85,65 @@ def test_loading_takes_what_it_costs(artifact: str, folder: Path) -> None:
     del model
 
 
-def test_without_a_limit_nothing_is_taken_and_nothing_told(artifact: str, folder: Path) -> None:
+def test_without_a_limit_loading_takes_no_time(artifact: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "memory.json").unlink()
-    model = Model(artifact, "a", "emulated")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it takes its time"))
+    emulated.Model(artifact, "a", "emulated")
     assert not (folder / LOADS).exists()
-    del model
+
+
+OWN = """
+class Model:
+    def __init__(self, artifact, name, device):
+        if name == "b":
+            raise OSError("torn weights")
+        self.device = device
+    def predict(self, inputs):
+        return {"y": (inputs["x"], self.device)}
+"""
+
+
+def test_any_workloads_own_model_answers_and_one_that_cannot_be_loaded_leaves_its_room(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    limit_memory(folder, PLAN, own)
+    a = Model("", "a", "cpu")
+    assert a.predict({"x": 5}) == {"y": (5, "cpu")}
+    with pytest.raises(OSError, match="torn weights"):
+        Model("", "b", "cpu")
+    assert resident(folder) == ["a"]
+    assert told(folder) == [("begun", "a"), ("loaded", "a"), ("begun", "b"), ("failed", "b")]
+    del a
+
+
+def test_what_torch_keeps_of_a_gpus_memory_is_given_back_before_the_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    limit_memory(folder, PLAN, own)
+    emptied: list[list[str]] = []
+    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=lambda: emptied.append(resident(folder)))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    model = Model("", "a", "cuda")
+    model.close()
+    assert emptied == [["a"]]
+    assert resident(folder) == []
+    monkeypatch.delitem(sys.modules, "torch")
+
+
+def test_what_a_server_imports_stands_alone(artifact: str, folder: Path) -> None:
+    code = (
+        "import importlib.util, sys, numpy\n"
+        f"spec = importlib.util.spec_from_file_location('m', {resident_module.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        f"y = module.Model({artifact!r}, 'a', 'emulated').predict({{'x': numpy.ones((2, 16), 'int32')}})['y']\n"
+        "assert y.shape == (2, 4) and not any(name.split('.')[0] in ('harness', 'workloads') for name in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=artifact, timeout=PATIENCE_S)
 
 
 def test_a_model_that_fails_to_load_gives_its_room_back(artifact: str, folder: Path) -> None:
@@ -126,7 +184,7 @@ def test_who_is_killed_gives_its_room_back(artifact: str, folder: Path) -> None:
 
 def test_the_collector_tells_who_is_there_who_comes_and_who_goes(artifact: str, folder: Path, tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    collector = EmulatedMemory(folder, PLAN.budget_bytes, log)
+    collector = SharedMemory(folder, PLAN.budget_bytes, log)
     a = Model(artifact, "a", "emulated")
 
     def values() -> dict[str, float]:

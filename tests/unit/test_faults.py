@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.adapter import Replica, Tuning
-from harness.emulated_device import LOADS, loads_under_way
+from harness.device_memory import LOADS, loads_under_way
 from harness.errors import InputError
 from harness.fault_kinds import FAULT_KINDS
 from harness.faults import Nemesis, PlannedFault, plan_faults, refusal

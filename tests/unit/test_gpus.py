@@ -359,7 +359,7 @@ def test_the_energy_counter_is_believed_before_the_power_gauge(counted_w: float,
     assert silent["energy_j"] is silent["energy_from"] is None
 
 
-def _verdict(rows: list[tuple[float, str, str, str, float]]) -> tuple[str, list[Reason]]:
+def _verdict(rows: list[tuple[float, str, str, str, float]], **facts: Any) -> tuple[str, list[Reason]]:
     """Of a trial in which nothing else is amiss."""
     intended_ns = np.arange(500, dtype=np.int64) * 1_000_000
     sent_ns = intended_ns + 100_000
@@ -367,7 +367,7 @@ def _verdict(rows: list[tuple[float, str, str, str, float]]) -> tuple[str, list[
     trace = Measured(intended_ns, sent_ns, sent_ns, intended_ns + 50_000_000, outcome)
     nothing = Measured(*(array[:0] for array in (intended_ns, sent_ns, sent_ns, sent_ns, outcome)))
     figures = gpu_figures(samples_of(rows), SPAN_S)
-    return judge({"state": "done"}, trace, nothing, {"steal": 0.0}, ruler=calibration(1000.0), gpus=figures)
+    return judge({"state": "done", **facts}, trace, nothing, {"steal": 0.0}, ruler=calibration(1000.0), gpus=figures)
 
 
 def _gauge(metric: str, readings: list[float], scope: str = "gpu-0") -> list[tuple[float, str, str, str, float]]:
@@ -404,6 +404,16 @@ def test_a_shared_gpu_makes_the_trial_suspect(rows: list[tuple[float, str, str, 
     verdict, (reason,) = _verdict(rows)
     assert (verdict, reason.code) == ("UNKNOWN", "gpu-shared")
     assert text in reason.text
+
+
+def test_models_that_take_more_than_the_memory_that_they_share_make_it_suspect() -> None:
+    rows = _gauge("server_memory_bytes", [900.0 * 2**20, 1100.0 * 2**20, 1000.0 * 2**20])
+    verdict, (reason,) = _verdict(rows, memory={"budget_bytes": 1024 << 20})
+    assert (verdict, reason.code) == ("UNKNOWN", "memory-exceeded")
+    assert "up to 1,100 MiB of the GPU, not 1,024 MiB" in reason.text
+    assert "models.size_mb" in reason.remedy
+    assert _verdict(rows, memory={"budget_bytes": 1101 << 20}) == ("VALID", [])
+    assert _verdict(rows, memory=None) == ("VALID", []), "where no memory is shared there is nothing to exceed"
 
 
 def test_a_desktop_beside_the_server_is_no_neighbour() -> None:

@@ -28,12 +28,14 @@ from harness.preflight import check
 from harness.records import SAMPLE_SCHEMA
 from harness.registry import get_adapter
 from harness.spec import Experiment
+from harness.store import RunFolder
 from harness.summary import Samples, stage_figures
 from harness.workload import PreparedWorkload, WorkloadSpec
 from reports.evidence import CellView, view
 from reports.markdown import markdown
-from reports.pipelines import pipelines
+from reports.pipelines import PRICE_HEADINGS, pipelines
 from reports.report import build
+from reports.text import markdown_table
 from tests.synthetic import make_run
 from workloads import catalogue
 
@@ -163,7 +165,7 @@ def _module(workload: PreparedWorkload) -> Any:
 
 
 def test_references_are_those_of_the_stages_by_hand(prepared: PreparedWorkload) -> None:
-    spec = importlib.util.spec_from_file_location("stages", prepared.stages_file or "")
+    spec = importlib.util.spec_from_file_location("stages", prepared.own_file or "")
     assert spec is not None
     assert spec.loader is not None
     stages = importlib.util.module_from_spec(spec)
@@ -313,7 +315,7 @@ def request(
     spec = WorkloadSpec.model_validate(content)
     here = Path("/w")
     workload = PreparedWorkload(
-        spec, device, here / "pipeline.py", here / "artifact", "", None, (), {}, stages_file=here / "model.py"
+        spec, device, here / "pipeline.py", here / "artifact", "", None, (), {}, own_file=here / "model.py"
     )
     return DeployRequest(
         workload=workload,
@@ -600,6 +602,17 @@ def test_a_report_names_who_cannot_compose(tmp_path: Path) -> None:
     told = pipelines(_cells(tmp_path / "run", cannot="it has none"))
     assert told is not None
     assert told.sentence == "Triton ran its stages in one process, whatever was asked for: it has none."
+
+
+def test_markdown_has_the_prices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = pipelines(_cells(tmp_path / "run", cannot="it has none"))
+    assert told is not None
+    monkeypatch.setattr("reports.markdown.pipelines", lambda _: told)
+    text = markdown([RunFolder.open(tmp_path / "run")])
+    assert "**The price of composition**: Triton ran its stages in one process" in text
+    (price,) = told.prices
+    assert markdown_table(PRICE_HEADINGS, [price])[-1] in text
+    assert "1.33×" in price[3]
 
 
 def test_other_runs_have_no_such_section(tmp_path: Path) -> None:

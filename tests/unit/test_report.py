@@ -1032,6 +1032,24 @@ def test_knobs_stand_side_by_side_and_configurations_by_their_difference(tmp_pat
     assert reproduce(view([alone])[0]).knobs == []
 
 
+def test_what_was_served_and_when_a_run_was_gone_on_with_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", scenarios=("no-fault",), span_s=12)
+    assert {adapter.serves for adapter in reproduce(view([run])[0]).adapters} == {"the workload's Python code"}
+    own = next(trial for trial in run.trials if trial.facts["adapter"] == "triton")
+    write_json(own.facts_path, {**own.facts, "artifact": "onnx"})
+    run.amend_manifest(resumed=[{"at": "2026-11-23T23:00:00Z"}, {"at": "2026-11-23T23:30:00Z"}])
+    told = reproduce(view([run])[0])
+    assert [adapter.serves for adapter in told.adapters] == [
+        "the workload's export to ONNX",
+        "the workload's Python code",
+    ]
+    assert [value for key, value in told.machine if key == "Gone on with"] == [
+        "2026-11-23T23:00:00Z",
+        "2026-11-23T23:30:00Z",
+    ]
+    assert "Served the workload&#39;s export to ONNX." in build([run])
+
+
 def test_a_baseline_leads_nobody_and_has_a_sentence_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton", "ray_serve", "kserve"), scenarios=("no-fault",), trials=3)
     goodputs = {"triton": 160.0, "ray_serve": 100.0, "kserve": 200.0}

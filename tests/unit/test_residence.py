@@ -17,6 +17,7 @@ from harness.records import SAMPLE_SCHEMA, Outcome
 from harness.residence import Met, loads_of, met, residence, residence_across
 from harness.samples import Samples
 from harness.spec import Experiment
+from tests.fake_nvml import FakeGpu, install
 
 S = 1_000_000_000
 
@@ -119,7 +120,17 @@ def experiment(**changes: Any) -> Experiment:
         ({"multiplexing": {"memory_mb": 90}}, "90 MiB do not hold 100 MiB of the largest one, emulated-00"),
         ({"tuning": {"replicas": 2}}, "one replica: set `tuning.replicas: 1`"),
         ({"nodes": 2, "devices": 2}, "the memory of one device"),
-        ({"workload": "minilm"}, "on the emulated device alone"),
+        ({"workload": "emulated_pipeline"}, "emulated_pipeline does not say what loading costs"),
+        (
+            {
+                "adapters": ["triton"],
+                "workload": "minilm",
+                "artifact": "torchscript",
+                "models": {"count": 1, "size_mb": 9},
+            },
+            "nobody sees what it takes",
+        ),
+        ({"workload": "minilm", "artifact": "torchscript"}, "an export is of one model, and `models.count` is 4"),
         ({"adapters": ["triton"], "client": {"protocol": "grpc"}}, "controller speaks HTTP"),
         ({"adapters": ["null"]}, "null has no policy of its own, and its adapter not the capability `load_model`"),
         ({"multiplexing": {"memory_mb": 200, "policy": "fifo"}}, "policy"),
@@ -128,6 +139,17 @@ def experiment(**changes: Any) -> Experiment:
 def test_what_cannot_share_a_memory_is_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((InputError, ValueError), match=message):
         check(experiment(**changes))
+
+
+def test_real_models_share_a_real_devices_memory_no_more_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for adapter in ("reference", "triton", "ray_serve", "torchserve", "kserve"):
+        (plan,) = check(experiment(adapters=[adapter], workload="minilm")).memories.values()
+        assert (next(iter(plan.sizes)), len(plan.at_start)) == ("minilm-00", 2)
+    install(monkeypatch, FakeGpu(memory_bytes=1 << 30))
+    own = {"workload": "minilm", "device": "cuda", "models": {"count": 4, "size_mb": 400}}
+    assert check(experiment(**own, multiplexing={"memory_mb": 900})).memories
+    with pytest.raises(InputError, match="`memory_mb` is 1100, and the GPU has 1,024 MiB"):
+        check(experiment(**own, multiplexing={"memory_mb": 1100}))
 
 
 def test_a_scenario_may_have_a_memory_of_its_own() -> None:

@@ -122,6 +122,23 @@ def test_a_prepared_workload_is_whole(toy: Path) -> None:
             assert answer["sum"] == pytest.approx(payload["file"].sum() + 1.5 + len(model), rel=1e-6)
 
 
+@pytest.mark.parametrize("alike", [("m", "n"), ("one", "other", "two")])
+def test_models_that_answer_alike_are_refused(toy: Path, alike: tuple[str, ...]) -> None:
+    with pytest.raises(
+        InputError, match=f"the models {alike[0]} and {alike[-1]} give the same answers to all 5 payloads"
+    ):
+        _prepare(toy, models=alike)
+    assert _left(toy.parent / "cache") == []
+
+
+def test_models_that_differ_in_one_answer_are_told_apart(toy: Path) -> None:
+    text = (toy / "model.py").read_text().replace("+ self.added", "+ (inputs['file'][0, 0] > 0.5) * self.added")
+    (toy / "model.py").write_text(text)
+    prepared = _prepare(toy, models=("m", "other"))
+    answers = [np.stack([row["sum"] for row in prepared.references[model]]) for model in ("m", "other")]
+    assert 0 < np.count_nonzero(answers[0] != answers[1]) < 5
+
+
 def test_the_emulated_workload_is_prepared_without_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAILRACE_CACHE", str(tmp_path))
     monkeypatch.delenv("TAILRACE_DEVICE_DIR", raising=False)

@@ -7,9 +7,8 @@ file, which the kernel releases if the process dies. The harness sets two enviro
 A copy of the model claims a seat for life: the first free one when seats are counted round after round over the
 devices. So copies spread evenly, and one that replaces a dead copy gets its seat.
 
-A file ``memory.json`` in that folder says that the device's memory is limited, and what each model takes of it. Then a copy
-takes its room before anything else, or is refused; loading takes a time that goes with its size, one copy after the other; and
-``loads.jsonl`` tells of it (:class:`Memory`). Room is given back when the copy is no more, its process alive or dead.
+A file ``memory.json`` in that folder says that the device's memory is limited, and what each model takes of it (``sizes``,
+bytes). Then loading takes a time that goes with the model's size, one copy after the other.
 
 Every copy keeps ``device-DEVICE.PID.NONCE.busy``: three little-endian unsigned 64-bit integers, the nanoseconds that it
 occupied the device, batches, items. It is brought up to date every 10 ms within a batch.
@@ -50,9 +49,8 @@ class Model:
         # 24 bits of weight times 32 bits of input, summed over 16 inputs, stay within 64 bits.
         self._weights, self._bias = weights[:-1] >> 40, weights[-1] >> 4
         self._device = Device() if device == "emulated" else None
-        self._memory = None
         if self._device is not None:
-            self._memory = Memory.take(self._device.folder, self._device.number, name, config)
+            self._device.load(name, config)
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``x`` int32[n, 16] → ``y`` int64[n, 4]; returns when the device has done the batch."""
@@ -81,6 +79,18 @@ class Device:
         counters = folder / f"device-{number}.{self.pid}.{os.urandom(4).hex()}.busy"
         self._counters = np.memmap(counters, dtype="<u8", mode="w+", shape=(3,))
 
+    def load(self, model: str, cost: dict[str, float]) -> None:
+        """Take the time that it takes to load a model, ``load_ms`` and its bytes at ``load_gb_per_s``; none where memory is not
+        limited."""
+        try:
+            sizes = json.loads((self.folder / "memory.json").read_text())["sizes"]
+        except FileNotFoundError:
+            return
+        # All models come over one link.
+        with (self.folder / f"device-{self.number}.link.lock").open("w") as link:
+            fcntl.flock(link, fcntl.LOCK_EX)
+            time.sleep(cost["load_ms"] / 1e3 + sizes[model] / (cost["load_gb_per_s"] * 1e9))
+
     def occupy(self, duration_ns: int, items: int) -> None:
         """Hold the device for so many nanoseconds, once it is free, and count a batch of so many items."""
         # Files are opened per batch: a lock belongs to the open file, so this excludes threads as well as processes.
@@ -99,81 +109,6 @@ class Device:
                 counted = now
             self._counters[_BATCHES] += np.uint64(1)
             self._counters[_ITEMS] += np.uint64(items)
-
-
-class Memory:
-    """A copy's room in the memory of its device: a file that it keeps locked, so that whoever dies gives it back.
-
-    ``loads.jsonl`` has a line for everything that happens to it: ``begun``, then ``loaded``, or ``failed`` for a model of which a
-    file ``load-fails.MODEL`` says that it cannot be loaded; ``refused`` where there was no room. Times are monotonic nanoseconds.
-    """
-
-    def __init__(self, room: IO[str], path: Path) -> None:
-        self._room = room
-        self._path = path
-        self._pid = os.getpid()
-
-    @classmethod
-    def take(cls, folder: Path, device: int, model: str, cost: dict[str, float]) -> Memory | None:
-        """Take the room of a model and load it: ``load_ms``, and its bytes at ``load_gb_per_s``; ``None`` where memory is not
-        limited. Raises ``MemoryError`` where there is no room, ``RuntimeError`` where loading is to fail."""
-        try:
-            limits = json.loads((folder / "memory.json").read_text())
-        except FileNotFoundError:
-            return None
-        size = limits["sizes"][model]
-        told = {"model": model, "pid": os.getpid(), "device": device, "bytes": size}
-        path = folder / f"device-{device}.{os.getpid()}.{os.urandom(4).hex()}.room"
-        with (folder / f"device-{device}.rooms.lock").open("w") as rooms:
-            fcntl.flock(rooms, fcntl.LOCK_EX)
-            free = limits["budget_bytes"] - sum(_taken(folder, device).values())
-            if free < size:
-                _tell(folder, "refused", {**told, "free_bytes": free})
-                raise MemoryError(f"device {device} has {free:,} bytes free, and {model} needs {size:,}")
-            room = path.open("w")
-            fcntl.flock(room, fcntl.LOCK_EX)
-            room.write(f"{size} {model}")
-            room.flush()
-        memory = cls(room, path)
-        _tell(folder, "begun", told)
-        # All models come over one link.
-        with (folder / f"device-{device}.link.lock").open("w") as link:
-            fcntl.flock(link, fcntl.LOCK_EX)
-            time.sleep(cost["load_ms"] / 1e3 + size / (cost["load_gb_per_s"] * 1e9))
-        if (folder / f"load-fails.{model}").exists():
-            _tell(folder, "failed", told)
-            memory.close()
-            raise RuntimeError(f"{model} fails to load, as it was told to")
-        _tell(folder, "loaded", told)
-        return memory
-
-    def close(self) -> None:
-        """Give the room back."""
-        if self._pid == os.getpid():  # a fork has the same open file, and gives nothing back
-            self._path.unlink(missing_ok=True)
-        self._room.close()
-
-    __del__ = close
-
-
-def _taken(folder: Path, device: int) -> dict[str, int]:
-    """The rooms of a device that somebody has: bytes by file name. Rooms of the dead are cleared; the caller holds their lock."""
-    found = {}
-    for path in folder.glob(f"device-{device}.*.room"):
-        with path.open() as room:
-            try:
-                fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found[path.name] = int(room.read().split()[0])
-            else:
-                path.unlink(missing_ok=True)
-    return found
-
-
-def _tell(folder: Path, what: str, told: dict[str, object]) -> None:
-    line = json.dumps({"what": what, "mono_ns": time.monotonic_ns(), **told}) + "\n"
-    with (folder / "loads.jsonl").open("a") as log:
-        log.write(line)  # one write of a few hundred bytes, which nobody else's comes between
 
 
 def _claim_seat(folder: Path, devices: int) -> tuple[IO[str], int]:

@@ -193,20 +193,20 @@ class Server:
         answer(200, ("\n".join(lines) + "\n").encode(), {"Content-Type": "text/plain; version=0.0.4"})
 
     def _load(self, name: str, *, body: bytes, answer: Answer) -> None:
-        self._do(self._load_model(name), answer)
+        self._do(lambda: self._load_model(name), answer)
 
     def _unload(self, name: str, *, body: bytes, answer: Answer) -> None:
         async def unload() -> None:
             if (model := self._models.pop(name, None)) is not None:
                 await model.close()
 
-        self._do(unload(), answer)
+        self._do(unload, answer)
 
     def _scale(self, replicas: str, *, body: bytes, answer: Answer) -> None:
         async def scale() -> None:
             await asyncio.gather(*(model.scale(int(replicas)) for model in self._models.values()))
 
-        self._do(scale(), answer)
+        self._do(scale, answer)
 
     async def _load_model(self, name: str) -> None:
         """Load a model that is not there yet. Raises :class:`LoadError`; then it is not there."""
@@ -225,13 +225,16 @@ class Server:
             raise
         self._models[name] = model
 
-    def _do(self, work: Awaitable[None], answer: Answer) -> None:
+    def _do(self, work: Callable[[], Awaitable[None]], answer: Answer) -> None:
         """Answer when some work is done, or why it was not; one such work after the other."""
+        if self._residency is not None:  # whose view of the memory nobody may go behind
+            answer(409, b"which models have replicas is decided by who is asked for", TEXT)
+            return
 
         async def done() -> None:
             try:
                 async with self._changing:
-                    await work
+                    await work()
             except LoadError as error:
                 answer(500, str(error).encode(), TEXT)
             else:
