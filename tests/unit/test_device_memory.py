@@ -20,9 +20,9 @@ from harness.device_memory import LOADS, fail_loads, limit_memory, read_rooms
 from harness.emulated_device import device_environment
 from harness.multiplexing import MIB, MemoryPlan
 from harness.store import EventLog
+from workloads import resident as resident_module
 from workloads.emulated import model as emulated
 from workloads.emulated.build import build_artifact
-from workloads import resident as resident_module
 from workloads.resident import Model
 
 PLAN = MemoryPlan(3 * MIB, {"a": MIB, "b": MIB, "c": 2 * MIB}, "lru", (), ("a",))
