@@ -19,9 +19,7 @@ class Multiplexing(BaseModel):
     """The memory that all models share, and who goes when one that is not in it is asked for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    memory_mb: float = Field(
-        gt=0, description="What the device has for models, MiB. Emulated: it refuses to hold more."
-    )
+    memory_mb: float = Field(gt=0, description="What the device has for models, MiB; more is refused.")
     policy: Policy = Field(
         default="lru",
         description="Who goes: `lru`, asked for longest ago; `lfu`, asked for least often; `gdsf`, GreedyDual-Size-Frequency, "

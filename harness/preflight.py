@@ -220,13 +220,13 @@ def _memory(
     models = experiment.models
     plan = plan_memory(choice, models.names(spec.name), models.sizes_mb(), where)
     reason = None
-    if device == "emulated" and "load_gb_per_s" not in spec.cost:
+    if spec.pipeline:
+        reason = f"the workload {spec.name} is a pipeline, whose stages cannot be loaded and unloaded as one model"
+    elif device == "emulated" and "load_gb_per_s" not in spec.cost:
         reason = (
             f"the workload {spec.name} does not say what loading costs on the emulated device (`load_ms` and "
             "`load_gb_per_s` of its `cost`)"
         )
-    elif spec.pipeline:
-        reason = f"the workload {spec.name} is a pipeline, whose stages cannot be loaded and unloaded as one model"
     elif experiment.artifact != "python":
         reason = "an export is loaded by the server itself, and nobody sees what it takes: use `artifact: python`"
     elif device == "cuda" and plan.budget_bytes > (has := gpus()[0].memory_bytes):

@@ -188,7 +188,7 @@ def _conditions(manifest: dict[str, Any]) -> dict[str, Any]:
         "hardware": manifest["hardware"],
         "software": manifest["software"],
         "environment variable": manifest["environment_variables"],
-        "workload": {key: value for key, value in manifest["workload"].items() if key != "artifact_sha256"},
+        "workload": {key: value for key, value in manifest["workload"].items() if not key.endswith("_sha256")},
         "trace": manifest["trace"],
     }
 
@@ -333,19 +333,21 @@ def _provenance(run: RunFolder, setups: list[TrialSetup]) -> dict[str, Any]:
     adapters, workload = run.manifest["adapters"], run.manifest["workload"]
     packages = {setup.adapter.name: dict(setup.environment.packages) for setup in setups}
     images = {setup.adapter.name: setup.environment.image for setup in setups}
-    artifact = setups[0].workload.artifact_sha256
+    served = setups[0].workload
+    made = {"artifact_sha256": served.artifact_sha256, "model_sha256": served.own_model_sha256}
     if "artifact_sha256" in workload:
         then = {name: told["packages"] for name, told in adapters.items()}
         _refuse(
             run,
             _differences("packages of", then, packages)
             + _differences("image of", {name: told.get("image", "") for name, told in adapters.items()}, images)
-            + _differences("artifact SHA-256", workload["artifact_sha256"], artifact),
+            + _differences("artifact SHA-256", workload["artifact_sha256"], made["artifact_sha256"])
+            + _differences("SHA-256 of model.py", workload["model_sha256"], made["model_sha256"]),
         )
     return {
         "adapters": {
             name: {**told, "packages": packages[name], **({"image": images[name]} if images[name] else {})}
             for name, told in adapters.items()
         },
-        "workload": {**workload, "artifact_sha256": artifact},
+        "workload": {**workload, **made},
     }

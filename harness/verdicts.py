@@ -276,8 +276,16 @@ def _gpus(gpus: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> list[R
     if shared := [text for text in map(_others_on, gpus) if text]:
         remedy = "end them (nvidia-smi lists them), or choose another GPU by CUDA_VISIBLE_DEVICES"
         reasons.append(Reason("gpu-shared", "; ".join(shared), remedy, "UNKNOWN"))
-    taken = max((gpu["server_memory_bytes"] or 0.0 for gpu in gpus), default=0.0)
-    if budget_bytes is not None and taken > budget_bytes:
+    if budget_bytes is None:
+        return reasons
+    told = [gpu["server_memory_bytes"] for gpu in gpus]
+    taken = max((held for held in told if held is not None), default=0.0)
+    if None in told:
+        text = "the driver does not tell what the server's processes hold of the GPU's memory, which its models share"
+        reasons.append(
+            Reason("memory-untold", text, "run where it does: some containers and some MIG drivers do not", "UNKNOWN")
+        )
+    if taken > budget_bytes:
         text = f"the server's processes held up to {taken / MIB:,.0f} MiB of the GPU, not {budget_bytes / MIB:,.0f} MiB"
         remedy = (
             "let models.size_mb be what a loaded copy holds, the context of its process included, or raise memory_mb"

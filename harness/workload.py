@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,12 @@ class PreparedWorkload:
         """The folders that hold what a server imports of the workload."""
         files = (self.model_file, self.own_file)
         return tuple(dict.fromkeys(file.parent for file in files if file is not None))
+
+    @property
+    def own_model_sha256(self) -> str:
+        """Of the workload's own ``model.py``."""
+        with (self.own_file or self.model_file).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def tolerance(self) -> Tolerance:

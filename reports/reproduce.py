@@ -23,11 +23,6 @@ MAX_EVENTS = 100
 """Per trial; all of them are in ``events.jsonl``."""
 Rows = list[tuple[str, ...]]
 _UNREPORTED = "not reported"
-_ARTIFACTS = {
-    "python": "the workload's Python code",
-    "onnx": "the workload's export to ONNX",
-    "torchscript": "the workload's export to TorchScript",
-}
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,8 @@ class AdapterFacts:
     homepage: str
     environment: str
     capabilities: str
-    serves: str
-    """What its servers ran; empty when nothing ran."""
+    exports: str
+    """What its servers ran in place of the workload's ``model.py``; empty: that."""
     packages: str
     knobs: Rows
     """Neutral knob, asked for, native key, as the server reports it; or the reason why there is no place for it. As in
@@ -176,16 +171,11 @@ def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts
         homepage=homepage if homepage.startswith(("https://", "http://")) else "",
         environment=str(told.get("environment", NOTHING)),
         capabilities=", ".join(map(str, told.get("capabilities") or [])) or "none",
-        serves=listing(list(dict.fromkeys(_artifact(facts) for facts in own))),
+        exports=listing(sorted({str(kind) for facts in own if (kind := facts.get("artifact", "python")) != "python"})),
         packages=sources(dict(sorted(packages.items()))) if packages else "",
         knobs=knobs,
         scenario=spoken(order)[own[0]["scenario"]] if own else "",
     )
-
-
-def _artifact(facts: Mapping[str, Any]) -> str:
-    kind = str(facts.get("artifact", "python"))
-    return _ARTIFACTS.get(kind, kind)
 
 
 def _knobs_set(facts: Mapping[str, Any]) -> int:

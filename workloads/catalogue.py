@@ -32,6 +32,7 @@ from harness.workload import (
     PreparedWorkload,
     Tensors,
     TensorSpec,
+    Tolerance,
     WorkloadSpec,
     mismatch,
 )
@@ -120,6 +121,7 @@ def prepare(
         **job,
         "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
         "device": device,
+        "told_apart": True,
         "files": [(name, digest.hex()) for name, digest in _digests(folder)],
         "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
         "environment": environments.fingerprint(kind, requirements),
@@ -142,7 +144,7 @@ def prepare(
                 out = Path(staging) / "out"
                 out.mkdir()
                 _run_build(environment, {**job, "folder": str(folder), "out": str(out)}, spec, progress)
-                _check(out, spec, models)
+                _check(out, spec, models, spec.tolerance_in(precision or "fp32"))
                 if artifact != "python":
                     _check_answers(out, spec, models, artifact, precision or "fp32")
                 (out / _SEAL).write_text(json.dumps({"artifact_sha256": _sha256(out / "artifact")}))
@@ -290,29 +292,34 @@ def _run_build(
         )
 
 
-def _check(out: Path, spec: WorkloadSpec, models: Sequence[str]) -> None:
+def _check(out: Path, spec: WorkloadSpec, models: Sequence[str], tolerance: Tolerance) -> None:
     """Payloads and references must be what workload.yaml declares; servers are configured from that."""
     _check_arrays(out / "payloads.npz", spec.inputs, spec, "make_payloads() of build.py", "input")
     for index in range(len(models)):
         _check_arrays(out / f"references-{index}.npz", spec.outputs, spec, "predict() of model.py", "output")
-    _check_apart(out, spec, models)
+    _check_apart(out, spec, models, tolerance)
 
 
-def _check_apart(out: Path, spec: WorkloadSpec, models: Sequence[str]) -> None:
-    """No two models may answer alike: what reaches the wrong one would be taken for right."""
+def _check_apart(out: Path, spec: WorkloadSpec, models: Sequence[str], tolerance: Tolerance) -> None:
+    """No two models may answer alike within the tolerance of what is served: a request that reached the wrong one would be
+    taken for answered."""
     answers = [_rows(out / f"references-{index}.npz") for index in range(len(models))]
+    # By the first payload at once, for there may be a thousand models; whoever is alike there is looked at whole.
     first = np.stack([np.concatenate([np.ravel(x).astype(np.float64) for x in rows[0].values()]) for rows in answers])
-    tolerance = spec.tolerance
     for index, own in enumerate(first):
-        near = np.isclose(first[:index], own, rtol=tolerance.rtol, atol=tolerance.atol).all(axis=1)
-        for other in np.flatnonzero(near).tolist():
-            pairs = zip(answers[other], answers[index], strict=True)
-            if all(mismatch(one, another, tolerance) is None for one, another in pairs):
+        apart = np.abs(first[:index] - own)
+        near = apart <= tolerance.atol + tolerance.rtol * np.maximum(np.abs(first[:index]), np.abs(own))
+        for other in np.flatnonzero(near.all(axis=1)).tolist():
+            if _alike(answers[other], answers[index], tolerance) or _alike(answers[index], answers[other], tolerance):
                 raise InputError(
                     f"workload {spec.name}: the models {models[other]} and {models[index]} give the same answers to all "
                     f"{spec.payloads} payloads: a request that reached the wrong one would be taken for answered",
                     remedy="let `Model` of model.py draw weights by its `name`, or use `models: 1`",
                 )
+
+
+def _alike(got: Sequence[Tensors], expected: Sequence[Tensors], tolerance: Tolerance) -> bool:
+    return all(mismatch(*pair, tolerance) is None for pair in zip(got, expected, strict=True))
 
 
 def _check_arrays(path: Path, declared: Sequence[TensorSpec], spec: WorkloadSpec, source: str, role: str) -> None:

@@ -3,18 +3,20 @@ workload's own, with a room in that memory for as long as it lives.
 
 It needs the standard library alone. The environment variable ``TAILRACE_DEVICE_DIR`` names a folder with ``memory.json``:
 ``model_file`` (the workload's own), ``budget_bytes``, and ``sizes`` by model. The budget is enforced here, whatever the device: a
-copy takes its room before anything else, or is refused, and gives it back when it is no more, its process alive or dead. What a
+copy takes its room before it is loaded, or is refused, and gives it back when it is no more, its process alive or dead. What a
 device really has free is its own business: where that is less, the model cannot be loaded, and ``loads.jsonl`` says so.
 """
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib.util
 import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,16 +30,22 @@ class Model:
     def __init__(self, artifact: str, name: str, device: str) -> None:
         folder = Path(os.environ["TAILRACE_DEVICE_DIR"])
         limits = json.loads((folder / "memory.json").read_text())
+        # What it imports takes no memory of a device, and seconds, which a server with a process for each model spends every time
+        # and others once: it is no part of a load.
+        own = _module(limits["model_file"])
         told = {"model": name, "pid": os.getpid(), "device": DEVICE, "bytes": limits["sizes"][name]}
-        self._room = Room.take(folder, limits, told)
+        self._room: Room | None = Room.take(folder, limits, told)
         _tell(folder, "begun", told)
         try:
-            self._model: Any = _module(limits["model_file"]).Model(artifact, name, device)
+            self._model: Any = own.Model(artifact, name, device)
             if (folder / f"load-fails.{name}").exists():
                 raise RuntimeError(f"{name} fails to load, as it was told to")
-        except BaseException:
-            _tell(folder, "failed", told)
-            self.close()
+        except BaseException as error:
+            try:
+                _tell(folder, "failed", told)
+            finally:
+                traceback.clear_frames(error.__traceback__)  # which have hold of what was loaded until then
+                self.close()
             raise
         _tell(folder, "loaded", told)
 
@@ -48,12 +56,25 @@ class Model:
     def close(self) -> None:
         """Let go of the model, and only then of its room."""
         self._model = None
-        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # else its memory stays this process's, and others find none
-        if (room := getattr(self, "_room", None)) is not None:
+        room = getattr(self, "_room", None)
+        if room is None:
+            return  # it was refused one, or has given it back
+        self._room = None
+        try:
+            _free_for_others()
+        finally:
             room.close()
 
     __del__ = close
+
+
+def _free_for_others() -> None:
+    """Have torch, where a model has used it, give back what it holds of models that are no more."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None:
+        gc.collect()  # compiled networks refer to themselves
+        if cuda.is_initialized():
+            cuda.empty_cache()
 
 
 class Room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ EXPERIMENT = [
 BATCHING = "tuning={max_batch: 4, batch_window_ms: 2, replicas: 1}"
 
 
-def served(folder: Path, adapter: str, *, tuning: str = BATCHING, faults: str = "[]") -> tuple[TrialFolder, Any]:
+def served(
+    folder: Path, adapter: str, *more: str, tuning: str = BATCHING, faults: str = "[]"
+) -> tuple[TrialFolder, Any]:
     """One trial, whose answers were compared with the reference, and what its summary says. However it went, memory sufficed."""
     faulty = f"scenarios=[{{name: shared, faults: {faults}}}]"
     choice = ["--adapter", adapter, "--set", tuning, "--set", faulty]
-    done = tailrace("run", "smoke", *choice, *EXPERIMENT, "--out", "out", cwd=folder, timeout_s=600)
+    done = tailrace("run", "smoke", *choice, *EXPERIMENT, *more, "--out", "out", cwd=folder, timeout_s=600)
     assert done.returncode in (0, 3), done.stdout + done.stderr
     (trial,) = RunFolder.open(folder / "out").trials
     (told,) = json.loads((folder / "out" / "summary.json").read_text())["trials"]
@@ -85,6 +88,19 @@ def test_replicas_of_ray_serve_share_the_memory(tmp_path: Path) -> None:
     assert set(outcomes(told)) == {"ok"}
     loaders = {event["pid"] for event in trial.events if event["event"] == "model-loaded"}
     assert len(loaders) == 2, "each with models of its own"
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the CPU build of torch is tested on Python 3.11")
+@pytest.mark.parametrize(("adapter", "rate"), [("ray_serve", 4), ("reference", 1)])
+def test_real_models_share_a_memory(adapter: str, rate: float, tmp_path: Path) -> None:
+    real = f"trace={{name: steady, params: {{rate: {rate}, duration_s: 10}}}}"
+    _, told = served(tmp_path, adapter, "--set", "workload=minilm", "--set", real, tuning="tuning={replicas: 1}")
+    assert set(outcomes(told)) == {"ok"}
+    assert not told["emulated"]
+    assert told["device"] == "cpu"
+    assert told["multiplexing"]["loads"] > 0
+    assert told["multiplexing"]["load_p50_s"] > 0.01, "a network of 22 million weights was read"
 
 
 @pytest.mark.parametrize("adapter", ["reference", "triton"])

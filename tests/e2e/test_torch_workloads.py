@@ -38,7 +38,7 @@ def baked(artifact):
 spec = importlib.util.spec_from_file_location("model", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-model = module.Model(sys.argv[2], "m", "cpu")
+model = module.Model(sys.argv[2], sys.argv[5], "cpu")
 assert not any(device == "cpu" for device in baked(sys.argv[2])), "would compute there on a GPU, too"
 with np.load(sys.argv[3], allow_pickle=False) as archive:
     inputs = {name: archive[name] for name in archive.files}
@@ -75,7 +75,7 @@ def server(prepared: PreparedWorkload, tmp_path_factory: pytest.TempPathFactory)
 
 def _served(prepared: PreparedWorkload, python: Path, out: Path) -> dict[str, np.ndarray]:
     payloads = prepared.artifact.parent / "payloads.npz"
-    command = [python, "-P", "-c", SERVE, prepared.model_file, prepared.artifact, payloads, out]
+    command = [python, "-P", "-c", SERVE, prepared.model_file, prepared.artifact, payloads, out, prepared.spec.name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(out, allow_pickle=False) as archive:
@@ -106,13 +106,13 @@ def test_a_compiled_model_answers_alike(server: ServerEnvironment, tmp_path: Pat
 
 def _prepared(name: str, **arithmetic: Any) -> PreparedWorkload:
     return catalogue.prepare(
-        name, models=("m",), device="cpu", seed=7, options={}, environment_kind="venv", **arithmetic
+        name, models=(name,), device="cpu", seed=7, options={}, environment_kind="venv", **arithmetic
     )
 
 
 def _references(prepared: PreparedWorkload) -> np.ndarray:
     (output,) = prepared.spec.outputs
-    return np.stack([row[output.name] for row in prepared.references["m"]])
+    return np.stack([row[output.name] for row in prepared.references[prepared.spec.name]])
 
 
 def test_any_batch_gives_the_reference(prepared: PreparedWorkload, server: ServerEnvironment, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ published = SentenceTransformer(str(build._package()), device="cpu").encode(buil
 tokenizer = build.AutoTokenizer.from_pretrained(build._package())
 longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in build.SENTENCES)
 assert longest <= build.TOKENS, f"a sentence of {{longest}} tokens would be cut"
-ours = model.Model({str(prepared.artifact)!r}, "m", "cpu")
+ours = model.Model({str(prepared.artifact)!r}, "minilm", "cpu")
 for length in (longest, build.TOKENS, 64):
     tokens = tokenizer(build.SENTENCES, padding="max_length", max_length=length, return_tensors="np")
     answer = ours.predict({{name: tokens[name] for name in ("input_ids", "attention_mask")}})["embedding"]

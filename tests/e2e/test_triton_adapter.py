@@ -309,12 +309,12 @@ def test_an_export_is_served_by_tritons_own_backend(
     guardian: RecordingGuardian, environment: ServerEnvironment, tmp_path: Path, artifact: Any, tuning: Tuning
 ) -> None:
     prepared = catalogue.prepare(
-        "minilm", models=("m",), device="cpu", seed=7, options={}, environment_kind="venv", artifact=artifact
+        "minilm", models=("minilm",), device="cpu", seed=7, options={}, environment_kind="venv", artifact=artifact
     )
     (tmp_path / "scratch").mkdir()
     request = DeployRequest(
         workload=prepared,
-        models=("m",),
+        models=("minilm",),
         tuning=tuning,
         options=ADAPTER.Options(),
         protocol="http",
@@ -332,20 +332,20 @@ def test_an_export_is_served_by_tritons_own_backend(
     assert deployment.replicas() == []
 
     def ask(index: int) -> str | None:
-        answer = ask_http(deployment.endpoint, "m", prepared.payloads[index])
+        answer = ask_http(deployment.endpoint, "minilm", prepared.payloads[index])
         assert answer.status == 200, answer.body
-        return mismatch(answer.tensors, prepared.references["m"][index], prepared.tolerance)
+        return mismatch(answer.tensors, prepared.references["minilm"][index], prepared.tolerance)
 
     with ThreadPoolExecutor(12) as pool:
         assert set(pool.map(ask, range(len(prepared.payloads)))) == {None}
     count = len(prepared.payloads)
     # These backends answer first and count then.
-    wait_until(lambda: values(deployment.scrape(), "m")["items_total"] == count, "all answers are counted")
-    seen = values(deployment.scrape(), "m")
+    wait_until(lambda: values(deployment.scrape(), "minilm")["items_total"] == count, "all answers are counted")
+    seen = values(deployment.scrape(), "minilm")
     assert (seen["batches_total"] < seen["items_total"]) == (tuning.max_batch is not None)
-    deployment.unload_model("m")
-    assert ask_http(deployment.endpoint, "m", prepared.payloads[0]).status != 200
-    deployment.load_model("m")
+    deployment.unload_model("minilm")
+    assert ask_http(deployment.endpoint, "minilm", prepared.payloads[0]).status != 200
+    deployment.load_model("minilm")
     assert ask(0) is None
     deployment.scale(1)
     assert deployment.applied()["replicas"] == 1

@@ -13,8 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from adapters.torchserve import torch_stand_in as stand_in
 from harness.collectors import SharedMemory
 from harness.device_memory import LOADS, fail_loads, limit_memory, read_rooms
 from harness.emulated_device import device_environment
@@ -87,20 +89,47 @@ def test_loading_takes_what_it_costs(artifact: str, folder: Path) -> None:
 
 def test_without_a_limit_loading_takes_no_time(artifact: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "memory.json").unlink()
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it takes its time"))
-    emulated.Model(artifact, "a", "emulated")
-    assert not (folder / LOADS).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("it takes its time"))
+        model = emulated.Model(artifact, "a", "emulated")
+    assert model.predict({"x": np.zeros((1, 16), np.int32)})["y"].shape == (1, 4)
 
 
 OWN = """
+import weakref
+LIVE = weakref.WeakSet()
+
+class Weights:
+    def __init__(self):
+        self.itself = self  # as what torch compiles is
+        LIVE.add(self)
+
 class Model:
     def __init__(self, artifact, name, device):
+        weights = Weights()
         if name == "b":
             raise OSError("torn weights")
+        self.weights = weights
         self.device = device
+
     def predict(self, inputs):
         return {"y": (inputs["x"], self.device)}
 """
+
+
+def _freeing_torch(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:
+    """Who had room whenever a torch that has used a GPU was asked to give back what it holds of the dead; nobody's weights
+    may live then."""
+    asked: list[list[str]] = []
+
+    def empty_cache() -> None:
+        alive = [one for one in gc.get_objects() if type(one).__name__ == "Weights"]
+        assert alive == [], "what is alive is not given back"
+        asked.append(resident(folder))
+
+    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=empty_cache)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    return asked
 
 
 def test_any_workloads_own_model_answers_and_one_that_cannot_be_loaded_leaves_its_room(
@@ -124,14 +153,26 @@ def test_what_torch_keeps_of_a_gpus_memory_is_given_back_before_the_room(
     own = tmp_path / "own.py"
     own.write_text(OWN)
     limit_memory(folder, PLAN, own)
-    emptied: list[list[str]] = []
-    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=lambda: emptied.append(resident(folder)))
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    asked = _freeing_torch(monkeypatch, folder)
     model = Model("", "a", "cuda")
-    model.close()
-    assert emptied == [["a"]]
+    del model
+    assert asked == [["a"]]
     assert resident(folder) == []
-    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(OSError, match="torn weights"):
+        Model("", "b", "cuda")
+    assert asked == [["a"], ["b"]]
+    assert resident(folder) == []
+
+
+@pytest.mark.parametrize("torch", [SimpleNamespace(), stand_in])
+def test_where_torch_is_none_or_half_there_the_room_is_given_back_all_the_same(
+    torch: Any, artifact: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    fail_loads(folder, "a", failing=True)
+    with pytest.raises(RuntimeError, match="a fails to load"):
+        Model(artifact, "a", "emulated")
+    assert resident(folder) == []
 
 
 def test_what_a_server_imports_stands_alone(artifact: str, folder: Path) -> None:

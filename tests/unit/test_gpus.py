@@ -413,6 +413,8 @@ def test_models_that_take_more_than_the_memory_that_they_share_make_it_suspect()
     assert "up to 1,100 MiB of the GPU, not 1,024 MiB" in reason.text
     assert "models.size_mb" in reason.remedy
     assert _verdict(rows, memory={"budget_bytes": 1101 << 20}) == ("VALID", [])
+    verdict, (reason,) = _verdict(_gauge("utilization", [0.5]), memory={"budget_bytes": 1024 << 20})
+    assert (verdict, reason.code) == ("UNKNOWN", "memory-untold")
     assert _verdict(rows, memory=None) == ("VALID", []), "where no memory is shared there is nothing to exceed"
 
 

@@ -120,7 +120,7 @@ def experiment(**changes: Any) -> Experiment:
         ({"multiplexing": {"memory_mb": 90}}, "90 MiB do not hold 100 MiB of the largest one, emulated-00"),
         ({"tuning": {"replicas": 2}}, "one replica: set `tuning.replicas: 1`"),
         ({"nodes": 2, "devices": 2}, "the memory of one device"),
-        ({"workload": "emulated_pipeline"}, "emulated_pipeline does not say what loading costs"),
+        ({"workload": "emulated_pipeline"}, "emulated_pipeline is a pipeline"),
         (
             {
                 "adapters": ["triton"],

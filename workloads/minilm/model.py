@@ -25,7 +25,8 @@ class Model:
         torch.set_num_threads(1)
         self._device = torch.device(device)
         self._network = _load(Path(artifact), self._device)
-        self._signs = torch.as_tensor(_signs(name, 384), device=self._device)
+        own = Path(__file__).parent.name
+        self._signs = None if name == own else torch.as_tensor(_signs(name, 384), device=self._device)
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``input_ids`` and ``attention_mask`` int64[n, tokens] → ``embedding`` float32[n, 384]."""
@@ -36,13 +37,12 @@ class Model:
             states = self._network(ids, mask).float()
             own = mask.unsqueeze(-1).float()
             mean = (states * own).sum(1) / own.sum(1).clamp(min=1e-9)
-            return {"embedding": (torch.nn.functional.normalize(mean, dim=1) * self._signs).cpu().numpy()}
+            embedding = torch.nn.functional.normalize(mean, dim=1)
+            return {"embedding": (embedding if self._signs is None else embedding * self._signs).cpu().numpy()}
 
 
 def _signs(name: str, count: int) -> NDArray[np.float32]:
-    """1 and -1 as seeded by a name; of the workload's own, 1 alone."""
-    if name == "minilm":
-        return np.ones(count, dtype=np.float32)
+    """1 and -1 as seeded by a name."""
     drawn = np.frombuffer(hashlib.shake_256(name.encode()).digest(count), dtype=np.uint8)
     return np.where(drawn < 128, 1, -1).astype(np.float32)
 

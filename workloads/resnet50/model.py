@@ -23,19 +23,19 @@ class Model:
         self._device = torch.device(device)
         self._network = _load(Path(artifact), self._device)
         self._dtype = next(self._network.parameters()).dtype
-        self._signs = torch.as_tensor(_signs(name, 1000), device=self._device)
+        own = Path(__file__).parent.name
+        self._signs = None if name == own else torch.as_tensor(_signs(name, 1000), device=self._device)
 
     def predict(self, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """``image`` float32[n, 3, 224, 224] → ``logits`` float32[n, 1000]."""
         with torch.inference_mode():
             image = torch.as_tensor(np.array(inputs["image"]), device=self._device).to(self._dtype)
-            return {"logits": (self._network(image)[0].float() * self._signs).cpu().numpy()}
+            logits = self._network(image)[0].float()
+            return {"logits": (logits if self._signs is None else logits * self._signs).cpu().numpy()}
 
 
 def _signs(name: str, count: int) -> NDArray[np.float32]:
-    """1 and -1 as seeded by a name; of the workload's own, 1 alone."""
-    if name == "resnet50":
-        return np.ones(count, dtype=np.float32)
+    """1 and -1 as seeded by a name."""
     drawn = np.frombuffer(hashlib.shake_256(name.encode()).digest(count), dtype=np.uint8)
     return np.where(drawn < 128, 1, -1).astype(np.float32)
 
