@@ -76,7 +76,11 @@ def _cold(group: Group, name: str) -> Figure:
         if group.theory is not None:
             curves = ((group.theory.lru, _LRU_DASH), (group.theory.least, _LEAST_DASH))
             for curve, dash in curves:
-                ax.plot(group.theory.memory_mb, 100 * curve, color=svg.MUTED, lw=1.6, ls=DASHES[dash], zorder=1.5)
+                drawn_as = {"color": svg.MUTED, "lw": 1.6, "ls": DASHES[dash], "zorder": 1.5}
+                if group.theory.memory_mb[0] == group.theory.memory_mb[-1]:
+                    ax.axhline(100 * float(curve[0]), **drawn_as)  # of one memory, a line has no length
+                else:
+                    ax.plot(group.theory.memory_mb, 100 * curve, **drawn_as)
                 most = max(most, 100 * float(curve.max()))
         for line, style, aside in zip(group.lines, _styles(group.lines), _aside(group.lines, group), strict=True):
             ends = [cell.summary["multiplexing"]["cold"]["share_ci"] or [np.nan, np.nan] for cell in line.cells]

@@ -159,6 +159,24 @@ def test_the_page_draws_it_says_emulated_and_names_the_controller(run: RunFolder
     assert build([run]) == html
 
 
+def test_of_one_memory_theory_is_a_level(tmp_path: Path) -> None:
+    one = make_run(
+        tmp_path / "run",
+        adapters=("reference",),
+        scenarios=("lru",),
+        memories={"lru": {"memory_mb": 500}},
+        span_s=60,
+        peak_rate=3,
+    )
+    found = multiplexing(view([one]))
+    assert found is not None
+    dashed = re.findall(r'<path d="([^"]+)"[^>]*stroke-dasharray', str(memory_curves(found)[0].svg))
+    assert len(dashed) == 2
+    for path in dashed:
+        xs = [float(x) for x, _ in re.findall(r"([\d.]+) ([\d.]+)", path)]
+        assert max(xs) - min(xs) > 100, path
+
+
 def test_markdown_has_the_recommendation_and_a_line_for_each_cell(run: RunFolder, told: Multiplexing) -> None:
     text = markdown([run])
     assert "The smallest memory that keeps p99 within" in text
