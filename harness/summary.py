@@ -403,7 +403,7 @@ def _across(
     ci_key: str,
     *,
     log: bool,
-    within: tuple[float, float] = (-math.inf, math.inf),
+    within: tuple[float, float] = (0.0, math.inf),
 ) -> Summary:
     """A mean of a cell with its interval over trials, cut to what the figure can be; no interval where there is none."""
     interval = over_trials(np.array([trial[key] for trial in members], dtype=np.float64), log=log)

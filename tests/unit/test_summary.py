@@ -18,6 +18,7 @@ from harness.records import SAMPLE_SCHEMA
 from harness.samples import Samples
 from harness.store import RunFolder, write_json
 from harness.summary import (
+    _across,
     goodput_per_dollar,
     goodput_per_joule,
     jsonable,
@@ -100,6 +101,14 @@ def test_dollars_and_joules_are_told_where_price_and_power_are_known(tmp_path: P
         assert cell[key] == pytest.approx(np.mean([trial[key] for trial in summary["trials"]]))
     low, high = cell["slo_attainment_ci"]
     assert low < cell["slo_attainment"] < high <= 1
+
+
+def test_no_interval_of_a_rate_goes_below_nothing() -> None:
+    trials = [{"goodput": 0.0}, {"goodput": 0.0}, {"goodput": 0.4}]
+    told = _across(trials, "goodput", "ci", log=False)
+    assert told["goodput"] == pytest.approx(0.4 / 3)
+    assert told["ci"][0] == 0
+    assert told["ci"][1] > 0.4
 
 
 def test_without_a_gpu_nothing_is_said_per_joule(tmp_path: Path) -> None:
