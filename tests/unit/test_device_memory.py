@@ -22,6 +22,7 @@ from harness.device_memory import LOADS, fail_loads, limit_memory, read_rooms
 from harness.emulated_device import device_environment
 from harness.multiplexing import MIB, MemoryPlan
 from harness.store import EventLog
+from tests.standalone import answers_alone
 from workloads import resident as resident_module
 from workloads.emulated import model as emulated
 from workloads.emulated.build import build_artifact
@@ -96,13 +97,9 @@ def test_without_a_limit_loading_takes_no_time(artifact: str, folder: Path, monk
 
 
 OWN = """
-import weakref
-LIVE = weakref.WeakSet()
-
 class Weights:
     def __init__(self):
         self.itself = self  # as what torch compiles is
-        LIVE.add(self)
 
 class Model:
     def __init__(self, artifact, name, device):
@@ -176,15 +173,7 @@ def test_where_torch_is_none_or_half_there_the_room_is_given_back_all_the_same(
 
 
 def test_what_a_server_imports_stands_alone(artifact: str, folder: Path) -> None:
-    code = (
-        "import importlib.util, sys, numpy\n"
-        f"spec = importlib.util.spec_from_file_location('m', {resident_module.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        f"y = module.Model({artifact!r}, 'a', 'emulated').predict({{'x': numpy.ones((2, 16), 'int32')}})['y']\n"
-        "assert y.shape == (2, 4) and not any(name.split('.')[0] in ('harness', 'workloads') for name in sys.modules)\n"
-    )
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=artifact, timeout=PATIENCE_S)
+    answers_alone(resident_module.__file__, artifact, "a")
 
 
 def test_a_model_that_fails_to_load_gives_its_room_back(artifact: str, folder: Path) -> None:

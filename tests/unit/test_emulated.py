@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.emulated_device import DeviceCounters, device_environment, read_counters
+from tests.standalone import answers_alone
 from workloads.emulated import model as emulated
 from workloads.emulated.build import build_artifact, make_payloads
 from workloads.emulated.model import Model
@@ -292,12 +292,4 @@ def test_counters_are_read_beside_anything_else(device: Path) -> None:
 
 
 def test_the_model_file_stands_alone(artifact: str, device: Path) -> None:
-    code = (
-        "import importlib.util, sys, numpy\n"
-        f"spec = importlib.util.spec_from_file_location('m', {emulated.__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        f"y = module.Model({artifact!r}, 'm', 'emulated').predict({{'x': numpy.ones((2, 16), 'int32')}})['y']\n"
-        "assert y.shape == (2, 4) and not any(name.split('.')[0] in ('harness', 'workloads') for name in sys.modules)\n"
-    )
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=artifact, timeout=PATIENCE_S)
+    answers_alone(emulated.__file__, artifact, "m")
