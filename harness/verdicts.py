@@ -68,7 +68,8 @@ def judge(
         *_clocks(facts, trace),
         *_server(facts, trace, warmup),
         *_host(facts, host),
-        *_gpus(gpus, (facts.get("memory") or {}).get("budget_bytes")),
+        *_gpus(gpus),
+        *_shared_memory(facts, gpus),
         *_steadiness(facts, warmup, steady),
     ]
     if any(reason.effect == "INVALID" for reason in reasons):
@@ -256,9 +257,8 @@ def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Re
     return [Reason("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials", "UNKNOWN")]
 
 
-def _gpus(gpus: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> list[Reason]:
-    """What makes figures of a GPU those of its cooling, its power limit or its neighbours; and, where models share so many bytes
-    of it, of more memory than is said."""
+def _gpus(gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
+    """What makes figures of a GPU those of its cooling, its power limit or its neighbours."""
     reasons = []
     if lost := [gpu["gpu"] for gpu in gpus if gpu["lost"]]:
         remedy = "look for «Xid» in dmesg; reset it (nvidia-smi -r), or restart the machine"
@@ -276,8 +276,15 @@ def _gpus(gpus: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> list[R
     if shared := [text for text in map(_others_on, gpus) if text]:
         remedy = "end them (nvidia-smi lists them), or choose another GPU by CUDA_VISIBLE_DEVICES"
         reasons.append(Reason("gpu-shared", "; ".join(shared), remedy, "UNKNOWN"))
-    if budget_bytes is None:
-        return reasons
+    return reasons
+
+
+def _shared_memory(facts: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
+    """What makes figures of models that share a GPU's memory those of more memory than is said."""
+    if not facts.get("memory"):
+        return []
+    budget_bytes = facts["memory"]["budget_bytes"]
+    reasons = []
     told = [gpu["server_memory_bytes"] for gpu in gpus]
     taken = max((held for held in told if held is not None), default=0.0)
     if None in told:
