@@ -43,10 +43,10 @@ def description(spec: WorkloadSpec, stages_file: Path, clocks: Path | None) -> d
 def pipeline_environment(workload: PreparedWorkload, folder: Path) -> Mapping[str, str]:
     """The environment variables that every process of a pipeline needs, whoever composes it; none for other workloads.
     ``folder`` gets the description, and the clocks of the stages. One per trial: the clocks start at zero."""
-    if not workload.spec.pipeline or workload.own_file is None:
+    if not workload.spec.pipeline:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    told = description(workload.spec, workload.own_file, folder)
+    told = description(workload.spec, workload.own_model_file, folder)
     (folder / _FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
     return {"TAILRACE_PIPELINE": str(folder / _FILE)}
 

@@ -5,6 +5,7 @@ A run that was cut off can be gone on with: what is done stays, what had begun i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -334,15 +335,17 @@ def _provenance(run: RunFolder, setups: list[TrialSetup]) -> dict[str, Any]:
     packages = {setup.adapter.name: dict(setup.environment.packages) for setup in setups}
     images = {setup.adapter.name: setup.environment.image for setup in setups}
     served = setups[0].workload
-    made = {"artifact_sha256": served.artifact_sha256, "model_sha256": served.own_model_sha256}
+    with served.own_model_file.open("rb") as file:
+        model_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    made = {"artifact_sha256": served.artifact_sha256, "model_sha256": model_sha256}
     if "artifact_sha256" in workload:
         then = {name: told["packages"] for name, told in adapters.items()}
         _refuse(
             run,
             _differences("packages of", then, packages)
             + _differences("image of", {name: told.get("image", "") for name, told in adapters.items()}, images)
-            + _differences("artifact SHA-256", workload["artifact_sha256"], made["artifact_sha256"])
-            + _differences("SHA-256 of model.py", workload["model_sha256"], made["model_sha256"]),
+            + _differences("artifact SHA-256", workload["artifact_sha256"], served.artifact_sha256)
+            + _differences("SHA-256 of model.py", workload.get("model_sha256"), model_sha256),
         )
     return {
         "adapters": {

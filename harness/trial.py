@@ -392,8 +392,8 @@ class Trial:
         folder = device_folder(scratch, node)
         folder.mkdir(parents=True)
         workload = self._setup.workload
-        if self._setup.memory is not None and workload.own_file is not None:
-            limit_memory(folder, self._setup.memory, workload.own_file)
+        if self._setup.memory is not None:
+            limit_memory(folder, self._setup.memory, workload.own_model_file)
         own = self._gpus[node * each : (node + 1) * each]
         return device_environment(workload.device, folder, own, each)
 

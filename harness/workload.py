@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,14 +224,12 @@ class PreparedWorkload:
     @property
     def code_folders(self) -> tuple[Path, ...]:
         """The folders that hold what a server imports of the workload."""
-        files = (self.model_file, self.own_file)
-        return tuple(dict.fromkeys(file.parent for file in files if file is not None))
+        return tuple(dict.fromkeys(file.parent for file in (self.model_file, self.own_model_file)))
 
     @property
-    def own_model_sha256(self) -> str:
-        """Of the workload's own ``model.py``."""
-        with (self.own_file or self.model_file).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def own_model_file(self) -> Path:
+        """The workload's own ``model.py``, whoever imports it."""
+        return self.own_file or self.model_file
 
     @property
     def tolerance(self) -> Tolerance:

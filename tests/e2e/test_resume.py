@@ -188,6 +188,8 @@ CHANGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "trace provenance file: x when it began, none",
     ),
     "other artifact": (lambda m: m["workload"].update(artifact_sha256="abc"), "artifact SHA-256: abc when it began, "),
+    "other model": (lambda m: m["workload"].update(model_sha256="abc"), "SHA-256 of model.py: abc when it began, "),
+    "model unknown": (lambda m: m["workload"].pop("model_sha256"), "SHA-256 of model.py: none when it began, "),
 }
 
 
