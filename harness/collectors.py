@@ -285,9 +285,8 @@ class EmulatedDevices:
 
 
 class SharedMemory:
-    """The memory that models share, and, as events, which models come and go: ``models-resident`` at first,
-    ``model-begun``, ``model-loaded``,
-    ``model-failed``, ``model-refused`` by the models' own clock, ``model-gone`` when it is seen."""
+    """The memory that models share, and, as events, which models come and go: ``models-resident`` at first, ``model-begun``,
+    ``model-loaded``, ``model-failed``, ``model-refused`` by the models' own clock, ``model-gone`` when it is seen."""
 
     source = "memory"
     interval_s = 0.05

@@ -121,7 +121,7 @@ def prepare(
         **job,
         "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
         "device": device,
-        "told_apart": True,
+        "told_apart": True,  # what was kept before models had to answer differently is made again, and checked
         "files": [(name, digest.hex()) for name, digest in _digests(folder)],
         "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
         "environment": environments.fingerprint(kind, requirements),

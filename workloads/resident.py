@@ -10,6 +10,7 @@ device really has free is its own business: where that is less, the model cannot
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import importlib.util
 import json
@@ -130,6 +131,7 @@ def _tell(folder: Path, what: str, told: dict[str, Any]) -> None:
         log.write(line)  # one write of a few hundred bytes, which nobody else's comes between
 
 
+@functools.cache
 def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("workload_own_model", path)
     if spec is None or spec.loader is None:
