@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from harness.records import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
-from harness.spec import Experiment, interleave
-from harness.store import RunFolder, write_json
+from tailrace.harness.plan.spec import Experiment, interleave
+from tailrace.harness.records.schema import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from tailrace.harness.records.store import RunFolder, write_json
 
 RATE = 2000
 """Arrivals per second; the trace is as long as the arrivals need."""
@@ -34,15 +34,15 @@ FAIL = 0.005
 _ANALYSE = """
 import sys
 from pathlib import Path
-from harness.store import RunFolder
-from harness.summary import write_summary
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.analysis.summary import write_summary
 write_summary(RunFolder.open(Path(sys.argv[1])))
 """
 _REPORT = """
 import sys
 from pathlib import Path
-from harness.store import RunFolder
-from reports.report import write
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.report import write
 write([RunFolder.open(Path(sys.argv[1]))], Path(sys.argv[1]) / "report.html")
 """
 

@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
-from harness.cgroups import cpu_root
-from harness.cgroups import refusal as cgroup_refusal
-from harness.errors import TailraceError
-from harness.processes import ProcessRef
-from harness.store import RunFolder
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.processes import ProcessRef
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.servers.cgroups import cpu_root
+from tailrace.harness.servers.cgroups import refusal as cgroup_refusal
 
 MARKER = "TAILRACE_CHAOS"
 """An environment variable that everything a run starts inherits."""
@@ -102,7 +102,7 @@ class Victim:
     def kill(self, number: int, at_s: float) -> Kill:
         """Begin a run, kill it after so many seconds, look for what is left, and go on with it."""
         run = self._folder / f"run-{number}"
-        command = [sys.executable, "-m", "harness.cli", "run", *self._experiment, "--out", str(run)]
+        command = [sys.executable, "-m", "tailrace.cli.main", "run", *self._experiment, "--out", str(run)]
         with (self._folder / f"run-{number}.log").open("wb") as log:
             harness = subprocess.Popen(
                 command, cwd=self._folder, env=self._environment, stdout=log, stderr=log, start_new_session=True
@@ -139,7 +139,7 @@ class Victim:
             kill.failures.append(str(error))
 
     def _checked(self, *arguments: str, codes: tuple[int, ...]) -> None:
-        command = [sys.executable, "-m", "harness.cli", *arguments]
+        command = [sys.executable, "-m", "tailrace.cli.main", *arguments]
         done = subprocess.run(
             command, cwd=self._folder, env=self._environment, capture_output=True, text=True, check=False
         )

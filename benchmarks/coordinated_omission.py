@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
-from harness.adapter import Deployment, ServerEnvironment
-from harness.errors import TailraceError
-from harness.metrics import measured, percentile
-from harness.records import REQUEST_SCHEMA
-from harness.registry import get_adapter
-from harness.replay.driver import LoadGenerator
-from harness.schedule import build_schedule
-from harness.tables import read_table
-from harness.workload import PreparedWorkload
 from served import served
-from workloads.catalogue import prepare
+from tailrace.harness.analysis.metrics import measured, percentile
+from tailrace.harness.contract.adapter import Deployment, ServerEnvironment
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.plan.schedule import build_schedule
+from tailrace.harness.records.schema import REQUEST_SCHEMA
+from tailrace.harness.records.tables import read_table
+from tailrace.harness.replay.driver import LoadGenerator
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.run.registry import get_adapter
 
 MODEL = "emulated"
 STALL_MS, EVERY_S = 500.0, 5.0

@@ -24,22 +24,22 @@ from rich.table import Table
 import generators
 from ending import leave
 from generators import Run
-from harness import environments
-from harness.adapter import Deployment, ServerEnvironment, Tuning
-from harness.codecs import PreparedRequest
-from harness.comparison import t_interval
-from harness.control import ControlConnection
-from harness.errors import TailraceError
-from harness.exchange import exchange
-from harness.metrics import Floats, measured, percentile
-from harness.records import REQUEST_SCHEMA
-from harness.registry import get_adapter
-from harness.replay.driver import LoadGenerator
-from harness.schedule import build_schedule
-from harness.tables import read_table
-from harness.workload import PreparedWorkload
 from served import served
-from workloads.catalogue import prepare
+from tailrace.harness.analysis.comparison import t_interval
+from tailrace.harness.analysis.metrics import Floats, measured, percentile
+from tailrace.harness.contract.adapter import Deployment, ServerEnvironment, Tuning
+from tailrace.harness.contract.codecs import PreparedRequest
+from tailrace.harness.contract.control import ControlConnection
+from tailrace.harness.contract.exchange import exchange
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.plan.schedule import build_schedule
+from tailrace.harness.records.schema import REQUEST_SCHEMA
+from tailrace.harness.records.tables import read_table
+from tailrace.harness.replay.driver import LoadGenerator
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.servers import environments
 
 MODEL = "emulated"
 BASE_MS = 5

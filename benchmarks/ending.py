@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from harness.errors import TailraceError
+from tailrace.harness.errors import TailraceError
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

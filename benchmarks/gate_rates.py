@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
-from gate.baselines import Baseline, SavedTrial, find
-from gate.decision import EFFECT, decide, plan
-from gate.rules import DEFAULT_RULES, parse_rules
-from harness.errors import InputError
+from tailrace.gate.baselines import Baseline, SavedTrial, find
+from tailrace.gate.decision import EFFECT, decide, plan
+from tailrace.gate.rules import DEFAULT_RULES, parse_rules
+from tailrace.harness.errors import InputError
 
 RECORDED = Path(__file__).parent / "recorded" / "aa.json"
 """22 trials each of Triton and Ray Serve, on two cores of a virtual machine, emulated accelerators."""

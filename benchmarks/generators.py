@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.adapter import Endpoint
-from harness.errors import TailraceError
-from harness.machine import cpu_count
-from harness.metrics import Floats
+from tailrace.harness.analysis.metrics import Floats
+from tailrace.harness.contract.adapter import Endpoint
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.machine import cpu_count
 
 WRK = shutil.which("wrk")
 WRK_REMEDY = "install wrk (on Debian and Ubuntu: apt-get install wrk)"
@@ -53,7 +53,7 @@ def output_of(argv: Sequence[str], *, seconds: float, env: Mapping[str, str] | N
 @functools.cache
 def precedence() -> tuple[str, ...]:
     """What goes in front of a generator's command, so that it has the precedence over the server that tailrace's own load
-    worker takes (:func:`harness.replay.worker.take_precedence`)."""
+    worker takes (:func:`take_precedence`)."""
     real_time = ("chrt", "--rr", "1")
     if cpu_count() > 1 and shutil.which("chrt"):
         tried = subprocess.run([*real_time, "true"], capture_output=True, check=False)

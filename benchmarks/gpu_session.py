@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.preflight import check
-from harness.spec import load_experiment
-from harness.store import default_folder
+from tailrace.harness.plan.spec import load_experiment
+from tailrace.harness.records.store import default_folder
+from tailrace.harness.run.preflight import check
 
 ADAPTERS = ("triton", "ray_serve", "torchserve", "kserve")
 P99_MS = {"gpu": (15, 100), "quick": (1000,)}
@@ -140,7 +140,7 @@ class Session:
 def carry_out(step: Step) -> None:
     """Run a step unless it is done. A race that fails, or has INVALID trials, does not end the session."""
     print(f"\n== {step.title}: tailrace {' '.join(step.command)}", flush=True)
-    command, prints = [sys.executable, "-m", "harness.cli", *step.command], step.result.suffix == ".json"
+    command, prints = [sys.executable, "-m", "tailrace.cli.main", *step.command], step.result.suffix == ".json"
     if step.command[0] == "run" and (step.result / "manifest.json").exists():
         command[3:] = ["run", "--resume", str(step.result)]
     elif (

@@ -22,12 +22,12 @@ from rich.table import Table
 
 import generators
 from ending import leave
-from harness import environments
-from harness.adapter import Endpoint
-from harness.codecs import PreparedRequest
-from harness.registry import get_adapter
-from harness.ruler import NULL_SERVER, plain_workload
 from served import served
+from tailrace.harness.contract.adapter import Endpoint
+from tailrace.harness.contract.codecs import PreparedRequest
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.run.ruler import NULL_SERVER, plain_workload
+from tailrace.harness.servers import environments
 
 BODY_BYTES = 100
 CONNECTIONS = 32
@@ -50,7 +50,7 @@ Tell = Callable[[str], None]
 
 def tailrace(rates: str, seconds: int) -> list[Row]:
     """The rows of `tailrace loadgen`, which brings up a null server of its own."""
-    command = [sys.executable, "-m", "harness.cli", "loadgen", "--rates", rates, "--duration", str(seconds)]
+    command = [sys.executable, "-m", "tailrace.cli.main", "loadgen", "--rates", rates, "--duration", str(seconds)]
     limit_s = (rates.count(",") + 1) * seconds
     said = generators.output_of([*command, "--body-bytes", str(BODY_BYTES), "--format", "json"], seconds=limit_s)
     return [{"tool": "tailrace", **row} for row in json.loads(said)["rows"]]

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from ending import leave
-from harness.errors import TailraceError
-from harness.store import RunFolder
-from reports.report import write
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.report import write
 
 SIZE = (1180, 1560)
 """Width and height in pixels: from the question to the first figure."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
-from harness.emulated_device import device_environment
-from harness.exchange import check_answer, exchange
-from harness.guardian import Guardian
-from harness.workload import PreparedWorkload
+from tailrace.harness.contract.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.exchange import check_answer, exchange
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.servers.emulated_device import device_environment
+from tailrace.harness.servers.guardian import Guardian
 
 _ANSWER_TIMEOUT_S = 30.0
 

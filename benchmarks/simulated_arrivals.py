@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
-from simulator.engine import NS_PER_S, simulate
-from simulator.system import Autoscaler, Failure, Router, System
+from tailrace.simulator.engine import NS_PER_S, simulate
+from tailrace.simulator.system import Autoscaler, Failure, Router, System
 
 
 def fleet(replicas: int, router: Router = "shared") -> System:

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gate.rules import FIGURES
-from harness.errors import InputError, StorageError
-from harness.spec import explain
-from harness.store import RunFolder, now, write_json
-from harness.summary import Summary, jsonable, summarise
+from tailrace.gate.rules import FIGURES
+from tailrace.harness.analysis.summary import Summary, jsonable, summarise
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.plan.spec import explain
+from tailrace.harness.records.store import RunFolder, now, write_json
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -35,7 +35,7 @@ class SavedTrial(_Strict):
     reasons: tuple[str, ...]
     """Codes."""
     figures: dict[str, float | None]
-    """All of :data:`gate.rules.FIGURES`, in the units of the summary; ``None``: not claimed, or not known."""
+    """All of :data:`FIGURES`, in the units of the summary; ``None``: not claimed, or not known."""
 
 
 class SavedCell(_Strict):

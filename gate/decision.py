@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from gate.baselines import CONDITIONS, Baseline, SavedCell, SavedTrial
-from gate.power import POWER, power, trials_needed
-from gate.ratios import Against, against, log_spread
-from gate.rules import Rule
-from harness.comparison import MIN_TRIALS
-from harness.differences import differences
-from harness.errors import InputError
-from harness.spec import nearest
+from tailrace.gate.baselines import CONDITIONS, Baseline, SavedCell, SavedTrial
+from tailrace.gate.power import POWER, power, trials_needed
+from tailrace.gate.ratios import Against, against, log_spread
+from tailrace.gate.rules import Rule
+from tailrace.harness.analysis.comparison import MIN_TRIALS
+from tailrace.harness.differences import differences
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.spec import nearest
 
 Verdict = Literal["pass", "fail", "inconclusive", "invalid"]
 WORST_LAST: tuple[Verdict, ...] = ("pass", "inconclusive", "fail", "invalid")
@@ -62,7 +62,7 @@ def decide(
     allow_different: Collection[str] = (),
     strict: bool = False,
 ) -> Decision:
-    """Judge the candidate. ``allow_different`` names conditions (:data:`gate.baselines.CONDITIONS`) that need not be the
+    """Judge the candidate. ``allow_different`` names conditions (:data:`CONDITIONS`) that need not be the
     same; ``strict`` treats UNKNOWN trials as INVALID ones.
 
     Raises :class:`InputError` where no cell is common, where both are the same run, and for other conditions.

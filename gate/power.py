@@ -8,7 +8,7 @@ from bisect import bisect_left
 from scipy.special import stdtrit
 from scipy.stats import nct
 
-from harness.comparison import MIN_TRIALS
+from tailrace.harness.analysis.comparison import MIN_TRIALS
 
 MOST_TRIALS = 1_000
 """More than these nobody runs."""

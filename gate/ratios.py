@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from scipy.special import stdtrit
 
-from gate.baselines import SavedTrial
-from harness.comparison import MIN_TRIALS, Method, paired_ratio
-from harness.metrics import Floats
+from tailrace.gate.baselines import SavedTrial
+from tailrace.harness.analysis.comparison import MIN_TRIALS, Method, paired_ratio
+from tailrace.harness.analysis.metrics import Floats
 
 Trials = Sequence[SavedTrial]
 

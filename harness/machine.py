@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from harness.errors import InputError
-from harness.gpus import gpus
+from tailrace.harness.errors import InputError
+from tailrace.harness.gpus import gpus
 
 ENVIRONMENT_VARIABLES = (
     "CI",

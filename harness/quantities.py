@@ -1,11 +1,11 @@
-"""Quantities as people type them on a command line: ``120ms``, ``0.8s``, ``99%``, ``base=12ms,per_item=3ms``."""
+"""Quantities as people type them (``120ms``, ``0.8s``, ``99%``, ``base=12ms,per_item=3ms``), and as they read them."""
 
 from __future__ import annotations
 
 import math
 import re
 
-from harness.errors import InputError
+from tailrace.harness.errors import InputError
 
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|h)")
@@ -42,3 +42,14 @@ def assignments(text: str, where: str, known: tuple[str, ...]) -> dict[str, str]
             raise InputError(f"{where}: {key} is given twice", remedy="leave one of them out")
         found[key] = value
     return found
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency for reading: three significant digits, ∞ where failures own the rank, «not claimed» for ``None``."""
+    if value is None:
+        return "not claimed"
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

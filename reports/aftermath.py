@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.summary import Summary
-from reports.evidence import CellView
-from reports.text import NOTHING, humanly, listing, milliseconds, quantity, seconds, share
+from tailrace.harness.analysis.summary import Summary
+from tailrace.reports.evidence import CellView
+from tailrace.reports.text import NOTHING, humanly, listing, milliseconds, quantity, seconds, share
 
 RECOVERY_HEADINGS = (
     "Cell",

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.comparison import FIGURES
-from reports.conditions import differences
-from reports.contestants import left_out
-from reports.evidence import RunView
-from reports.headline import Headline, headline
-from reports.reproduce import Portable
-from reports.text import count, interval, listing, milliseconds, significant
+from tailrace.harness.analysis.comparison import FIGURES
+from tailrace.reports.conditions import differences
+from tailrace.reports.contestants import left_out
+from tailrace.reports.evidence import RunView
+from tailrace.reports.headline import Headline, headline
+from tailrace.reports.reproduce import Portable
+from tailrace.reports.text import count, interval, listing, milliseconds, significant
 
 RATIO_HEADINGS = ("Pair", "Blocks", "p99", "p50", "Goodput per device")
 REASONS_SHOWN = 1

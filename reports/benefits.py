@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.summary import Summary
-from reports.text import interval, listing, per_second, quantity, share, significant
+from tailrace.harness.analysis.summary import Summary
+from tailrace.reports.text import interval, listing, per_second, quantity, share, significant
 
 _LOADS_DIFFER = 1.05
 """Largest ÷ smallest offered load from which on they were meant to differ; the same rate drawn anew differs by less."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.summary import Summary
-from reports.evidence import CellView
-from reports.text import interval, milliseconds, share
+from tailrace.harness.analysis.summary import Summary
+from tailrace.reports.evidence import CellView
+from tailrace.reports.text import interval, milliseconds, share
 
 MODEL_HEADINGS = ("Cell", "Model", "Of all requests", "Within SLO", "p50", "p99")
 

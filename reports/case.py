@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.metrics import Floats
-from reports import svg
-from reports.frontier import non_dominated
-from reports.page import write_page
+from tailrace.harness.analysis.frontier import non_dominated
+from tailrace.harness.analysis.metrics import Floats
+from tailrace.reports import svg
+from tailrace.reports.page import write_page
 
 
 def plot(mean_replicas: Floats, p99_ms: Floats, *, chosen: int | None, slo_ms: float, title: str, path: Path) -> Path:

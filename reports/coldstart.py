@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.coldstart import MODES, PHASES, REQUEST_FIGURES, SETTLING_REQUESTS, WARM_FACTOR, WARM_REQUESTS
-from reports import svg
-from reports.figures import Figure, Key
-from reports.page import render, write_page
-from reports.text import (
+from tailrace.harness.run.coldstart import MODES, PHASES, REQUEST_FIGURES, SETTLING_REQUESTS, WARM_FACTOR, WARM_REQUESTS
+from tailrace.reports import svg
+from tailrace.reports.figures import Figure, Key
+from tailrace.reports.page import render, write_page
+from tailrace.reports.text import (
     NOTHING,
     bytes_size,
     count,

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.summary import Summary
-from reports.text import interval, quantity, share
+from tailrace.harness.analysis.summary import Summary
+from tailrace.reports.text import interval, quantity, share
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.summary import Summary
-from reports.text import bytes_size, count, listing, milliseconds, quantity, sources
+from tailrace.harness.analysis.summary import Summary
+from tailrace.reports.text import bytes_size, count, listing, milliseconds, quantity, sources
 
 
 @dataclass(frozen=True)

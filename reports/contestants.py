@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.observations import TOPICS
-from reports.evidence import RunView
-from reports.text import NOTHING, listing, printable
+from tailrace.harness.contract.observations import TOPICS
+from tailrace.reports.evidence import RunView
+from tailrace.reports.text import NOTHING, listing, printable
 
 UNSEEN = "nothing: the contract suite has not run here"
 

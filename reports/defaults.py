@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.comparison import Ratio, paired_ratio
-from reports.evidence import CellView
-from reports.headline import pair, ratio_words
-from reports.text import NOTHING, listing, milliseconds, per_second, share
+from tailrace.harness.analysis.comparison import Ratio, paired_ratio
+from tailrace.reports.evidence import CellView
+from tailrace.reports.headline import pair, ratio_words
+from tailrace.reports.text import NOTHING, listing, milliseconds, per_second, share
 
 
 @dataclass(frozen=True)

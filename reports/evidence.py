@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from harness.matrix import spoken
-from harness.metrics import (
+from tailrace.harness.analysis.metrics import (
     MEASURED_COLUMNS,
     Floats,
     Series,
@@ -22,13 +21,14 @@ from harness.metrics import (
     samples_needed,
     series,
 )
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.store import RunFolder, TrialFolder
-from harness.summary import Summary, summarise
-from reports.conditions import Conditions
-from reports.svg import slots
-from reports.text import printable
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.analysis.summary import Summary, summarise
+from tailrace.harness.plan.matrix import spoken
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.reports.conditions import Conditions
+from tailrace.reports.svg import slots
+from tailrace.reports.text import printable
 
 NINES = np.linspace(0.0, 4.5, 46)
 """Where latency curves are read: −log10(1 − q), so 1 is p90 and 2 is p99."""

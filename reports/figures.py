@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from harness.comparison import MIN_TRIALS
-from harness.metrics import Floats
-from reports import svg
-from reports.benefits import ATTAINMENT, GOODPUT, Benefit, others
-from reports.columns import optimistic
-from reports.conditions import Conditions, distinction
-from reports.downsample import largest_triangles
-from reports.evidence import GAUGES, NINES, Band, CellView, Evidence, FaultWindow
-from reports.frontier import frontier_probabilities, non_dominated
-from reports.settings import merit, settings, varied, within_objective
-from reports.text import humanly, interval, listing, milliseconds, seconds, share, significant
+from tailrace.harness.analysis.comparison import MIN_TRIALS
+from tailrace.harness.analysis.frontier import frontier_probabilities, non_dominated
+from tailrace.harness.analysis.metrics import Floats
+from tailrace.reports import svg
+from tailrace.reports.benefits import ATTAINMENT, GOODPUT, Benefit, others
+from tailrace.reports.columns import optimistic
+from tailrace.reports.conditions import Conditions, distinction
+from tailrace.reports.downsample import largest_triangles
+from tailrace.reports.evidence import GAUGES, NINES, Band, CellView, Evidence, FaultWindow
+from tailrace.reports.settings import merit, settings, varied, within_objective
+from tailrace.reports.text import humanly, interval, listing, milliseconds, seconds, share, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

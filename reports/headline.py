@@ -8,12 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.comparison import Pairs, Ratio, blocks, paired_ratio
-from harness.metrics import RECOVERY_MARGIN
-from reports.columns import optimistic
-from reports.evidence import CellView, RunView
-from reports.settings import merit, setting_words, varied, within_objective
-from reports.text import count, humanly, interval, listing, milliseconds, per_second, quantity, share, significant
+from tailrace.harness.analysis.comparison import Pairs, Ratio, blocks, paired_ratio
+from tailrace.harness.analysis.metrics import RECOVERY_MARGIN
+from tailrace.reports.columns import optimistic
+from tailrace.reports.evidence import CellView, RunView
+from tailrace.reports.settings import merit, setting_words, varied, within_objective
+from tailrace.reports.text import (
+    count,
+    humanly,
+    interval,
+    listing,
+    milliseconds,
+    per_second,
+    quantity,
+    share,
+    significant,
+)
 
 
 def pair(first: CellView, second: CellView, key: str) -> Pairs:

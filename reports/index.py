@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.errors import InputError, TailraceError
-from harness.matrix import spoken
-from harness.store import RunFolder
-from reports.answers import verdict_counts
-from reports.page import render, write_page
-from reports.text import count, milliseconds, per_second, share
+from tailrace.harness.errors import InputError, TailraceError
+from tailrace.harness.plan.matrix import spoken
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.answers import verdict_counts
+from tailrace.reports.page import render, write_page
+from tailrace.reports.text import count, milliseconds, per_second, share
 
 HEADINGS = ("Run", "Started", "Question", "Conditions", "Trials", "Goodput per device, p99, within SLO")
 CELLS = 6

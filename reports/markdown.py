@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.store import RunFolder
-from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
-from reports.evidence import CellView, view
-from reports.multiplexing import BRIEF_HEADINGS, multiplexing, words
-from reports.pipelines import PRICE_HEADINGS, pipelines
-from reports.text import interval, markdown_safe, markdown_table, milliseconds, per_second, printable, share
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
+from tailrace.reports.evidence import CellView, view
+from tailrace.reports.multiplexing import BRIEF_HEADINGS, multiplexing, words
+from tailrace.reports.pipelines import PRICE_HEADINGS, pipelines
+from tailrace.reports.text import interval, markdown_safe, markdown_table, milliseconds, per_second, printable, share
 
 CELL_HEADINGS = (
     *("cell", "trials", "offered", "goodput per device", "p50", "p99", "within SLO", "failed or shed", "verdict"),

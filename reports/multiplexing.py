@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.metrics import Floats, percentile
-from harness.multiplexing import MIB
-from harness.residence import Met
-from harness.samples import Samples
-from harness.store import TrialFolder
-from reports.conditions import distinction
-from reports.evidence import CellView, RunView
-from reports.settings import within_objective
-from reports.text import NOTHING, interval, listing, milliseconds, quantity, seconds, share
-from simulator.caching import least_loads, lru_hit_rates
-from simulator.multiplexed_trial import MultiplexedTrial, calibrated, predict, read_multiplexed
+from tailrace.harness.analysis.metrics import Floats, percentile
+from tailrace.harness.analysis.residence import Met
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.contract.multiplexing import MIB
+from tailrace.harness.records.store import TrialFolder
+from tailrace.reports.conditions import distinction
+from tailrace.reports.evidence import CellView, RunView
+from tailrace.reports.settings import within_objective
+from tailrace.reports.text import NOTHING, interval, listing, milliseconds, quantity, seconds, share
+from tailrace.simulator.caching import least_loads, lru_hit_rates
+from tailrace.simulator.multiplexed_trial import MultiplexedTrial, calibrated, predict, read_multiplexed
 
 _KINDS = ("cold", "warm", "hot")
 MULTIPLEXING_HEADINGS = (

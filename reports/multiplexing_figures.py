@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.metrics import Floats
-from reports import svg
-from reports.downsample import largest_triangles
-from reports.evidence import CellView
-from reports.figures import DASHES, MARKERS, MAX_POINTS, Figure, Key, LogAxis, heading, stamp
-from reports.multiplexing import Group, Headroom, Line, Multiplexing, Theory, memory
-from reports.text import interval, listing, milliseconds, share
+from tailrace.harness.analysis.metrics import Floats
+from tailrace.reports import svg
+from tailrace.reports.downsample import largest_triangles
+from tailrace.reports.evidence import CellView
+from tailrace.reports.figures import DASHES, MARKERS, MAX_POINTS, Figure, Key, LogAxis, heading, stamp
+from tailrace.reports.multiplexing import Group, Headroom, Line, Multiplexing, Theory, memory
+from tailrace.reports.text import interval, listing, milliseconds, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from harness.errors import StorageError
-from reports.svg import palette_css
-from reports.text import printable, tied
+from tailrace.harness.errors import StorageError
+from tailrace.reports.svg import palette_css
+from tailrace.reports.text import printable, tied
 
 
 def render(template: str, **content: Any) -> str:
@@ -22,7 +22,7 @@ def render(template: str, **content: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: (files("reports") / name).read_text(encoding="utf-8")),
+        loader=jinja2.FunctionLoader(lambda name: (files("tailrace.reports") / name).read_text(encoding="utf-8")),
     )
     environment.filters["tied"] = tied
     style = Markup(_stylesheet())  # noqa: S704 - our own file
@@ -45,6 +45,6 @@ def write_page(page: str, path: Path) -> Path:
 
 
 def _stylesheet() -> str:
-    sheet = (files("reports") / "report.css").read_text(encoding="utf-8")
+    sheet = (files("tailrace.reports") / "report.css").read_text(encoding="utf-8")
     dark = f"@media screen and (prefers-color-scheme: dark){{:root{{{palette_css(dark=True)}}}}}"
     return f":root{{{palette_css(dark=False)}}}\n{dark}\n{sheet}"

@@ -12,24 +12,24 @@ from typing import Any
 
 from markupsafe import Markup
 
-from harness.errors import InputError
-from harness.store import RunFolder
-from reports import figures
-from reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
-from reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
-from reports.by_model import MODEL_HEADINGS, by_model
-from reports.columns import COLUMNS, fields
-from reports.contestants import profiles
-from reports.defaults import defaults
-from reports.evidence import CellView, RunView, view
-from reports.figures import DASHES, Key
-from reports.multiplexing import MULTIPLEXING_HEADINGS, PREDICTION_HEADINGS, multiplexing, words
-from reports.multiplexing_figures import headroom, memory_curves
-from reports.page import render, write_page
-from reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
-from reports.reproduce import Portable, reproduce
-from reports.ruler import HEADINGS, ruler
-from reports.text import (
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports import figures
+from tailrace.reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
+from tailrace.reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
+from tailrace.reports.by_model import MODEL_HEADINGS, by_model
+from tailrace.reports.columns import COLUMNS, fields
+from tailrace.reports.contestants import profiles
+from tailrace.reports.defaults import defaults
+from tailrace.reports.evidence import CellView, RunView, view
+from tailrace.reports.figures import DASHES, Key
+from tailrace.reports.multiplexing import MULTIPLEXING_HEADINGS, PREDICTION_HEADINGS, multiplexing, words
+from tailrace.reports.multiplexing_figures import headroom, memory_curves
+from tailrace.reports.page import render, write_page
+from tailrace.reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
+from tailrace.reports.reproduce import Portable, reproduce
+from tailrace.reports.ruler import HEADINGS, ruler
+from tailrace.reports.text import (
     NOTHING,
     count,
     listing,
@@ -47,7 +47,7 @@ MARKER_SHAPES = (
     "M10 3.5l2-2l2 2l2-2l2 2l-2 2.5l2 2.5l-2 2l-2-2l-2 2l-2-2l2-2.5z",
     "M14 1l4.3 2.5v5l-4.3 2.5l-4.3-2.5v-5z",
 )
-"""Markers for legends, as paths in a box of 28 × 12, in the order of :data:`reports.figures.MARKERS`."""
+"""Markers for legends, as paths in a box of 28 × 12, in the order of :data:`MARKERS`."""
 
 
 def write(runs: Sequence[RunFolder], path: Path) -> Path:
@@ -64,7 +64,7 @@ def build(runs: Sequence[RunFolder]) -> str:
         raise InputError("a report needs at least one run", remedy="give the folder that `tailrace run` printed")
     views = view(runs)
     cells = [cell for run in views for cell in run.cells]
-    script = (files("reports") / "report.js").read_text(encoding="utf-8")
+    script = (files("tailrace.reports") / "report.js").read_text(encoding="utf-8")
     frontiers = figures.frontiers(cells)
     shared = multiplexing(views)
     return render(

@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from harness.adapter import NODE_NAME
-from harness.matrix import spoken
-from harness.store import RunFolder, TrialFolder
-from reports.evidence import RunView
-from reports.text import NOTHING, bytes_size, listing, sources
+from tailrace.harness.contract.adapter import NODE_NAME
+from tailrace.harness.plan.matrix import spoken
+from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.reports.evidence import RunView
+from tailrace.reports.text import NOTHING, bytes_size, listing, sources
 
 MAX_FILE_CHARACTERS = 20_000
 MAX_EVENTS = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reports.evidence import RunView
-from reports.text import NOTHING, milliseconds, per_second, printable, quantity
+from tailrace.reports.evidence import RunView
+from tailrace.reports.text import NOTHING, milliseconds, per_second, printable, quantity
 
 HEADINGS = (
     "Protocol",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reports.evidence import CellView
-from reports.text import humanly, listing
+from tailrace.reports.evidence import CellView
+from tailrace.reports.text import humanly, listing
 
 LOAD = "mean load, requests/s"
 

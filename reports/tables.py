@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from harness.errors import StorageError
-from harness.summary import Summary, jsonable
+from tailrace.harness.analysis.summary import Summary, jsonable
+from tailrace.harness.errors import StorageError
 
 
 def figures_csv(summaries: Mapping[str, Summary]) -> str:

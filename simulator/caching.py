@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
-from harness.metrics import Floats
+from tailrace.harness.analysis.metrics import Floats
 
 __all__ = ["LeastLoads", "least_loads", "lru_hit_rates"]
 

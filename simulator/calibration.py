@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize, nnls
 
-from harness.errors import InputError
-from harness.metrics import MEASURED_COLUMNS, Floats, Ints, measured, percentile
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.store import TrialFolder
-from harness.summary import summarise_trial
-from simulator.engine import NS_PER_S, Simulated, simulate
-from simulator.system import Batching, Router, Service, System, WindowOpens, load_system
+from tailrace.harness.analysis.metrics import MEASURED_COLUMNS, Floats, Ints, measured, percentile
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.analysis.summary import summarise_trial
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import TrialFolder
+from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
+from tailrace.simulator.system import Batching, Router, Service, System, WindowOpens, load_system
 
 FITTED_QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 _ROUTERS: tuple[Router, ...] = ("shared", "power_of_two", "round_robin", "random")
@@ -218,7 +218,7 @@ def fit_error(system: System, trial: Trial) -> float:
 
 
 def device_share(simulated: Simulated, devices: int) -> float:
-    """The share of the span in which devices computed, as :func:`harness.summary.resource_use` has it of an emulated one."""
+    """The share of the span in which devices computed, as :func:`resource_use` has it of an emulated one."""
     return simulated.busy_ns / (simulated.span_ns * devices)
 
 

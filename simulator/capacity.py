@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from simulator.system import Autoscaler, Batching, Service
+from tailrace.simulator.system import Autoscaler, Batching, Service
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from harness.metrics import Floats, Ints, percentile
-from simulator.system import NS_PER_MS, Router, System
+from tailrace.harness.analysis.metrics import Floats, Ints, percentile
+from tailrace.simulator.system import NS_PER_MS, Router, System
 
 NS_PER_S = 1_000_000_000
 NEVER = np.int64(2**62)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.metrics import MEASURED_COLUMNS, NS_PER_MS, NS_PER_S, Floats, Ints, measured
-from harness.residence import Met, loads_of, met
-from harness.schedule import Phase
-from harness.store import TrialFolder
-from simulator.multiplexing import Device, Memory, simulate
-from simulator.system import Batching, Service
+from tailrace.harness.analysis.metrics import MEASURED_COLUMNS, NS_PER_MS, NS_PER_S, Floats, Ints, measured
+from tailrace.harness.analysis.residence import Met, loads_of, met
+from tailrace.harness.plan.schedule import Phase
+from tailrace.harness.records.store import TrialFolder
+from tailrace.simulator.multiplexing import Device, Memory, simulate
+from tailrace.simulator.system import Batching, Service
 
 _APART_NS = 10_000_000_000
 """Between two requests of the verification: each is answered before the next is asked."""
@@ -31,7 +31,7 @@ class MultiplexedTrial:
     models: NDArray[np.int64]
     """Positions in the memory's sizes."""
     met: NDArray[np.uint8]
-    """How each met its model (:class:`harness.residence.Met`)."""
+    """How each met its model (:class:`Met`)."""
     traced_from: int
     """Where warm-up ends and the trace begins."""
     loads: NDArray[np.int64]

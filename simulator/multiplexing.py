@@ -1,6 +1,6 @@
 """Many models on one emulated device that does not hold them all: an event simulation with the reference server's own policy.
 
-Mechanisms are the reference server's (:mod:`adapters.reference.server`): a request queues at its model; a replica that is idle
+Mechanisms are the reference server's (:mod:`.reference.server`): a request queues at its model; a replica that is idle
 takes a batch as the batcher says, and holds the device for it; what is asked for and not in memory is loaded, one model after the
 other in the order in which they were asked for. Whoever has to go for that finishes the batch that it has in hand, and what waits
 for it waits until it comes back. All times are whole nanoseconds.
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.reference.server.residency import Policy, Pool
-from harness.metrics import Floats, Ints
-from harness.residence import Met
-from simulator.system import NS_PER_MS, Batching, Service
+from tailrace.harness.analysis.metrics import Floats, Ints
+from tailrace.harness.analysis.residence import Met
+from tailrace.multiplexing.residency import Policy, Pool
+from tailrace.simulator.system import NS_PER_MS, Batching, Service
 
 __all__ = ["Device", "Memory", "Multiplexed", "simulate"]
 
@@ -68,7 +68,7 @@ class Multiplexed:
 
     response_ms: Floats
     met: NDArray[np.uint8]
-    """How each met its model (:class:`harness.residence.Met`), told as of a real trial."""
+    """How each met its model (:class:`Met`), told as of a real trial."""
     loads: NDArray[np.int64]
     """One row for each: when it was decided, when it was done (ns), and the model; shape (loads, 3)."""
     evictions: NDArray[np.int64]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from harness.metrics import Ints
-from simulator.system import Autoscaler, Batching, Failure, Service, System
+from tailrace.harness.analysis.metrics import Ints
+from tailrace.simulator.system import Autoscaler, Batching, Failure, Service, System
 
 SEED = 7
 SPAN_S = 30
@@ -27,7 +27,7 @@ SYSTEM = System(
     autoscaler=AUTOSCALER,
     failures=(Failure(at_s=FAILURE_AT_S),),
 )
-"""The same system for the event loop of :mod:`simulator.engine`."""
+"""The same system for the event loop of :mod:`tailrace.simulator.engine`."""
 
 
 @dataclass(frozen=True)

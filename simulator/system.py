@@ -10,9 +10,9 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from harness.errors import InputError, StorageError
-from harness.metrics import Ints
-from harness.spec import assign, explain
+from tailrace.harness.analysis.metrics import Ints
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.plan.spec import assign, explain
 
 NS_PER_MS = 1_000_000
 MAX_BATCH = 4096

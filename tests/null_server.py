@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.null.adapter import ADAPTER, NullOptions
-from harness.adapter import Deployment, DeployRequest, ServerEnvironment, Tuning, WireProtocol
-from harness.codecs import raw_bytes
-from harness.emulated_device import device_environment
-from harness.guardian import Guardian
-from harness.metrics import Ints, Measured, measured
-from harness.records import REQUEST_SCHEMA
-from harness.replay.driver import LoadGenerator, ReplayResult
-from harness.schedule import Phase, Schedule
-from harness.tables import read_table
-from harness.workload import PreparedWorkload
-from workloads.catalogue import prepare
+from tailrace.adapters.null.adapter import ADAPTER, NullOptions
+from tailrace.harness.analysis.metrics import Ints, Measured, measured
+from tailrace.harness.contract.adapter import Deployment, DeployRequest, ServerEnvironment, Tuning, WireProtocol
+from tailrace.harness.contract.codecs import raw_bytes
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.plan.schedule import Phase, Schedule
+from tailrace.harness.records.schema import REQUEST_SCHEMA
+from tailrace.harness.records.tables import read_table
+from tailrace.harness.replay.driver import LoadGenerator, ReplayResult
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.servers.emulated_device import device_environment
+from tailrace.harness.servers.guardian import Guardian
 
 MODEL = "emulated"
 _LEAD_S = 0.5

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from simulator.calibration import Trial
-from simulator.engine import NS_PER_S, Simulated, simulate
-from simulator.system import Batching, Service, System
-from traces import catalogue
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.simulator.calibration import Trial
+from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
+from tailrace.simulator.system import Batching, Service, System
+from tailrace.traces import catalogue
 
 TUNING = {"max_batch": 16, "batch_window_ms": 10, "replicas": 3}
 TRUE = System(

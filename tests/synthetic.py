@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from harness.multiplexing import MemoryPlan, plan_memory
-from harness.records import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
-from harness.spec import Experiment, interleave
-from harness.store import EventLog, RunFolder, TrialFolder, write_json
-from harness.tables import TableWriter, finish_table
-from simulator import multiplexing
-from simulator.system import Batching, Service
+from tailrace.harness.contract.multiplexing import MemoryPlan, plan_memory
+from tailrace.harness.plan.spec import Experiment, interleave
+from tailrace.harness.records.schema import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
+from tailrace.harness.records.store import EventLog, RunFolder, TrialFolder, write_json
+from tailrace.harness.records.tables import TableWriter, finish_table
+from tailrace.simulator import multiplexing
+from tailrace.simulator.system import Batching, Service
 
 Variant = Literal["complete", "killed", "empty", "one-request", "hostile"]
 Floats = NDArray[np.float64]

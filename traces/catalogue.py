@@ -1,7 +1,7 @@
 """The catalogue: traces by name, those that come with tailrace and those that a user has added.
 
 A built-in trace is one YAML file in ``traces/catalogue/``; an added one is ``NAME.yaml`` and ``NAME.parquet`` in the
-``traces`` folder of :func:`harness.folders.data_folder`. The fields of the YAML are those of :class:`CatalogueEntry`.
+``traces`` folder of :func:`data_folder`. The fields of the YAML are those of :class:`CatalogueEntry`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from harness.errors import InputError, StorageError
-from harness.folders import data_folder
-from traces.generators import GENERATORS
-from traces.importers import ImportOptions, import_file
-from traces.statistics import TraceDescription, describe
-from traces.trace import Trace
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.folders import data_folder
+from tailrace.traces.generators import GENERATORS
+from tailrace.traces.importers import ImportOptions, import_file
+from tailrace.traces.trace import Trace, TraceDescription, describe
 
 BUILT_IN = Path(__file__).parent / "catalogue"
 
@@ -44,11 +43,11 @@ class CatalogueEntry(BaseModel):
     description: str
     kind: Literal["generator", "file"]
     generator: str | None = None
-    """For kind generator: one of :data:`traces.generators.GENERATORS`."""
+    """For kind generator: one of :data:`GENERATORS`."""
     file: str | None = Field(default=None, pattern=r"^[^/]+$")
     """For kind file: the file beside the YAML; Parquet as :func:`add` writes it, or anything that can be imported."""
     params: dict[str, JsonValue] = {}
-    """Parameters of the generator, or the :class:`traces.importers.ImportOptions` of the file."""
+    """Parameters of the generator, or the :class:`ImportOptions` of the file."""
     transient: bool = False
     """Declares a surge or a flash crowd: exempt from checks for a steady state."""
     fault_at_s: float | None = Field(default=None, ge=0)

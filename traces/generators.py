@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from traces.statistics import NS_PER_S
-from traces.trace import MAX_ARRIVALS, Trace, random_source
+from tailrace.traces.statistics import NS_PER_S
+from tailrace.traces.trace import MAX_ARRIVALS, Trace, random_source
 
 
 class GeneratorParameters(BaseModel):

@@ -30,9 +30,9 @@ import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from harness.errors import InputError
-from traces.statistics import NS_PER_S
-from traces.trace import MAX_ARRIVALS, MAX_NS, Trace, random_source
+from tailrace.harness.errors import InputError
+from tailrace.traces.statistics import NS_PER_S
+from tailrace.traces.trace import MAX_ARRIVALS, MAX_NS, Trace, random_source
 
 Unit = Literal["s", "ms", "us", "ns", "datetime"]
 """How a stamp is written: a number in that unit from any origin, or ISO 8601 (without a zone: UTC)."""

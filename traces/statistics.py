@@ -10,66 +10,10 @@ Definitions, with bins aligned to the start of the trace:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue
-
-if TYPE_CHECKING:
-    from traces.trace import Trace
 
 NS_PER_S = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class TraceDescription:
-    """The figures of one trace; rates in arrivals per second, the others without unit.
-
-    ``None`` means that the figure does not exist: too few arrivals, a span shorter than the window, or stamps
-    coarser than the window (``Trace.resolution_s``), whose finer structure was invented by the importer.
-    """
-
-    rows: int
-    span_s: float
-    mean_rate: float
-    peak_to_mean_1s: float | None
-    peak_to_mean_60s: float | None
-    index_of_dispersion_1s: float | None
-    index_of_dispersion_60s: float | None
-    cv: float | None
-
-    def as_dict(self) -> dict[str, JsonValue]:
-        """The same figures as JSON."""
-        return dict(vars(self))
-
-
-def describe(trace: Trace) -> TraceDescription:
-    """Return the figures of ``trace``; takes time and memory in proportion to its arrivals, never to its span."""
-
-    def per_window(window_s: int) -> tuple[float | None, float | None]:
-        if trace.resolution_s > window_s:
-            return None, None
-        window_ns = window_s * NS_PER_S
-        return (
-            peak_to_mean(trace.arrivals_ns, trace.span_ns, window_ns),
-            index_of_dispersion(trace.arrivals_ns, trace.span_ns, window_ns),
-        )
-
-    peak_1s, dispersion_1s = per_window(1)
-    peak_60s, dispersion_60s = per_window(60)
-    gaps_are_real = trace.resolution_s * trace.mean_rate <= 1
-    return TraceDescription(
-        rows=len(trace),
-        span_s=trace.span_s,
-        mean_rate=trace.mean_rate,
-        peak_to_mean_1s=peak_1s,
-        peak_to_mean_60s=peak_60s,
-        index_of_dispersion_1s=dispersion_1s,
-        index_of_dispersion_60s=dispersion_60s,
-        cv=gap_cv(trace.arrivals_ns) if gaps_are_real else None,
-    )
 
 
 def bin_counts(arrivals_ns: NDArray[np.int64], width_ns: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from harness.adapter import Adapter, Tuning, WireProtocol
-from harness.metrics import Ints
-from simulator.engine import simulate
-from simulator.system import Autoscaler, Batching, System, TargetTracking
-from traces import catalogue
-from tuner.objective import Objective
+from tailrace.harness.analysis.metrics import Ints
+from tailrace.harness.contract.adapter import Adapter, Tuning, WireProtocol
+from tailrace.simulator.engine import simulate
+from tailrace.simulator.system import Autoscaler, Batching, System, TargetTracking
+from tailrace.traces import catalogue
+from tailrace.tuner.objective import Objective
 
 Settings = dict[str, Any]
 

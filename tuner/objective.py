@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.errors import InputError
-from harness.metrics import nearest_rank
-from harness.quantities import seconds, share
+from tailrace.harness.analysis.metrics import nearest_rank
+from tailrace.harness.errors import InputError
+from tailrace.harness.quantities import seconds, share
 
 
 @dataclass(frozen=True)

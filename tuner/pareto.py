@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from harness.adapter import Tuning
-from harness.errors import TailraceError
-from harness.matrix import words
-from harness.observer import Observer
-from harness.registry import get_adapter
-from harness.run import run_or_go_on
-from harness.store import RunFolder
-from harness.summary import summarise
-from reports.frontier import non_dominated
-from simulator.calibration import Calibrated, Trial, calibrate, read_trial
-from simulator.engine import simulate
-from simulator.system import System
-from traces.trace import Trace, rescale
-from tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
-from tuner.objective import Objective
+from tailrace.harness.analysis.frontier import non_dominated
+from tailrace.harness.analysis.summary import summarise
+from tailrace.harness.contract.adapter import Tuning
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.plan.matrix import words
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.run.runner import run_or_go_on
+from tailrace.simulator.calibration import Calibrated, Trial, calibrate, read_trial
+from tailrace.simulator.engine import simulate
+from tailrace.simulator.system import System
+from tailrace.traces.trace import Trace, rescale
+from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
+from tailrace.tuner.objective import Objective
 
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Mean rates that are tried, as multiples of the trace's own."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.adapter import NEEDS, Adapter
-from harness.comparison import blocks, paired_ratio
-from harness.console import fault_sentence
-from harness.errors import InputError
-from tuner.objective import Objective
+from tailrace.harness.analysis.aftermath import fault_sentence
+from tailrace.harness.analysis.comparison import blocks, paired_ratio
+from tailrace.harness.contract.adapter import NEEDS, Adapter
+from tailrace.harness.errors import InputError
+from tailrace.tuner.objective import Objective
 
 HOSTED = "hosted"
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.errors import TailraceError
-from tuner.objective import Objective
+from tailrace.harness.errors import TailraceError
+from tailrace.tuner.objective import Objective
 
 MAX_STEPS = 24
 STEPS_DOWN = 6

@@ -19,18 +19,18 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from harness.comparison import Ratio, blocks, paired_ratio
-from harness.errors import InputError, TailraceError, TrialPrunedError
-from harness.observer import Observer
-from harness.replay.driver import Progress
-from harness.run import run_or_go_on
-from harness.spec import TrialPlan
-from harness.store import RunFolder
-from harness.summary import jsonable, summarise
-from simulator.calibration import calibrate, read_trial
-from simulator.engine import simulate
-from tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible, tuning
-from tuner.objective import Objective
+from tailrace.harness.analysis.comparison import Ratio, blocks, paired_ratio
+from tailrace.harness.analysis.summary import jsonable, summarise
+from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
+from tailrace.harness.plan.spec import TrialPlan
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.replay.driver import Progress
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.runner import run_or_go_on
+from tailrace.simulator.calibration import calibrate, read_trial
+from tailrace.simulator.engine import simulate
+from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible, tuning
+from tailrace.tuner.objective import Objective
 
 CONTROLS = 2
 """Settings that the simulator would have skipped and that are run all the same, to see what it misses."""

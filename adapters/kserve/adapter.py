@@ -16,8 +16,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from adapters.kserve import config
-from harness.adapter import (
+from tailrace.adapters.kserve import config
+from tailrace.harness.contract.adapter import (
     Adapter,
     Deployment,
     DeployRequest,
@@ -29,10 +29,10 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.codecs import OpenInferenceGRPC, OpenInferenceHTTP
-from harness.control import ControlConnection, choose_ports, process_environment
-from harness.errors import ServerError
-from harness.processes import ProcessRef, descendants
+from tailrace.harness.contract.codecs import OpenInferenceGRPC, OpenInferenceHTTP
+from tailrace.harness.contract.control import ControlConnection, choose_ports, process_environment
+from tailrace.harness.errors import ServerError
+from tailrace.harness.processes import ProcessRef, descendants
 
 _SERVING = "kserve-serving"
 """What the shim calls a process, in the process table, that has loaded the models."""

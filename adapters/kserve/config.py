@@ -6,7 +6,7 @@ import json
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.adapter import DeployRequest
+from tailrace.harness.contract.adapter import DeployRequest
 
 
 class Options(BaseModel):

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapters.null import answers, haproxy
-from adapters.null.server import HEALTH_SERVICE, PATH, SERVICE, SERVING
-from harness.adapter import (
+from tailrace.adapters.null import answers, haproxy
+from tailrace.adapters.null.server import HEALTH_SERVICE, PATH, SERVICE, SERVING
+from tailrace.harness.contract.adapter import (
     Adapter,
     Deployment,
     DeployRequest,
@@ -20,12 +20,17 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.balancer import HAPROXY_LAUNCH
-from harness.codecs import PreparedRequest, RawGRPC, RawHTTP
-from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_environment
-from harness.errors import InputError
-from harness.exchange import exchange
-from harness.processes import descendants
+from tailrace.harness.contract.codecs import PreparedRequest, RawGRPC, RawHTTP
+from tailrace.harness.contract.control import (
+    HAPROXY_LAUNCH,
+    TIMEOUT_S,
+    ControlConnection,
+    choose_ports,
+    process_environment,
+)
+from tailrace.harness.contract.exchange import exchange
+from tailrace.harness.errors import InputError
+from tailrace.harness.processes import descendants
 
 _CONFIG = "null.json"
 _NO_FRAMEWORK = "the null server has no framework behind it; it follows its script (options.null)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adapters.null.server import key
-from harness.adapter import DeployRequest
-from harness.codecs import raw_bytes
+from tailrace.adapters.null.server import key
+from tailrace.harness.contract.adapter import DeployRequest
+from tailrace.harness.contract.codecs import raw_bytes
 
 
 def path(model: str, index: int) -> str:
@@ -16,7 +16,7 @@ def path(model: str, index: int) -> str:
 
 def place(request: DeployRequest, folder: Path) -> dict[str, str]:
     """Write the answer to every payload of every model below the server's working folder; returns :func:`path` by
-    :func:`~adapters.null.server.key`."""
+    :func:`key`."""
     spec = request.workload.spec
     placed = {}
     for model in request.models:

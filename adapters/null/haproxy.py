@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 
-from adapters.null import answers
-from adapters.null.server import PATH
-from harness.adapter import DeployRequest
-from harness.codecs import raw_bytes
-from harness.errors import InputError
+from tailrace.adapters.null import answers
+from tailrace.adapters.null.server import PATH
+from tailrace.harness.contract.adapter import DeployRequest
+from tailrace.harness.contract.codecs import raw_bytes
+from tailrace.harness.errors import InputError
 
 CONFIG = "haproxy.cfg"
 

@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 import psutil
 from pydantic import BaseModel
 
-from adapters.ray_serve import config
-from adapters.ray_serve.metrics import Metrics
-from harness.adapter import (
+from tailrace.adapters.ray_serve import config
+from tailrace.adapters.ray_serve.metrics import Metrics
+from tailrace.harness.contract.adapter import (
     NODE_NAME,
     Adapter,
     Deployment,
@@ -43,11 +43,17 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.codecs import RawHTTP
-from harness.control import TIMEOUT_S, ControlConnection, choose_ports, process_environment, socket_folder
-from harness.errors import DeployError, ServerError
-from harness.multiplexing import MIB, MemoryPlan, Policy
-from harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.contract.control import (
+    TIMEOUT_S,
+    ControlConnection,
+    choose_ports,
+    process_environment,
+    socket_folder,
+)
+from tailrace.harness.contract.multiplexing import MIB, MemoryPlan, Policy
+from tailrace.harness.errors import DeployError, ServerError
+from tailrace.harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
 
 _TITLE = re.compile(r"ray::ServeReplica:(?P<model>[^:]+):(?P<deployment>[\w-]+)")
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"

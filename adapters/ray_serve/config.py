@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.adapter import Autoscale, DeployRequest, Tuning
-from harness.control import agreed
-from harness.multiplexing import MemoryPlan
+from tailrace.harness.contract.adapter import Autoscale, DeployRequest, Tuning
+from tailrace.harness.contract.control import agreed
+from tailrace.harness.contract.multiplexing import MemoryPlan
 
 DEPLOYMENT = "Model"
 """The deployment that takes the requests of an application: the model or, where Serve composes a pipeline, what calls the

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from harness.adapter import MetricSample
+from tailrace.harness.contract.adapter import MetricSample
 
 _BATCH_SIZES = "ray_serve_actual_batch_size_bucket"
 _HTTP_REQUESTS = "ray_serve_num_http_requests_total"

@@ -22,8 +22,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters.reference.server.replica import PROCESS_NAME
-from harness.adapter import (
+from tailrace.adapters.reference.server.replica import PROCESS_NAME
+from tailrace.harness.contract.adapter import (
     Adapter,
     Deployment,
     DeployRequest,
@@ -35,11 +35,12 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.codecs import RawHTTP
-from harness.control import ControlConnection, agreed, choose_ports, process_environment
-from harness.multiplexing import Policy
-from harness.processes import ProcessRef, descendants
-from harness.workload import TensorSpec
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.contract.control import ControlConnection, agreed, choose_ports, process_environment
+from tailrace.harness.contract.multiplexing import Policy
+from tailrace.harness.contract.workload import TensorSpec
+from tailrace.harness.processes import ProcessRef, descendants
+from tailrace.multiplexing import residency
 
 CONFIG = "server.json"
 SYSTEM = "system.json"
@@ -262,7 +263,11 @@ class Reference(Adapter):
                 *(str(request.environment.python), "-m", "server"),
                 *(str(request.workdir / "config" / CONFIG), request.host, str(port)),
             ],
-            env={**process_environment(request), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(self.folder)},
+            env={
+                **process_environment(request),
+                "PYTHONUNBUFFERED": "1",
+                "PYTHONPATH": f"{self.folder}:{Path(residency.__file__).parent}",
+            },
             cwd=request.scratch,
             log=log,
         )

@@ -22,9 +22,9 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from adapters.torchserve import config
-from adapters.torchserve.java import find_java
-from harness.adapter import (
+from tailrace.adapters.torchserve import config
+from tailrace.adapters.torchserve.java import find_java
+from tailrace.harness.contract.adapter import (
     Adapter,
     Deployment,
     DeployRequest,
@@ -37,18 +37,17 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.codecs import RawHTTP
-from harness.control import (
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.contract.control import (
     ControlConnection,
     agreed,
-    ask_interpreter,
     choose_ports,
     process_environment,
     socket_folder,
 )
-from harness.errors import DeployError, ServerError
-from harness.processes import ProcessRef, descendants, log_tail
-from harness.workload import StageSpec
+from tailrace.harness.contract.workload import StageSpec
+from tailrace.harness.errors import DeployError, ServerError
+from tailrace.harness.processes import ProcessRef, descendants, log_tail
 
 _WORKER = "model_service_worker.py"
 _SOCKET = re.compile(r"\.ts\.sock\.(\d+)$")
@@ -84,7 +83,7 @@ class _Installation:
     @classmethod
     def find(cls, environment: ServerEnvironment) -> _Installation:
         """Ask the interpreter. Raises :class:`DeployError` when it has no TorchServe."""
-        found = ask_interpreter(environment, _PROBE)
+        found = environment.ask(_PROBE)
         if found["ts"] is None:
             raise DeployError(
                 f"{environment.python} has no package torchserve",

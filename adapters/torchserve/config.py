@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from harness.adapter import DeployRequest
-from harness.workload import StageSpec, TensorSpec, WorkloadSpec
+from tailrace.harness.contract.adapter import DeployRequest
+from tailrace.harness.contract.workload import StageSpec, TensorSpec, WorkloadSpec
 
 PORTS = ("inference", "management", "metrics", "gRPC inference", "gRPC management")
 """In the order in which a request names them."""

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from harness.errors import DeployError
+from tailrace.harness.errors import DeployError
 
 OLDEST = 17
 _TIMEOUT_S = 60.0

@@ -17,7 +17,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from adapters.triton.config import (
+from tailrace.adapters.triton.config import (
     NATIVE,
     batching_parts,
     flags,
@@ -28,7 +28,7 @@ from adapters.triton.config import (
     script_instances,
     stage_model,
 )
-from harness.adapter import (
+from tailrace.harness.contract.adapter import (
     Adapter,
     Deployment,
     DeployRequest,
@@ -41,11 +41,16 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.codecs import OpenInferenceGRPC, OpenInferenceHTTP
-from harness.control import ControlConnection, agreed, ask_interpreter, choose_ports, process_environment
-from harness.errors import DeployError, StorageError
-from harness.processes import ProcessRef, descendants
-from harness.workload import ArtifactKind
+from tailrace.harness.contract.codecs import OpenInferenceGRPC, OpenInferenceHTTP
+from tailrace.harness.contract.control import (
+    ControlConnection,
+    agreed,
+    choose_ports,
+    process_environment,
+)
+from tailrace.harness.contract.workload import ArtifactKind
+from tailrace.harness.errors import DeployError, StorageError
+from tailrace.harness.processes import ProcessRef, descendants
 
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
@@ -100,7 +105,7 @@ class _Bundle:
     def find(cls, environment: ServerEnvironment) -> _Bundle:
         """Ask the environment's interpreter. Raises :class:`DeployError` when something is missing."""
         python = environment.python
-        found = ask_interpreter(environment, _PROBE)
+        found = environment.ask(_PROBE)
         names = tuple(found["backends"])
         if found["installed"] and not found["wheel"]:
             return cls(Path(_INSTALLED), None, (), names)  # the vendor's, whose image knows where its libraries are

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.adapter import DeployRequest, Tuning
-from harness.workload import ArtifactKind, StageSpec, TensorSpec
+from tailrace.harness.contract.adapter import DeployRequest, Tuning
+from tailrace.harness.contract.workload import ArtifactKind, StageSpec, TensorSpec
 
 _DATA_TYPES = {
     "int32": "TYPE_INT32",

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from harness.codecs import PreparedRequest
-from harness.errors import StorageError, TailraceError
-from harness.machine import cpu_count
-from harness.processes import free_ports, log_tail
-from harness.records import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
-from harness.replay import wire
-from harness.schedule import Phase, Schedule
-from harness.tables import TableWriter
+from tailrace.harness.contract.codecs import PreparedRequest
+from tailrace.harness.errors import StorageError, TailraceError
+from tailrace.harness.machine import cpu_count
+from tailrace.harness.plan.schedule import Phase, Schedule
+from tailrace.harness.processes import free_ports, log_tail
+from tailrace.harness.records.schema import OUTCOME_NAMES, PHASE_NAMES, REQUEST_SCHEMA, Outcome
+from tailrace.harness.records.tables import TableWriter
+from tailrace.harness.replay import wire
 
 START_TIMEOUT_S = 60.0
 END_GRACE_S = 30.0
@@ -114,7 +114,7 @@ class ReplayResult:
     """What a replay left behind. Of several workers the CPU times and connections are summed; lags are the worst one's."""
 
     records: Path
-    """The Arrow stream with the rows; :func:`harness.tables.finish_table` makes it Parquet."""
+    """The Arrow stream with the rows; :func:`finish_table` makes it Parquet."""
     recorded: int
     """Rows written: one per arrival, fewer only after :meth:`LoadGenerator.abort`."""
     answers: tuple[Answer, ...]
@@ -141,7 +141,7 @@ class LoadGenerator:
     every (index into ``schedule.models``, payload id) that the schedule uses. ``timeout_s`` is the client's, counted
     from when it starts to send; ``max_connections`` bounds the requests outstanding (each of several workers has its share,
     rounded up), an arrival past it is ``dropped``.
-    ``records`` is the stem of the table that gets the rows (:data:`harness.records.REQUEST_SCHEMA`), flushed with
+    ``records`` is the stem of the table that gets the rows (:data:`REQUEST_SCHEMA`), flushed with
     every batch.
     """
 
@@ -255,10 +255,10 @@ class LoadGenerator:
     def _module(self) -> list[str]:
         workers = self._workers
         if workers.count == 1 and not workers.remote:
-            return ["harness.replay.worker"]
+            return ["tailrace.harness.replay.worker"]
         host, _, port = workers.listen.rpartition(":")
         address = f"{host}:{int(port) or free_ports(1, host)[0]}"
-        return ["harness.replay.master", address, str(workers.local), str(workers.remote)]
+        return ["tailrace.harness.replay.master", address, str(workers.local), str(workers.remote)]
 
     def go(self, epoch_ns: int) -> None:
         """Start the clock: ``epoch_ns`` is the trace's first instant on ``time.monotonic_ns``; warm-up precedes it."""

@@ -20,10 +20,10 @@ import grpc
 import grpc.aio
 from gevent.threadpool import ThreadPool
 
-from harness.records import Outcome
-from harness.replay.pacer import Pacer
-from harness.replay.recorder import SMALL_BODY_BYTES, Answers, Recorder
-from harness.replay.wire import NONE, Endpoint, Shard
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay.pacer import Pacer
+from tailrace.harness.replay.recorder import SMALL_BODY_BYTES, Answers, Recorder
+from tailrace.harness.replay.wire import NONE, Endpoint, Shard
 
 CHANNELS = 4
 """HTTP/2 connections, so that one connection's flow control or stream limit is not what is measured."""

@@ -21,10 +21,10 @@ import gevent
 from gevent.event import Event
 from geventhttpclient._parser import HTTPParseError, HTTPResponseParser
 
-from harness.records import Outcome
-from harness.replay.pacer import Pacer
-from harness.replay.recorder import ERROR_CHARS, SMALL_BODY_BYTES, Answers, Recorder
-from harness.replay.wire import NONE, Endpoint, Shard
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay.pacer import Pacer
+from tailrace.harness.replay.recorder import ERROR_CHARS, SMALL_BODY_BYTES, Answers, Recorder
+from tailrace.harness.replay.wire import NONE, Endpoint, Shard
 
 PREOPENED = 32
 """Connections opened before the clock starts, so that the first arrivals do not pay for them."""

@@ -17,7 +17,7 @@ def serve(master: str, note: Callable[[str], None]) -> None:
 
     Between two trials there is no master; the process then waits for the next one. Returns on ``KeyboardInterrupt``.
     """
-    command = [sys.executable, "-P", "-m", "harness.replay.worker", master]
+    command = [sys.executable, "-P", "-m", "tailrace.harness.replay.worker", master]
     environment = {**os.environ, "LOCUST_SKIP_MONKEY_PATCH": "1"}
     note(f"sends for the master at {master}, whenever there is one; Ctrl-C ends it")
     while True:

@@ -1,4 +1,4 @@
-"""The master of several load workers: ``python -m harness.replay.master HOST:PORT LOCAL REMOTE``.
+"""The master of several load workers: ``python -m tailrace.harness.replay.master HOST:PORT LOCAL REMOTE``.
 
 It starts ``LOCAL`` workers on this machine and waits for ``REMOTE`` others (``tailrace load-worker``), hosts them by
 Locust's own master, measures their clocks before and after the replay, and hands frames on between them and the harness,
@@ -22,10 +22,10 @@ from gevent.event import AsyncResult, Event
 from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner
 
-from harness import __version__
-from harness.replay import wire
-from harness.replay.clocks import SAME_CLOCK, ClockReading, clock_identity, read_clock, uncertainty_ns
-from harness.replay.worker import PipeOutbox, Replayer, current_p99_ms, watch_stdin
+from tailrace import __version__
+from tailrace.harness.replay import wire
+from tailrace.harness.replay.clocks import SAME_CLOCK, ClockReading, clock_identity, read_clock, uncertainty_ns
+from tailrace.harness.replay.worker import PipeOutbox, Replayer, current_p99_ms, watch_stdin
 
 GATHER_S = 50.0
 """How long workers may take to come."""
@@ -111,7 +111,7 @@ class Master:
 
     def _spawn(self, count: int) -> None:
         for _ in range(count):
-            command = [sys.executable, "-P", "-m", "harness.replay.worker", self._address]
+            command = [sys.executable, "-P", "-m", "tailrace.harness.replay.worker", self._address]
             # Its stdin is a pipe that nobody writes to: it closes when this process ends, and then the worker does.
             self._children.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
 

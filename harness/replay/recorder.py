@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.records import Outcome
-from harness.replay import wire
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay import wire
 
 ERROR_CHARS = 200
 """How much of a server's own text an error keeps."""

@@ -1,7 +1,7 @@
-"""A load worker: ``python -m harness.replay.worker [HOST:PORT]``, hosted by Locust.
+"""A load worker: ``python -m tailrace.harness.replay.worker [HOST:PORT]``, hosted by Locust.
 
 Without an address it is the only one and speaks with the harness over stdin and stdout. With one it is one of several,
-and speaks with their master there (:mod:`harness.replay.master`), over Locust's own protocol.
+and speaks with their master there (:mod:`tailrace.harness.replay.master`), over Locust's own protocol.
 
 Locust runs one user whose only task is the replay, and its statistics are fed from the rows, so that what a
 trial shows live is Locust's. Nothing is monkey-patched (the parent sets ``LOCUST_SKIP_MONKEY_PATCH``): the senders use
@@ -33,13 +33,13 @@ from locust.runners import WorkerRunner
 from locust.stats import RequestStats, StatsEntry
 from numpy.typing import NDArray
 
-from harness import __version__
-from harness.records import Outcome
-from harness.replay import wire
-from harness.replay.clocks import clock_identity
-from harness.replay.grpc import GrpcReplay
-from harness.replay.http import HttpReplay
-from harness.replay.recorder import Answers, Recorder
+from tailrace import __version__
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay import wire
+from tailrace.harness.replay.clocks import clock_identity
+from tailrace.harness.replay.grpc import GrpcReplay
+from tailrace.harness.replay.http import HttpReplay
+from tailrace.harness.replay.recorder import Answers, Recorder
 
 FLUSH_S = 0.5
 """How often rows and live figures are sent to the harness."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harness.store import RunFolder
-from reports.report import write
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.report import write
 from tests.synthetic import SCRIPT, make_run
 
 pytestmark = pytest.mark.browser

@@ -15,12 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning, WireProtocol
-from harness.errors import DeployError, ServerError
-from harness.exchange import exchange
-from harness.guardian import Guardian
-from harness.processes import log_tail, port_open
-from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.contract.adapter import (
+    Adapter,
+    Deployment,
+    DeployRequest,
+    ServerEnvironment,
+    Tuning,
+    WireProtocol,
+)
+from tailrace.harness.contract.exchange import exchange
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError, ServerError
+from tailrace.harness.processes import log_tail, port_open
+from tailrace.harness.servers.guardian import Guardian
 
 MODEL_FILE = Path(__file__).with_name("model.py")
 SPEC = WorkloadSpec(

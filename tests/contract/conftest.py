@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import environments
-from harness.adapter import Adapter, CapabilityMissingError, Deployment, DeployRequest, Tuning
-from harness.guardian import Guardian
-from harness.observations import Axis, Observation, record
-from harness.registry import all_adapters, get_adapter
+from tailrace.harness.contract.adapter import Adapter, CapabilityMissingError, Deployment, DeployRequest, Tuning
+from tailrace.harness.contract.observations import Axis, Observation, record
+from tailrace.harness.run.registry import all_adapters, get_adapter
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 from tests.contract.bench import Bench, Reply, ask
 
 TUNING = Tuning(max_batch=8, batch_window_ms=100, replicas=2)

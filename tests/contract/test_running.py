@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from harness.adapter import CAPABILITIES, Adapter, Deployment, Replica, Tuning
-from harness.errors import ServerError
-from harness.processes import descendants
+from tailrace.harness.contract.adapter import CAPABILITIES, Adapter, Deployment, Replica, Tuning
+from tailrace.harness.errors import ServerError
+from tailrace.harness.processes import descendants
 from tests.contract.bench import PATIENCE_S, Bench, Reply, Stream, ask, ask_all, closed, until
 from tests.contract.conftest import MODELS, Observe, Server, traces_on_disk, used_by_others
 

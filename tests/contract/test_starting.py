@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from harness import environments
-from harness.adapter import Adapter, Autoscale, Tuning
-from harness.emulated_device import device_environment
-from harness.errors import TailraceError
-from harness.exchange import check_answer, exchange
-from harness.processes import descendants, free_ports
-from harness.workload import Device
+from tailrace.harness.contract.adapter import Adapter, Autoscale, Tuning
+from tailrace.harness.contract.exchange import check_answer, exchange
+from tailrace.harness.contract.workload import Device
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.processes import descendants, free_ports
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.emulated_device import device_environment
 from tests.contract.bench import Bench, Stream, ask, ask_all, closed, until
 from tests.contract.conftest import Observe
-from workloads import catalogue
 
 pytestmark = pytest.mark.e2e
 
@@ -149,9 +149,7 @@ needs_torch = (
 def test_every_workload_gives_the_reference(
     adapter: Adapter, bench: Bench, workload: str, device: Device, tmp_path: Path
 ) -> None:
-    prepared = catalogue.prepare(
-        workload, models=(workload,), device=device, seed=7, options={}, environment_kind="venv"
-    )
+    prepared = prepare(workload, models=(workload,), device=device, seed=7, options={}, environment_kind="venv")
     requirements = [adapter.requirements, *([prepared.requirements] if prepared.requirements else [])]
     environment = environments.build("venv", requirements, name=adapter.name)
     request = bench.request(Tuning(max_batch=4, replicas=1), models=(workload,))

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from harness.coldstart import PHASES, ColdStarts, check
+from tailrace.harness.run.coldstart import PHASES, ColdStarts, check
 from tests.conftest import tailrace, wait_until
 
 pytestmark = pytest.mark.e2e
 
 FAILING = """
 import functools
-from harness import cli, coldstart
+from tailrace.cli import main as cli
+from tailrace.harness.run import coldstart
 coldstart.check = functools.partial(coldstart.check, options={"null": {"fail_at_start": True}})
 cli.main()
 """
@@ -88,7 +89,7 @@ def test_starts_that_fail_are_told_and_all_are_tried(tmp_path: Path, leftovers: 
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, leftovers: Callable[[], list[str]]) -> None:
-    command = [sys.executable, "-m", "harness.cli", "coldstart", "null", "--trials", "500", "--out", "out"]
+    command = [sys.executable, "-m", "tailrace.cli.main", "coldstart", "null", "--trials", "500", "--out", "out"]
     harness = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         second = tmp_path / "out" / "servers" / "null--2"

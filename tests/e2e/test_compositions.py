@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import environments
-from harness.adapter import Deployment, DeployRequest, Tuning
-from harness.emulated_device import device_environment
-from harness.exchange import check_answer, exchange
-from harness.guardian import Guardian
-from harness.pipeline import StageCounts, pipeline_environment, read_clocks
-from harness.registry import get_adapter
-from harness.workload import PreparedWorkload
+from tailrace.harness.contract.adapter import Deployment, DeployRequest, Tuning
+from tailrace.harness.contract.exchange import check_answer, exchange
+from tailrace.harness.contract.pipeline import StageCounts, pipeline_environment, read_clocks
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.run import prepare as preparation
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.emulated_device import device_environment
+from tailrace.harness.servers.guardian import Guardian
+from tailrace.workloads import catalogue
 from tests.conftest import tailrace, wait_until
-from workloads import catalogue
 
 pytestmark = pytest.mark.e2e
 
@@ -88,7 +89,9 @@ def prepare(folder: str, device: Any) -> PreparedWorkload:
         if device == "emulated"
         else {}
     )
-    return catalogue.prepare(folder, models=[MODEL], device=device, seed=7, options=options, environment_kind="current")
+    return preparation.prepare(
+        folder, models=[MODEL], device=device, seed=7, options=options, environment_kind="current"
+    )
 
 
 @pytest.mark.parametrize("name", COMPOSING)

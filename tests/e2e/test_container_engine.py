@@ -22,14 +22,14 @@ import numpy as np
 import psutil
 import pytest
 
-from harness.cgroups import refusal as cgroup_refusal
-from harness.engine import RUN, Engine
-from harness.environments import exclusive
-from harness.errors import EngineError
-from harness.folders import cache_folder
-from harness.metrics import measured
-from harness.records import Outcome
-from harness.store import RunFolder, TrialFolder
+from tailrace.harness.analysis.metrics import measured
+from tailrace.harness.errors import EngineError
+from tailrace.harness.folders import cache_folder
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.harness.servers.cgroups import refusal as cgroup_refusal
+from tailrace.harness.servers.engine import RUN, Engine
+from tailrace.harness.servers.environments import exclusive
 from tests.conftest import tailrace, wait_until
 
 BASE = "tailrace-test-base:bookworm"
@@ -231,7 +231,17 @@ def test_a_container_without_enough_memory_is_told_of(engine: Engine, tmp_path: 
 def test_a_killed_harness_leaves_no_container(engine: Engine, tmp_path: Path, guardian_too: bool) -> None:
     run = subprocess.Popen(
         [
-            *(sys.executable, "-m", "harness.cli", "run", "smoke", *contained("triton"), *SHORT, "--set", "nodes=2"),
+            *(
+                sys.executable,
+                "-m",
+                "tailrace.cli.main",
+                "run",
+                "smoke",
+                *contained("triton"),
+                *SHORT,
+                "--set",
+                "nodes=2",
+            ),
             *("--set", "devices=2", "--set", "trace={name: steady, params: {rate: 5, duration_s: 300}}"),
         ],
         cwd=tmp_path,

@@ -16,7 +16,7 @@ LIAR = """
 import itertools
 from pathlib import Path
 from tailrace_plain.adapter import Plain, PlainDeployment
-from harness.adapter import MetricSample, Replica, Tuning
+from tailrace.harness.contract.adapter import MetricSample, Replica, Tuning
 
 LEFT = Path({left!r})
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.store import RunFolder
+from tailrace.harness.records.store import RunFolder
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ others = {1: 2 << 30}
 fit = fake_nvml.FakeGpu("GPU-fit", refuses={"TotalEccErrors": fake_nvml.UNSUPPORTED})
 bad = fake_nvml.FakeGpu("GPU-bad", refuses=fit.refuses, processes=others, reasons=pynvml.nvmlClocksThrottleReasonSwPowerCap)
 sys.modules["pynvml"] = fake_nvml.FakeNvml([fit, bad])
-from harness.cli import main
+from tailrace.cli.main import main
 main()
 """
 # Answers as on any device that is not emulated, but only where the server sees the very GPU that it was given.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.cgroups import cpu_root, refusal
-from harness.metrics import measured
-from harness.store import RunFolder, TrialFolder
+from tailrace.harness.analysis.metrics import measured
+from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.harness.servers.cgroups import cpu_root, refusal
 from tests.conftest import tailrace, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -151,7 +151,7 @@ def test_killed_amid_faults_the_harness_leaves_nothing_and_the_run_goes_on(
         {"kind": "partition", "at_s": 1, "duration_s": 60, "target": 1},
         *([] if refusal() else [{"kind": "slow_node", "at_s": 1, "duration_s": 60, "target": 1}]),
     ]
-    command = [sys.executable, "-m", "harness.cli", "run", "smoke", "--adapter", "null", "--out", "out", *SHORT]
+    command = [sys.executable, "-m", "tailrace.cli.main", "run", "smoke", "--adapter", "null", "--out", "out", *SHORT]
     command += ["--set", "nodes=2", "--set", "tuning={replicas: 2}", "--set", "supervision=restart"]
     command += ["--set", "trace={name: steady, params: {rate: 40, duration_s: 8}}"]
     command += ["--set", f"scenarios=[{{name: amid, faults: {json.dumps(faults)}}}]"]

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from harness.adapter import WireProtocol
-from harness.metrics import Floats, Ints, claim_percentile, percentile
+from tailrace.harness.analysis.metrics import Floats, Ints, claim_percentile, percentile
+from tailrace.harness.contract.adapter import WireProtocol
 from tests.conftest import measured_again
 from tests.null_server import Replayed, scripted_server
 

@@ -14,15 +14,15 @@ import numpy as np
 import psutil
 import pytest
 
-from adapters.kserve.adapter import ADAPTER, KServeDeployment
-from harness import environments
-from harness.adapter import Deployment, DeployRequest, Endpoint, ServerEnvironment, Tuning
-from harness.codecs import OpenInferenceHTTP
-from harness.errors import DeployError
-from harness.exchange import Answer, exchange
-from harness.guardian import Guardian
-from harness.processes import ProcessRef, descendants, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.adapters.kserve.adapter import ADAPTER, KServeDeployment
+from tailrace.harness.contract.adapter import Deployment, DeployRequest, Endpoint, ServerEnvironment, Tuning
+from tailrace.harness.contract.codecs import OpenInferenceHTTP
+from tailrace.harness.contract.exchange import Answer, exchange
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError
+from tailrace.harness.processes import ProcessRef, descendants, port_open
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 
 pytestmark = pytest.mark.e2e
 

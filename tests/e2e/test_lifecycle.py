@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.store import RunFolder
+from tailrace.harness.records.store import RunFolder
 from tests.conftest import tailrace, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -232,7 +232,7 @@ def test_a_replica_kill_is_injected_on_the_trace_clock_and_told(tmp_path: Path) 
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "harness.cli", "run", *arguments]
+    command = [sys.executable, "-m", "tailrace.cli.main", "run", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -303,7 +303,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_keeps_what_was_written(t
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); sys.argv[0] = 'tailrace';"
-        "from harness.cli import main; main()"
+        "from tailrace.cli.main import main; main()"
     )
     # The calibration fits below the limit, the trial does not.
     trace = ["--set", "trace={name: steady, params: {rate: 700, duration_s: 30}}", "--set", "calibration.step_s=0.1"]
@@ -376,7 +376,7 @@ def test_two_runs_at_once_do_not_collide(tmp_path: Path) -> None:
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     """Ports are chosen free; should another program take one in between, the server's own message is shown."""
-    from adapters.null.adapter import ADAPTER
+    from tailrace.adapters.null.adapter import ADAPTER
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import pytest
 
-from harness.errors import TailraceError
-from harness.processes import free_ports
-from harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.processes import free_ports
+from tailrace.harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
 from tests.conftest import wait_until
 from tests.e2e.test_replay_driver import Echo, QuietServer, generator, records, schedule
 
@@ -46,7 +46,7 @@ def workers_of(load: LoadGenerator) -> list[psutil.Process]:
 @contextlib.contextmanager
 def load_worker(master: str) -> Iterator[subprocess.Popen[str]]:
     """``tailrace load-worker``, as on another machine."""
-    command = [sys.executable, "-m", "harness.cli", "load-worker", "--master", master]
+    command = [sys.executable, "-m", "tailrace.cli.main", "load-worker", "--master", master]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -165,7 +165,7 @@ def test_the_only_worker_may_be_remote(tmp_path: Path, port: int) -> None:
 
 
 def test_a_worker_that_does_not_come_is_missed(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.replay.driver.START_TIMEOUT_S", 4.0)
+    monkeypatch.setattr("tailrace.harness.replay.driver.START_TIMEOUT_S", 4.0)
     with (
         generator(schedule([0.0]), port, tmp_path, workers=Workers(local=1, remote=1)) as load,
         pytest.raises(TailraceError, match="load process did not start"),

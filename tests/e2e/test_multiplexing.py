@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from harness.multiplexing import MIB
-from harness.store import RunFolder, TrialFolder
+from tailrace.harness.contract.multiplexing import MIB
+from tailrace.harness.records.store import RunFolder, TrialFolder
 from tests.conftest import tailrace
 
 pytestmark = pytest.mark.e2e

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.store import RunFolder
+from tailrace.harness.records.store import RunFolder
 from tests.conftest import tailrace
 
 pytestmark = pytest.mark.e2e

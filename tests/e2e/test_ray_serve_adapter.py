@@ -16,9 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from adapters.ray_serve.adapter import ADAPTER, RayServeDeployment
-from harness import environments
-from harness.adapter import (
+from tailrace.adapters.ray_serve.adapter import ADAPTER, RayServeDeployment
+from tailrace.harness.contract.adapter import (
     Deployment,
     DeployRequest,
     Endpoint,
@@ -28,9 +27,10 @@ from harness.adapter import (
     ServerEnvironment,
     Tuning,
 )
-from harness.guardian import Guardian
-from harness.processes import descendants, free_ports, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.harness.processes import descendants, free_ports, port_open
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.e2e

@@ -15,13 +15,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adapters.reference.adapter import ADAPTER, Options, ReferenceDeployment
-from harness import environments
-from harness.adapter import Autoscale, Tuning
-from harness.control import ControlConnection
-from harness.exchange import Answer, exchange
-from harness.guardian import Guardian
-from harness.processes import descendants
+from tailrace.adapters.reference.adapter import ADAPTER, Options, ReferenceDeployment
+from tailrace.harness.contract.adapter import Autoscale, Tuning
+from tailrace.harness.contract.control import ControlConnection
+from tailrace.harness.contract.exchange import Answer, exchange
+from tailrace.harness.processes import descendants
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 from tests.contract.bench import Bench, Stream, ask, ask_all, closed, until
 
 pytestmark = pytest.mark.e2e

@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness.codecs import PreparedRequest, http_request
-from harness.errors import StorageError, TailraceError
-from harness.processes import ProcessRef
-from harness.records import REQUEST_SCHEMA
-from harness.replay import driver
-from harness.replay.driver import LoadGenerator, Progress, ReplayResult
-from harness.schedule import Schedule
-from harness.tables import finish_table, read_table
+from tailrace.harness.contract.codecs import PreparedRequest, http_request
+from tailrace.harness.errors import StorageError, TailraceError
+from tailrace.harness.plan.schedule import Schedule
+from tailrace.harness.processes import ProcessRef
+from tailrace.harness.records.schema import REQUEST_SCHEMA
+from tailrace.harness.records.tables import finish_table, read_table
+from tailrace.harness.replay import driver
+from tailrace.harness.replay.driver import LoadGenerator, Progress, ReplayResult
 
 pytestmark = pytest.mark.e2e
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from harness.errors import InputError
-from harness.observer import Observer
-from harness.run import resume_run
-from harness.spec import Experiment, builtin_experiments, load_experiment
-from harness.store import RunFolder
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.spec import Experiment, builtin_experiments, load_experiment
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.runner import resume_run
 from tests.conftest import tailrace, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -40,7 +40,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "harness.cli", "run", *arguments]
+    command = [sys.executable, "-m", "tailrace.cli.main", "run", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.store import RunFolder, TrialFolder
+from tailrace.harness.records.store import RunFolder, TrialFolder
 from tests.conftest import tailrace
 
 pytestmark = pytest.mark.e2e

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.registry import ENTRY_POINT_GROUP
+from tailrace.harness.run.registry import ENTRY_POINT_GROUP
 from tests.conftest import tailrace
 
 pytestmark = pytest.mark.e2e

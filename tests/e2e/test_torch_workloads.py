@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import environments
-from harness.environments import ServerEnvironment
-from harness.workload import PreparedWorkload
-from workloads import catalogue
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.environments import ServerEnvironment
+from tailrace.workloads import catalogue
 
 pytestmark = [
     pytest.mark.e2e,
@@ -105,9 +106,7 @@ def test_a_compiled_model_answers_alike(server: ServerEnvironment, tmp_path: Pat
 
 
 def _prepared(name: str, **arithmetic: Any) -> PreparedWorkload:
-    return catalogue.prepare(
-        name, models=(name,), device="cpu", seed=7, options={}, environment_kind="venv", **arithmetic
-    )
+    return prepare(name, models=(name,), device="cpu", seed=7, options={}, environment_kind="venv", **arithmetic)
 
 
 def _references(prepared: PreparedWorkload) -> np.ndarray:

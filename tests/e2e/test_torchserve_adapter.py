@@ -19,13 +19,13 @@ import numpy as np
 import psutil
 import pytest
 
-from adapters.torchserve.adapter import ADAPTER
-from harness import environments
-from harness.adapter import Deployment, DeployRequest, ServerEnvironment, Tuning
-from harness.errors import DeployError
-from harness.guardian import Guardian
-from harness.processes import descendants
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.adapters.torchserve.adapter import ADAPTER
+from tailrace.harness.contract.adapter import Deployment, DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError
+from tailrace.harness.processes import descendants
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.e2e

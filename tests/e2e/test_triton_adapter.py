@@ -18,9 +18,8 @@ import grpc
 import numpy as np
 import pytest
 
-from adapters.triton.adapter import ADAPTER, TritonDeployment
-from harness import environments
-from harness.adapter import (
+from tailrace.adapters.triton.adapter import ADAPTER, TritonDeployment
+from tailrace.harness.contract.adapter import (
     Deployment,
     DeployRequest,
     Endpoint,
@@ -29,10 +28,11 @@ from harness.adapter import (
     Tuning,
     WireProtocol,
 )
-from harness.guardian import Guardian
-from harness.processes import descendants, free_ports, port_open
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec, mismatch
-from workloads import catalogue
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec, mismatch
+from tailrace.harness.processes import descendants, free_ports, port_open
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.servers import environments
+from tailrace.harness.servers.guardian import Guardian
 
 pytestmark = pytest.mark.e2e
 
@@ -308,7 +308,7 @@ def test_the_bundled_server_has_no_backend_for_exports(environment: ServerEnviro
 def test_an_export_is_served_by_tritons_own_backend(
     guardian: RecordingGuardian, environment: ServerEnvironment, tmp_path: Path, artifact: Any, tuning: Tuning
 ) -> None:
-    prepared = catalogue.prepare(
+    prepared = prepare(
         "minilm", models=("minilm",), device="cpu", seed=7, options={}, environment_kind="venv", artifact=artifact
     )
     (tmp_path / "scratch").mkdir()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from harness.errors import InputError
-from harness.observer import Observer
-from harness.store import RunFolder
-from reports.report import build
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.observer import Observer
+from tailrace.reports.report import build
+from tailrace.tuner.objective import Objective
+from tailrace.tuner.pareto import measure
+from tailrace.tuner.search import Search
 from tests.conftest import measured_again, tailrace
-from tuner.objective import Objective
-from tuner.pareto import measure
-from tuner.search import Search
 
 pytestmark = pytest.mark.e2e
 

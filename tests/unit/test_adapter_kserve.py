@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from adapters.kserve import adapter as module
-from adapters.kserve.adapter import ADAPTER, KServeDeployment
-from adapters.kserve.config import Options
-from harness.adapter import AXES, Autoscale, DeployRequest, ServerEnvironment, Tuning
-from harness.control import ControlConnection
-from harness.errors import DeployError, InputError, ServerError
-from harness.processes import ProcessRef, free_ports
-from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.adapters.kserve import adapter as module
+from tailrace.adapters.kserve.adapter import ADAPTER, KServeDeployment
+from tailrace.adapters.kserve.config import Options
+from tailrace.harness.contract.adapter import AXES, Autoscale, DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.control import ControlConnection
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError, InputError, ServerError
+from tailrace.harness.processes import ProcessRef, free_ports
 
 SPEC = WorkloadSpec(
     name="toy",

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from adapters.null import answers
-from adapters.null.adapter import ADAPTER, NullOptions
-from adapters.null.server import PreciseSelector, Script, key
-from harness.adapter import DeployRequest, ServerEnvironment, Tuning
-from harness.codecs import RawGRPC, RawHTTP, raw_bytes
-from harness.errors import InputError
-from harness.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.adapters.null import answers
+from tailrace.adapters.null.adapter import ADAPTER, NullOptions
+from tailrace.adapters.null.server import PreciseSelector, Script, key
+from tailrace.harness.contract.adapter import DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.codecs import RawGRPC, RawHTTP, raw_bytes
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, Tensors, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import InputError
 
 SPEC = WorkloadSpec(
     name="toy",

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.ray_serve import config
-from adapters.ray_serve.adapter import ADAPTER
-from adapters.ray_serve.metrics import Metrics, batches_and_items
-from harness.adapter import Autoscale, DeployRequest, MetricSample, ServerEnvironment, Tuning
-from harness.errors import DeployError, InputError, ServerError
-from harness.multiplexing import MemoryPlan, Multiplexing, plan_memory
-from harness.processes import ProcessRef, free_ports
-from harness.workload import Device, PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.adapters.ray_serve import config
+from tailrace.adapters.ray_serve.adapter import ADAPTER
+from tailrace.adapters.ray_serve.metrics import Metrics, batches_and_items
+from tailrace.harness.contract.adapter import Autoscale, DeployRequest, MetricSample, ServerEnvironment, Tuning
+from tailrace.harness.contract.multiplexing import MemoryPlan, Multiplexing, plan_memory
+from tailrace.harness.contract.workload import Device, PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError, InputError, ServerError
+from tailrace.harness.processes import ProcessRef, free_ports
 from tests.conftest import wait_until
 
 SPEC = WorkloadSpec(

@@ -18,21 +18,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapters.reference.adapter import ADAPTER, Options, knobs_in, system_of
-from adapters.reference.server.__main__ import Server
-from adapters.reference.server.http import HEAD_BYTES, Answer, Connection, RefusedError, parse_head
-from adapters.reference.server.prediction import Service, p99_s
-from adapters.reference.server.queueing import NEVER, Batching, Dispatcher, Request
-from adapters.reference.server.replica import Layout
-from adapters.reference.server.scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
-from harness.adapter import AXES, CAPABILITIES, Autoscale, DeployRequest, ServerEnvironment, Tuning
-from harness.metrics import Ints, percentile
-from harness.multiplexing import MemoryPlan
-from harness.processes import free_ports
-from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
-from simulator import system as model
-from simulator.engine import ANSWERED, NS_PER_S, QUEUED, SHED, simulate
-from simulator.system import System
+from tailrace.adapters.reference.adapter import ADAPTER, Options, knobs_in, system_of
+from tailrace.adapters.reference.server.__main__ import Server
+from tailrace.adapters.reference.server.batching import NEVER, Batching, Request
+from tailrace.adapters.reference.server.http import HEAD_BYTES, Answer, Connection, RefusedError, parse_head
+from tailrace.adapters.reference.server.prediction import Service, p99_s
+from tailrace.adapters.reference.server.queueing import Dispatcher
+from tailrace.adapters.reference.server.replica import Layout
+from tailrace.adapters.reference.server.scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
+from tailrace.harness.analysis.metrics import Ints, percentile
+from tailrace.harness.contract.adapter import AXES, CAPABILITIES, Autoscale, DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.multiplexing import MemoryPlan
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.processes import free_ports
+from tailrace.simulator import system as model
+from tailrace.simulator.engine import ANSWERED, NS_PER_S, QUEUED, SHED, simulate
+from tailrace.simulator.system import System
 
 NS_PER_MS = 1_000_000
 SPEC = WorkloadSpec(

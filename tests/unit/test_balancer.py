@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.balancer import _UNREACHABLE_ANSWER, Backend, config
+from tailrace.harness.servers.balancer import _UNREACHABLE_ANSWER, Backend, config
 
 BACKENDS = [Backend("node-0", 8001, 8001), Backend("node-1", 8002, 9002)]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.caching import least_loads, lru_hit_rates
+from tailrace.simulator.caching import least_loads, lru_hit_rates
 
 
 def zipf(count: int, exponent: float) -> np.ndarray:

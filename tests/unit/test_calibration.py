@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from harness.errors import InputError
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.store import RunFolder
-from simulator.calibration import TOLD, calibrate, counted_service, fit_error, predict, read_trial
-from simulator.system import Service, System, load_system
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import RunFolder
+from tailrace.simulator.calibration import TOLD, calibrate, counted_service, fit_error, predict, read_trial
+from tailrace.simulator.system import Service, System, load_system
 from tests.conftest import tailrace
 from tests.simulated import TRUE, TUNING, measured_trial
 from tests.synthetic import make_run

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.capacity import Ramp, Shortfall, replica_rps, shortfall, shortfalls
-from simulator.system import Autoscaler, Batching, Service
+from tailrace.simulator.capacity import Ramp, Shortfall, replica_rps, shortfall, shortfalls
+from tailrace.simulator.system import Autoscaler, Batching, Service
 from tests.conftest import tailrace
 
 RAMP = Ramp(40, 640, 9)

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from harness.ceiling import BareModel, Ceiling, Reached, best_cells, settings, told
-from harness.cli import app
-from harness.console import print_ceiling
-from harness.errors import InputError, TailraceError
+from tailrace.cli.console import print_ceiling
+from tailrace.cli.main import app
+from tailrace.harness.errors import InputError, TailraceError
+from tailrace.harness.run.ceiling import BareModel, Ceiling, Reached, best_cells, settings, told
 from tests.fake_nvml import FakeGpu, install
 
 

@@ -21,11 +21,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.null.adapter import ADAPTER
-from harness import machine
-from harness.adapter import Deployment, Endpoint, ProcessHost
-from harness.codecs import RawHTTP
-from harness.coldstart import (
+from tailrace.adapters.null.adapter import ADAPTER
+from tailrace.harness import machine
+from tailrace.harness.analysis.metrics import order_statistic_bounds
+from tailrace.harness.contract.adapter import Deployment, Endpoint, ProcessHost
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.errors import DeployError, InputError, ServerError, StorageError
+from tailrace.harness.processes import ProcessRef
+from tailrace.harness.run.coldstart import (
     MODES,
     PHASES,
     SETTLING_REQUESTS,
@@ -41,12 +44,9 @@ from harness.coldstart import (
     spread,
     summarise,
 )
-from harness.errors import DeployError, InputError, ServerError, StorageError
-from harness.metrics import order_statistic_bounds
-from harness.processes import ProcessRef
-from harness.registry import get_adapter
-from harness.ruler import plain_workload
-from reports.coldstart import FIGURE_WORDS, build, write
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.run.ruler import plain_workload
+from tailrace.reports.coldstart import FIGURE_WORDS, build, write
 
 REQUESTS = 1 + SETTLING_REQUESTS + WARM_REQUESTS
 TIMES_MS = st.lists(st.floats(0.01, 1e5), min_size=REQUESTS, max_size=REQUESTS)

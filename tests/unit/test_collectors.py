@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from harness.collectors import CpuClock, Host
+from tailrace.harness.run.collectors import CpuClock, Host
 
 
 def _cpus(folder: Path, khz: list[int], throttled: list[int] | None = None) -> Path:

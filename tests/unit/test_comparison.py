@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import t as student_t
 
-from harness.comparison import (
+from tailrace.cli.console import comparison_lines, print_summary
+from tailrace.harness.analysis.comparison import (
     FIGURES,
     MIN_TRIALS_FOR_BOOTSTRAP,
     NOT_COMPARED,
@@ -24,10 +25,9 @@ from harness.comparison import (
     paired_ratio,
     t_interval,
 )
-from harness.console import comparison_lines, print_summary
-from harness.store import RunFolder, write_json
-from harness.summary import summarise
-from reports.report import build
+from tailrace.harness.analysis.summary import summarise
+from tailrace.harness.records.store import RunFolder, write_json
+from tailrace.reports.report import build
 from tests.synthetic import make_run
 
 
@@ -59,7 +59,7 @@ def test_from_fewer_than_three_or_with_a_failure_there_is_none() -> None:
 
 def test_the_bootstrap_of_eight_covers_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain BCa interval of eight normal values covers 90 %; with the raised level, about 95 %."""
-    monkeypatch.setattr("harness.comparison.RESAMPLES", 1999)
+    monkeypatch.setattr("tailrace.harness.analysis.comparison.RESAMPLES", 1999)
     rng = np.random.default_rng(6)
     draws, covered = 600, 0
     for _ in range(draws):

@@ -23,16 +23,16 @@ import psutil
 import pytest
 from docker.errors import APIError, ImageNotFound
 
-from harness import containers, images
-from harness.adapter import Adapter
-from harness.collectors import ContainerStatistics, Publishers
-from harness.containers import ContainerHost, Limits, describe_end
-from harness.engine import RUN, ContainerSpec, Engine
-from harness.errors import DeployError, EngineError, EnvironmentBuildError, InputError
-from harness.folders import state_folder
-from harness.guardian import Guardian, sweep
-from harness.processes import ProcessRef, inner_pid, port_open
-from harness.registry import all_adapters, get_adapter
+from tailrace.harness.contract.adapter import Adapter
+from tailrace.harness.errors import DeployError, EngineError, EnvironmentBuildError, InputError
+from tailrace.harness.folders import state_folder
+from tailrace.harness.processes import ProcessRef, inner_pid, port_open
+from tailrace.harness.run.collectors import ContainerStatistics, Publishers
+from tailrace.harness.run.registry import all_adapters, get_adapter
+from tailrace.harness.servers import containers, images
+from tailrace.harness.servers.containers import ContainerHost, Limits, describe_end
+from tailrace.harness.servers.engine import RUN, ContainerSpec, Engine
+from tailrace.harness.servers.guardian import Guardian, sweep
 from tests.conftest import tailrace, wait_until
 
 # The server ends at SIGTERM; its parent is what an engine runs as the first process of a container.

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.control import ControlConnection, agreed
-from harness.errors import ServerError
-from harness.processes import free_ports
+from tailrace.harness.contract.control import ControlConnection, agreed
+from tailrace.harness.errors import ServerError
+from tailrace.harness.processes import free_ports
 
 
 class Handler(BaseHTTPRequestHandler):

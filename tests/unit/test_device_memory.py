@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.torchserve import torch_stand_in as stand_in
-from harness.collectors import SharedMemory
-from harness.device_memory import LOADS, fail_loads, limit_memory, read_rooms
-from harness.emulated_device import device_environment
-from harness.multiplexing import MIB, MemoryPlan
-from harness.store import EventLog
+from tailrace.adapters.torchserve import torch_stand_in as stand_in
+from tailrace.harness.contract.multiplexing import MIB, MemoryPlan
+from tailrace.harness.records.store import EventLog
+from tailrace.harness.run.collectors import SharedMemory
+from tailrace.harness.servers.device_memory import LOADS, fail_loads, limit_memory, read_rooms
+from tailrace.harness.servers.emulated_device import device_environment
+from tailrace.multiplexing import resident as resident_module
+from tailrace.multiplexing.resident import Model
+from tailrace.workloads.emulated import model as emulated
+from tailrace.workloads.emulated.build import build_artifact
 from tests.standalone import answers_alone
-from workloads import resident as resident_module
-from workloads.emulated import model as emulated
-from workloads.emulated.build import build_artifact
-from workloads.resident import Model
 
 PLAN = MemoryPlan(3 * MIB, {"a": MIB, "b": MIB, "c": 2 * MIB}, "lru", (), ("a",))
 HOLD = """
 import sys
-from workloads.resident import Model
+from tailrace.multiplexing.resident import Model
 model = Model(sys.argv[1], sys.argv[2], "emulated")
 print("up", flush=True)
 sys.stdin.read()

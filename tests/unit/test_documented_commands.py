@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 
-from harness.cli import app
+from tailrace.cli.main import app
 from tests.conftest import tailrace
 from tests.synthetic import make_run
 

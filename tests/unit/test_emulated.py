@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.emulated_device import DeviceCounters, device_environment, read_counters
+from tailrace.harness.servers.emulated_device import DeviceCounters, device_environment, read_counters
+from tailrace.workloads.emulated import model as emulated
+from tailrace.workloads.emulated.build import build_artifact, make_payloads
+from tailrace.workloads.emulated.model import Model
 from tests.standalone import answers_alone
-from workloads.emulated import model as emulated
-from workloads.emulated.build import build_artifact, make_payloads
-from workloads.emulated.model import Model
 
 PATIENCE_S = 60.0
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import environments, package_index
-from harness.errors import EnvironmentBuildError, InputError
+import tailrace
+from tailrace.harness.errors import EnvironmentBuildError, InputError
+from tailrace.harness.servers import environments, package_index
 
 LISTING = """\
 :env:.default-timeout='180'
@@ -105,8 +106,8 @@ def test_connections_follow_pip() -> None:
 
 
 def test_the_package_index_needs_nothing_installed() -> None:
-    root = Path(package_index.__file__).parent.parent
-    code = f"import sys; sys.path.insert(0, {str(root)!r}); import harness.package_index"
+    root = Path(tailrace.__file__).parents[1]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import tailrace.harness.servers.package_index"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, timeout=60)
 
 

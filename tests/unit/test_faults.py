@@ -17,16 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.adapter import Replica, Tuning
-from harness.device_memory import LOADS, loads_under_way
-from harness.errors import InputError
-from harness.fault_kinds import FAULT_KINDS
-from harness.faults import Nemesis, PlannedFault, plan_faults, refusal
-from harness.preflight import check
-from harness.processes import ProcessRef
-from harness.registry import all_adapters, get_adapter
-from harness.spec import Experiment, FaultChoice, FaultSchedule
-from harness.store import EventLog
+from tailrace.harness.contract.adapter import Replica, Tuning
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.fault_kinds import FAULT_KINDS
+from tailrace.harness.plan.spec import Experiment, FaultChoice, FaultSchedule
+from tailrace.harness.processes import ProcessRef
+from tailrace.harness.records.store import EventLog
+from tailrace.harness.run.faults import Nemesis, PlannedFault, plan_faults, refusal
+from tailrace.harness.run.preflight import check
+from tailrace.harness.run.registry import all_adapters, get_adapter
+from tailrace.harness.servers.device_memory import LOADS, loads_under_way
 from tests.conftest import wait_until
 
 
@@ -94,7 +94,7 @@ def test_every_framework_can_have_the_faults_that_are_mandatory() -> None:
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.faults.cgroup_refusal", lambda: "a CPU quota needs a control group")
+    monkeypatch.setattr("tailrace.harness.run.faults.cgroup_refusal", lambda: "a CPU quota needs a control group")
     assert refusal("slow_node", get_adapter("triton"), Tuning(), 2) == "a CPU quota needs a control group"
     assert "nodes: 2" in str(refusal("rolling_restart", get_adapter("triton"), Tuning(), 1))
     assert "one worker" in str(refusal("model_reload", get_adapter("kserve"), Tuning(replicas=2), 2))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.metrics import Floats
-from reports.frontier import frontier_probabilities, non_dominated
+from tailrace.harness.analysis.frontier import frontier_probabilities, non_dominated
+from tailrace.harness.analysis.metrics import Floats
 
 BOTH = pytest.mark.parametrize("paired", [False, True])
 

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from scipy.special import stdtrit
 from typer.testing import CliRunner
 
-from gate.baselines import CONDITIONS, Baseline, SavedCell, SavedTrial, find, load, of_run, save
-from gate.decision import Decision, decide, plan, side_by_side
-from gate.power import MOST_TRIALS, power, trials_needed
-from gate.ratios import against, same_arrivals
-from gate.rules import DEFAULT_RULES, FIGURES, Rule, parse_rules
-from harness.cli import app
-from harness.comparison import MIN_TRIALS
-from harness.errors import InputError
-from harness.store import RunFolder, write_json
-from harness.summary import summarise
+from tailrace.cli.main import app
+from tailrace.gate.baselines import CONDITIONS, Baseline, SavedCell, SavedTrial, find, load, of_run, save
+from tailrace.gate.decision import Decision, decide, plan, side_by_side
+from tailrace.gate.power import MOST_TRIALS, power, trials_needed
+from tailrace.gate.ratios import against, same_arrivals
+from tailrace.gate.rules import DEFAULT_RULES, FIGURES, Rule, parse_rules
+from tailrace.harness.analysis.comparison import MIN_TRIALS
+from tailrace.harness.analysis.summary import summarise
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.store import RunFolder, write_json
 from tests.conftest import tailrace
 from tests.synthetic import make_run
 
@@ -468,7 +468,7 @@ def test_what_is_no_baseline_is_refused(tmp_path: Path, content: str, words: str
 
 
 def test_a_newer_baseline_is_refused(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gate.baselines.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("tailrace.gate.baselines.SCHEMA_VERSION", 2)
     path = save(RunFolder.open(runs / "base"), "newer", tmp_path)
     monkeypatch.undo()
     with pytest.raises(InputError, match="schema_version 2"):
@@ -519,7 +519,7 @@ def typed(*arguments: str | Path) -> Result:
 
 def stored(folder: Path, name: str, values: Sequence[float | None], **changes: Any) -> Path:
     """A saved baseline of such trials."""
-    from gate import baselines
+    from tailrace.gate import baselines
 
     content = record(trials(values, **changes)).content()
     write_json(folder / f"{name}.json", {"sha256": baselines._sha256(content), **content})
@@ -587,7 +587,7 @@ def test_wrong_usage_is_an_input_error(tmp_path: Path, arguments: tuple[str, ...
 def test_markdown_holds_a_table_and_no_markup_of_others(tmp_path: Path) -> None:
     stored(tmp_path, "before", [100, 101, 100])
     content = record(trials([101, 100, 102]), hardware={**SAME["hardware"], "cpu_model": "a|b <img>`"}).content()
-    from gate import baselines
+    from tailrace.gate import baselines
 
     write_json(tmp_path / "new.json", {"sha256": baselines._sha256(content), **content})
     lines = typed(

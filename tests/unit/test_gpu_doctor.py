@@ -8,9 +8,9 @@ import pynvml
 import pytest
 from typer.testing import CliRunner
 
-from harness import gpu_doctor
-from harness.cli import app
-from harness.doctor import Finding
+from tailrace.cli import gpu_doctor
+from tailrace.cli.doctor import Finding
+from tailrace.cli.main import app
 from tests.fake_nvml import UNSUPPORTED, FakeGpu, install
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import typer.main
 
-from harness.cli import app
-from harness.preflight import check
-from harness.spec import load_experiment
+from tailrace.cli.main import app
+from tailrace.harness.plan.spec import load_experiment
+from tailrace.harness.run.preflight import check
 from tests.fake_nvml import FakeGpu, install
 
 ROOT = Path(__file__).parents[2]

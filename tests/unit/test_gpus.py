@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.collectors import Reading, Sampler
-from harness.devices import device_environment
-from harness.errors import TailraceError
-from harness.gpu_collectors import DcgmExporter, NvidiaGpus
-from harness.gpu_figures import gpu_figures, gpus_power_w
-from harness.gpus import Gpu, gpus
-from harness.machine import hardware
-from harness.metrics import Measured
-from harness.records import SAMPLE_SCHEMA, Outcome
-from harness.samples import Samples
-from harness.tables import finish_table, read_table
-from harness.verdicts import Reason, judge
+from tailrace.harness.analysis.gpu_figures import gpu_figures, gpus_power_w
+from tailrace.harness.analysis.metrics import Measured
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.analysis.verdicts import Reason, judge
+from tailrace.harness.errors import TailraceError
+from tailrace.harness.gpus import Gpu, gpus
+from tailrace.harness.machine import hardware
+from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
+from tailrace.harness.records.tables import finish_table, read_table
+from tailrace.harness.run.collectors import Reading, Sampler
+from tailrace.harness.run.gpu_collectors import DcgmExporter, NvidiaGpus
+from tailrace.harness.servers.devices import device_environment
 from tests.fake_nvml import LOST, UNSUPPORTED, FakeGpu, FakeNvml, install
 from tests.synthetic import calibration
 

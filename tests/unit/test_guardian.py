@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.cgroups import cpu_root, refusal
-from harness.errors import DeployError
-from harness.guardian import Guardian, sweep
-from harness.processes import ProcessRef
+from tailrace.harness.errors import DeployError
+from tailrace.harness.processes import ProcessRef
+from tailrace.harness.servers.cgroups import cpu_root, refusal
+from tailrace.harness.servers.guardian import Guardian, sweep
 
 # A server that daemonises: it starts a grandchild in a session of its own and a child that ignores SIGTERM.
 STUBBORN = """
@@ -141,7 +141,7 @@ def test_a_program_that_does_not_exist_is_a_deploy_error_with_its_name(tmp_path:
 HARNESS = """
 import os, sys, time
 from pathlib import Path
-from harness.guardian import Guardian
+from tailrace.harness.servers.guardian import Guardian
 host = Guardian()
 host.remove_later(sys.argv[2] + "/leftover*")
 host.spawn("s", [sys.executable, "-c", sys.argv[1], sys.argv[2] + "/pids"], env=dict(os.environ),

@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.errors import DeployError, TailraceError
-from harness.guardian import Guardian
-from harness.link_proxy import HELD_LIMIT_BYTES
-from harness.links import Link, Links
-from harness.processes import ProcessRef, free_ports, log_tail
+from tailrace.harness.errors import DeployError, TailraceError
+from tailrace.harness.processes import ProcessRef, free_ports, log_tail
+from tailrace.harness.servers.guardian import Guardian
+from tailrace.harness.servers.link_proxy import HELD_LIMIT_BYTES
+from tailrace.harness.servers.links import Link, Links
 from tests.conftest import wait_until
 
 HOST = "127.0.0.1"

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import InputError
-from harness.matrix import multiplied_out, spoken, words
-from harness.preflight import check
-from harness.spec import Experiment, cells, load_experiment
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.matrix import multiplied_out, spoken, words
+from tailrace.harness.plan.spec import Experiment, cells, load_experiment
+from tailrace.harness.run.preflight import check
 from tests.conftest import tailrace
 
 BASE: dict[str, Any] = {"name": "swept", "adapters": ["null"], "trace": "steady"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from harness.metrics import (
+from tailrace.harness.analysis.metrics import (
     Measured,
     Recovery,
     claim_percentile,
@@ -23,7 +23,7 @@ from harness.metrics import (
     samples_needed,
     series,
 )
-from harness.records import OUTCOME_NAMES, PHASE_NAMES, Outcome
+from tailrace.harness.records.schema import OUTCOME_NAMES, PHASE_NAMES, Outcome
 
 
 def records(intended_s: list[float], response_ms: list[float], outcomes: list[Outcome] | None = None) -> Measured:

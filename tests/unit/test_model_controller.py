@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import pytest
 
-from harness.adapter import Deployment, Endpoint
-from harness.errors import ServerError
-from harness.model_controller import ModelController
-from harness.multiplexing import MemoryPlan
+from tailrace.harness.contract.adapter import Deployment, Endpoint
+from tailrace.harness.contract.multiplexing import MemoryPlan
+from tailrace.harness.errors import ServerError
+from tailrace.harness.servers.model_controller import ModelController
 
 PLAN = MemoryPlan(2, {"a": 1, "b": 1, "c": 1}, "lru", (), ("a", "b"))
 PATIENCE_S = 30.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from adapters.null.adapter import Null
-from harness.folders import state_folder
-from harness.observations import Observation, observations_of, record
+from tailrace.adapters.null.adapter import Null
+from tailrace.harness.contract.observations import Observation, observations_of, record
+from tailrace.harness.folders import state_folder
 
 SEEN = Observation(axis="batching", text="formed 7.6 requests per batch", figures={"mean_batch": 7.6})
 

@@ -19,25 +19,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adapters.reference.server.pipeline import Pipeline
-from adapters.torchserve.config import carried
-from harness.adapter import Adapter, DeployRequest, ServerEnvironment, Tuning
-from harness.errors import InputError, TailraceError
-from harness.pipeline import StageCounts, pipeline_environment, read_clocks
-from harness.preflight import check
-from harness.records import SAMPLE_SCHEMA
-from harness.registry import get_adapter
-from harness.spec import Experiment
-from harness.store import RunFolder
-from harness.summary import Samples, stage_figures
-from harness.workload import PreparedWorkload, WorkloadSpec
-from reports.evidence import CellView, view
-from reports.markdown import markdown
-from reports.pipelines import PRICE_HEADINGS, pipelines
-from reports.report import build
-from reports.text import markdown_table
+from tailrace.adapters.reference.server.pipeline import Pipeline
+from tailrace.adapters.torchserve.config import carried
+from tailrace.harness.analysis.summary import Samples, stage_figures
+from tailrace.harness.contract.adapter import Adapter, DeployRequest, ServerEnvironment, Tuning
+from tailrace.harness.contract.pipeline import StageCounts, pipeline_environment, read_clocks
+from tailrace.harness.contract.workload import PreparedWorkload, WorkloadSpec
+from tailrace.harness.errors import InputError, TailraceError
+from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.preflight import check
+from tailrace.harness.run.prepare import prepare
+from tailrace.harness.run.registry import get_adapter
+from tailrace.reports.evidence import CellView, view
+from tailrace.reports.markdown import markdown
+from tailrace.reports.pipelines import PRICE_HEADINGS, pipelines
+from tailrace.reports.report import build
+from tailrace.reports.text import markdown_table
+from tailrace.workloads import catalogue
 from tests.synthetic import make_run
-from workloads import catalogue
 
 FOLDER = Path(catalogue.__file__).parent
 DECLARED = yaml.safe_load((FOLDER / "emulated_pipeline" / "workload.yaml").read_text(encoding="utf-8"))
@@ -151,7 +152,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreparedWorkloa
 
 
 def _prepare(folder: str, device: Any) -> PreparedWorkload:
-    return catalogue.prepare(folder, models=["m"], device=device, seed=7, options={}, environment_kind="current")
+    return prepare(folder, models=["m"], device=device, seed=7, options={}, environment_kind="current")
 
 
 def _module(workload: PreparedWorkload) -> Any:
@@ -607,7 +608,7 @@ def test_a_report_names_who_cannot_compose(tmp_path: Path) -> None:
 def test_markdown_has_the_prices_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = pipelines(_cells(tmp_path / "run", cannot="it has none"))
     assert told is not None
-    monkeypatch.setattr("reports.markdown.pipelines", lambda _: told)
+    monkeypatch.setattr("tailrace.reports.markdown.pipelines", lambda _: told)
     text = markdown([RunFolder.open(tmp_path / "run")])
     assert "**The price of composition**: Triton ran its stages in one process" in text
     (price,) = told.prices

@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from harness.errors import InputError
-from harness.metrics import measured
-from harness.popularity import Models, Popularity, draw, ranked
-from harness.preflight import check
-from harness.schedule import Phase, build_schedule
-from harness.spec import Experiment
-from harness.store import RunFolder
-from harness.summary import by_model, summarise
-from reports.by_model import by_model as rows_by_model
-from reports.evidence import view
-from simulator.calibration import read_trial
+from tailrace.harness.analysis.metrics import measured
+from tailrace.harness.analysis.summary import by_model, summarise
+from tailrace.harness.contract.popularity import Models, Popularity, draw, ranked
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.schedule import Phase, build_schedule
+from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.preflight import check
+from tailrace.reports.by_model import by_model as rows_by_model
+from tailrace.reports.evidence import view
+from tailrace.simulator.calibration import read_trial
+from tailrace.traces.catalogue import load
 from tests.conftest import tailrace
 from tests.synthetic import make_run
-from traces.catalogue import load
 
 
 def times(count: int, span_s: float = 10.0) -> Any:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from harness.adapter import ServerEnvironment, Tuning, WireProtocol
-from harness.errors import InputError
-from harness.preflight import check, set_up
-from harness.registry import all_adapters, get_adapter
-from harness.spec import Experiment
+from tailrace.harness.contract.adapter import ServerEnvironment, Tuning, WireProtocol
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.run.preflight import check, set_up
+from tailrace.harness.run.registry import all_adapters, get_adapter
 from tests.fake_nvml import FakeGpu, install
 
 
@@ -193,8 +193,10 @@ def test_a_server_without_the_backend_is_refused_before_anything_is_exported(mon
     def asked(artifact: str, environment: ServerEnvironment | None = None) -> str | None:
         return None if environment is None else f"nothing in {environment.python} runs {artifact}"
 
-    monkeypatch.setattr("harness.preflight._environment", environment)
-    monkeypatch.setattr("harness.preflight.prepare", lambda *_, **__: pytest.fail("an export that nobody can run"))
+    monkeypatch.setattr("tailrace.harness.run.preflight._environment", environment)
+    monkeypatch.setattr(
+        "tailrace.harness.run.preflight.prepare", lambda *_, **__: pytest.fail("an export that nobody can run")
+    )
     monkeypatch.setattr(adapter, "artifact_refusal", asked)
     with pytest.raises(InputError, match="nothing in /e/bin/python runs onnx") as refused:
         set_up(check(exported()), lambda _: None)

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.adapter import NoOptions, ServerEnvironment, Tuning
-from harness.cluster import Layout
-from harness.errors import InputError
-from harness.gpus import gpus
-from harness.observer import Observer
-from harness.prices import price_per_hour
-from harness.registry import get_adapter
-from harness.spec import Experiment, interleave
-from harness.store import TrialFolder
-from harness.trial import Trial, TrialSetup
-from harness.workload import PreparedWorkload
+from tailrace.harness.contract.adapter import NoOptions, ServerEnvironment, Tuning
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.errors import InputError
+from tailrace.harness.gpus import gpus
+from tailrace.harness.plan.prices import price_per_hour
+from tailrace.harness.plan.spec import Experiment, interleave
+from tailrace.harness.records.store import TrialFolder
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.run.trial import Trial, TrialSetup
+from tailrace.harness.servers.cluster import Layout
+from tailrace.workloads.catalogue import load_spec
 from tests.fake_nvml import FakeGpu, install
-from workloads.catalogue import load_spec
 
 
 def experiment(**changes: Any) -> Experiment:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from harness.adapter import NEEDS
-from harness.errors import InputError
-from harness.registry import all_adapters
-from harness.summary import summarise
+from tailrace.harness.analysis.summary import summarise
+from tailrace.harness.contract.adapter import NEEDS
+from tailrace.harness.errors import InputError
+from tailrace.harness.run.registry import all_adapters
+from tailrace.tuner.recommend import recommend
 from tests.conftest import tailrace
 from tests.synthetic import make_run
-from tuner.recommend import recommend
 
 ADAPTERS = all_adapters()
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from adapters.null.adapter import Null
-from harness import registry
-from harness.adapter import Tuning
-from harness.errors import InputError
+from tailrace.adapters.null.adapter import Null
+from tailrace.harness.contract.adapter import Tuning
+from tailrace.harness.errors import InputError
+from tailrace.harness.run import registry
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 

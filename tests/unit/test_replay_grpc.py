@@ -13,11 +13,11 @@ import grpc
 import numpy as np
 import pytest
 
-from harness.processes import free_ports
-from harness.records import Outcome
-from harness.replay import wire
-from harness.replay.grpc import GrpcReplay, outcome_of
-from harness.replay.recorder import Answers, Recorder
+from tailrace.harness.processes import free_ports
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay import wire
+from tailrace.harness.replay.grpc import GrpcReplay, outcome_of
+from tailrace.harness.replay.recorder import Answers, Recorder
 
 SERVER = """
 import sys, threading, time
@@ -174,7 +174,7 @@ def test_a_server_killed_amid_calls() -> None:
 
 def test_a_server_that_comes_back_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """gRPC's own patience between two attempts grows to two minutes; an outage must not be prolonged by it."""
-    monkeypatch.setattr("harness.replay.grpc.PRECONNECT_S", 0.1)
+    monkeypatch.setattr("tailrace.harness.replay.grpc.PRECONNECT_S", 0.1)
     (port,) = free_ports(1)
     late = Server(wait=True, port=port)
     gevent.spawn_later(1.0, late.listen)

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.codecs import http_request
-from harness.processes import free_ports
-from harness.records import Outcome
-from harness.replay import http, wire
-from harness.replay.http import HttpReplay
-from harness.replay.recorder import Answers, Recorder
+from tailrace.harness.contract.codecs import http_request
+from tailrace.harness.processes import free_ports
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay import http, wire
+from tailrace.harness.replay.http import HttpReplay
+from tailrace.harness.replay.recorder import Answers, Recorder
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: text/plain\r\n\r\nok"
 

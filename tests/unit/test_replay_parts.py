@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.records import Outcome
-from harness.replay import recorder as recorder_module
-from harness.replay import wire
-from harness.replay.pacer import BURST, Pacer, TimerFd
-from harness.replay.recorder import Answers, Recorder
+from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay import recorder as recorder_module
+from tailrace.harness.replay import wire
+from tailrace.harness.replay.pacer import BURST, Pacer, TimerFd
+from tailrace.harness.replay.recorder import Answers, Recorder
 
 
 def test_rows_are_packed_as_numpy_reads_them() -> None:
@@ -117,7 +117,7 @@ def lagging_pacer(monkeypatch: pytest.MonkeyPatch, intended_ms: list[float], lag
     """A pacer whose clock, once it has begun, stands at each arrival's lag after its intended instant."""
     pacer = Pacer((np.array(intended_ms) * 1e6).astype(np.int64), lambda position: None)
     now_ns = [round((at + lag) * 1e6) for at, lag in zip(intended_ms, lags_ms, strict=True)]
-    monkeypatch.setattr("harness.replay.pacer.monotonic_ns", lambda: 10**12 + now_ns[pacer.fired])
+    monkeypatch.setattr("tailrace.harness.replay.pacer.monotonic_ns", lambda: 10**12 + now_ns[pacer.fired])
     pacer.begin(10**12)
     while not pacer.exhausted:
         pacer.fire()

@@ -21,26 +21,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student_t
 
-from harness.comparison import paired_ratio
-from harness.errors import InputError, StorageError
-from harness.metrics import measured, percentile, samples_needed
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.store import RunFolder, write_json
-from reports.benefits import ATTAINMENT, GOODPUT, PER_DOLLAR, PER_JOULE, others
-from reports.columns import COLUMNS, fields
-from reports.contestants import UNSEEN, left_out, profiles
-from reports.defaults import defaults
-from reports.downsample import largest_triangles
-from reports.evidence import NINES, Band, CellView, FaultWindow, batch_series, view
-from reports.figures import DASHES, MARKERS, cold_starts, frontier, frontiers, knobs, recovery_curves, timelines
-from reports.frontier import non_dominated
-from reports.headline import headline, pair, ratio_words
-from reports.report import MARKER_SHAPES, build, write
-from reports.reproduce import Portable, reproduce
-from reports.ruler import HEADINGS, ruler
-from reports.svg import palette, slots
-from reports.text import printable, share, significant, tied
+from tailrace.harness.analysis.comparison import paired_ratio
+from tailrace.harness.analysis.frontier import non_dominated
+from tailrace.harness.analysis.metrics import measured, percentile, samples_needed
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import RunFolder, write_json
+from tailrace.reports.benefits import ATTAINMENT, GOODPUT, PER_DOLLAR, PER_JOULE, others
+from tailrace.reports.columns import COLUMNS, fields
+from tailrace.reports.contestants import UNSEEN, left_out, profiles
+from tailrace.reports.defaults import defaults
+from tailrace.reports.downsample import largest_triangles
+from tailrace.reports.evidence import NINES, Band, CellView, FaultWindow, batch_series, view
+from tailrace.reports.figures import (
+    DASHES,
+    MARKERS,
+    cold_starts,
+    frontier,
+    frontiers,
+    knobs,
+    recovery_curves,
+    timelines,
+)
+from tailrace.reports.headline import headline, pair, ratio_words
+from tailrace.reports.report import MARKER_SHAPES, build, write
+from tailrace.reports.reproduce import Portable, reproduce
+from tailrace.reports.ruler import HEADINGS, ruler
+from tailrace.reports.svg import palette, slots
+from tailrace.reports.text import printable, share, significant, tied
 from tests.synthetic import SCRIPT, calibration, make_run
 
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import InputError
-from harness.store import RunFolder
-from harness.summary import summarise, write_summary
-from reports.index import write_index
-from reports.markdown import markdown
-from reports.report import write
-from reports.tables import figures_csv, write_parquet
-from reports.text import markdown_safe
+from tailrace.harness.analysis.summary import summarise, write_summary
+from tailrace.harness.errors import InputError
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.index import write_index
+from tailrace.reports.markdown import markdown
+from tailrace.reports.report import write
+from tailrace.reports.tables import figures_csv, write_parquet
+from tailrace.reports.text import markdown_safe
 from tests.conftest import tailrace
 from tests.synthetic import SCRIPT, make_run
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.store import RunFolder
-from reports.evidence import CellView, view
-from reports.markdown import markdown
-from reports.multiplexing import (
+from tailrace.harness.records.store import RunFolder
+from tailrace.reports.evidence import CellView, view
+from tailrace.reports.markdown import markdown
+from tailrace.reports.multiplexing import (
     BRIEF_HEADINGS,
     MULTIPLEXING_HEADINGS,
     PREDICTION_HEADINGS,
@@ -27,10 +27,10 @@ from reports.multiplexing import (
     theory_of,
     words,
 )
-from reports.multiplexing_figures import headroom, memory_curves
-from reports.report import build
-from reports.text import NOTHING
-from simulator.multiplexed_trial import calibrated, predict, read_multiplexed
+from tailrace.reports.multiplexing_figures import headroom, memory_curves
+from tailrace.reports.report import build
+from tailrace.reports.text import NOTHING
+from tailrace.simulator.multiplexed_trial import calibrated, predict, read_multiplexed
 from tests.synthetic import COST, SHARING, STARTED_S, make_run
 
 MEMORIES = {

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness.errors import InputError
-from harness.metrics import Measured
-from harness.multiplexing import MIB, Multiplexing, plan_memory
-from harness.popularity import Models
-from harness.preflight import check
-from harness.records import SAMPLE_SCHEMA, Outcome
-from harness.residence import Met, loads_of, met, residence, residence_across
-from harness.samples import Samples
-from harness.spec import Experiment
+from tailrace.harness.analysis.metrics import Measured
+from tailrace.harness.analysis.residence import Met, loads_of, met, residence, residence_across
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.contract.multiplexing import MIB, Multiplexing, plan_memory
+from tailrace.harness.contract.popularity import Models
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
+from tailrace.harness.run.preflight import check
 from tests.fake_nvml import FakeGpu, install
 
 S = 1_000_000_000

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.reference.server.residency import PAUSE_S, Policy, Pool, Residency
+from tailrace.multiplexing.residency import PAUSE_S, Policy, Pool, Residency
 
 MODELS = [f"m{i}" for i in range(6)]
 EQUAL = dict.fromkeys(MODELS, 1.0)

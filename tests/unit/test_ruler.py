@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.metrics import Measured
-from harness.records import REQUEST_SCHEMA, Outcome
-from harness.replay import wire
-from harness.replay.clocks import SAME_CLOCK, ClockReading, read_clock, uncertainty_ns
-from harness.replay.driver import _RecordStream
-from harness.ruler import HELD_LAG_MS, STEP_LIMIT_S, Step, analyse, ceiling, climb, plain_workload, stepped
-from harness.schedule import Phase, Schedule, offered_rates
-from harness.tables import read_table
+from tailrace.harness.analysis.metrics import Measured
+from tailrace.harness.plan.schedule import Phase, Schedule, offered_rates
+from tailrace.harness.records.schema import REQUEST_SCHEMA, Outcome
+from tailrace.harness.records.tables import read_table
+from tailrace.harness.replay import wire
+from tailrace.harness.replay.clocks import SAME_CLOCK, ClockReading, read_clock, uncertainty_ns
+from tailrace.harness.replay.driver import _RecordStream
+from tailrace.harness.run.ruler import HELD_LAG_MS, STEP_LIMIT_S, Step, analyse, ceiling, climb, plain_workload, stepped
 
 STEP = Step(
     rate=100.0,

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from harness.collectors import EmulatedDevices
-from harness.emulated_device import read_counters
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.summary import cold_copies
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.analysis.summary import cold_copies
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.run.collectors import EmulatedDevices
+from tailrace.harness.servers.emulated_device import read_counters
 
 
 def samples(*rows: tuple[float, str, str, str, float]) -> Samples:

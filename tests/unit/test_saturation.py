@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer import Exit
 
-from harness.errors import InputError, TailraceError
-from harness.observer import Observer
-from harness.run import run_experiment
-from harness.spec import Experiment
-from harness.terminal import TableOrJson
+from tailrace.cli.terminal import TableOrJson
+from tailrace.cli.tune import find_saturation
+from tailrace.harness.errors import InputError, TailraceError
+from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.runner import run_experiment
+from tailrace.tuner.objective import Objective
+from tailrace.tuner.saturation import STEPS_DOWN, find
 from tests.conftest import tailrace
-from tuner.commands import find_saturation
-from tuner.objective import Objective
-from tuner.saturation import STEPS_DOWN, find
 
 OBJECTIVE = Objective(100)
 
@@ -62,8 +62,8 @@ def test_an_experiment_may_ask_for_the_search(
 
     verdict = "VALID"
 
-    monkeypatch.setattr("harness.run.run_or_go_on", run_or_go_on)
-    monkeypatch.setattr("harness.summary.summarise", summarise)
+    monkeypatch.setattr("tailrace.harness.run.runner.run_or_go_on", run_or_go_on)
+    monkeypatch.setattr("tailrace.harness.analysis.summary.summarise", summarise)
     experiment = Experiment.model_validate(
         {
             "name": "x",

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.adapter import MetricSample
-from harness.balancer import BackendState
-from harness.errors import InputError, ServerError
-from harness.preflight import check
-from harness.scaler import Scaler, decide, label
-from harness.spec import Experiment, ScalerChoice
-from harness.store import EventLog
+from tailrace.harness.contract.adapter import MetricSample
+from tailrace.harness.errors import InputError, ServerError
+from tailrace.harness.plan.spec import Experiment, ScalerChoice
+from tailrace.harness.records.store import EventLog
+from tailrace.harness.run.preflight import check
+from tailrace.harness.servers.balancer import BackendState
+from tailrace.harness.servers.scaler import Scaler, decide, label
 from tests.conftest import wait_until
 
 

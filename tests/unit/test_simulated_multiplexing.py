@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.reference.server.residency import Policy, Pool
-from harness.residence import Met
-from simulator.caching import lru_hit_rates
-from simulator.engine import simulate as simulate_one
-from simulator.multiplexing import Device, Memory, Multiplexed, simulate
-from simulator.system import Batching, Service, System
+from tailrace.harness.analysis.residence import Met
+from tailrace.multiplexing.residency import Policy, Pool
+from tailrace.simulator.caching import lru_hit_rates
+from tailrace.simulator.engine import simulate as simulate_one
+from tailrace.simulator.multiplexing import Device, Memory, Multiplexed, simulate
+from tailrace.simulator.system import Batching, Service, System
 
 MB = 1_000_000
 SERVICE = Service(base_ms=12, per_item_ms=3)

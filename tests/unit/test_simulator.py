@@ -14,11 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from harness.errors import InputError
-from harness.metrics import Ints
-from simulator import reference
-from simulator.engine import ANSWERED, LOST, NS_PER_S, QUEUED, SHED, Simulated, simulate
-from simulator.system import Autoscaler, Batching, Failure, Service, System, TargetTracking, load_system, write_system
+from tailrace.harness.analysis.metrics import Ints
+from tailrace.harness.errors import InputError
+from tailrace.simulator import reference
+from tailrace.simulator.engine import ANSWERED, LOST, NS_PER_S, QUEUED, SHED, Simulated, simulate
+from tailrace.simulator.system import (
+    Autoscaler,
+    Batching,
+    Failure,
+    Service,
+    System,
+    TargetTracking,
+    load_system,
+    write_system,
+)
 from tests.conftest import tailrace
 
 ONE_BY_ONE = Batching(max_batch=1, window_ms=0)

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from harness.adapter import Autoscale, Tuning
-from harness.errors import InputError
-from harness.multiplexing import Multiplexing
-from harness.popularity import Models, Popularity
-from harness.spec import (
+from tailrace.harness.contract.adapter import Autoscale, Tuning
+from tailrace.harness.contract.multiplexing import Multiplexing
+from tailrace.harness.contract.popularity import Models, Popularity
+from tailrace.harness.contract.workload import Slo
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.spec import (
     Calibration,
     Client,
     ContainerChoice,
@@ -31,7 +32,6 @@ from harness.spec import (
     interleave,
     load_experiment,
 )
-from harness.workload import Slo
 
 ROOT = Path(__file__).parents[2]
 

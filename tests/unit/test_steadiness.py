@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.metrics import Floats, Measured
-from harness.records import Outcome
-from harness.steadiness import (
+from tailrace.harness.analysis.metrics import Floats, Measured
+from tailrace.harness.analysis.steadiness import (
     MIN_ARRIVALS,
     WINDOW,
     Steadiness,
@@ -23,6 +22,7 @@ from harness.steadiness import (
     steadiness,
     trend,
 )
+from tailrace.harness.records.schema import Outcome
 
 RATE = 100
 WARMUP_S = 3.0

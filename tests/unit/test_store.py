@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import InputError, StorageError
-from harness.store import SCHEMA_VERSION, EventLog, RunFolder, write_json
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.records.store import SCHEMA_VERSION, EventLog, RunFolder, write_json
 
 
 def test_a_folder_that_holds_anything_is_never_written_to(tmp_path: Path) -> None:

@@ -12,12 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.comparison import t_interval
-from harness.gpu_figures import gpu_figures, gpus_power_w
-from harness.records import SAMPLE_SCHEMA
-from harness.samples import Samples
-from harness.store import RunFolder, write_json
-from harness.summary import (
+from tailrace.harness.analysis.comparison import t_interval
+from tailrace.harness.analysis.gpu_figures import gpu_figures, gpus_power_w
+from tailrace.harness.analysis.samples import Samples
+from tailrace.harness.analysis.summary import (
     _across,
     goodput_per_dollar,
     goodput_per_joule,
@@ -25,6 +23,8 @@ from harness.summary import (
     summarise,
     write_summary,
 )
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.store import RunFolder, write_json
 from tests.synthetic import make_run
 
 

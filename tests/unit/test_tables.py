@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.errors import StorageError
-from harness.records import SAMPLE_SCHEMA
-from harness.tables import TableWriter, finish_table, read_table
+from tailrace.harness.errors import StorageError
+from tailrace.harness.records.schema import SAMPLE_SCHEMA
+from tailrace.harness.records.tables import TableWriter, finish_table, read_table
 
 
 def batch(start: int, rows: int) -> pa.RecordBatch:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.errors import InputError, StorageError
-from harness.folders import data_folder
-from traces import catalogue
-from traces.catalogue import add, entry, load, names
-from traces.statistics import describe
+from tailrace.harness.errors import InputError, StorageError
+from tailrace.harness.folders import data_folder
+from tailrace.traces import catalogue
+from tailrace.traces.catalogue import add, entry, load, names
+from tailrace.traces.trace import describe
 
 
 @pytest.fixture(autouse=True)

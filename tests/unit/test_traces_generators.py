@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from traces.generators import (
+from tailrace.traces.generators import (
     GENERATORS,
     BurstyParameters,
     DiurnalParameters,
@@ -19,7 +19,8 @@ from traces.generators import (
     steady,
     surge,
 )
-from traces.statistics import NS_PER_S, describe
+from tailrace.traces.statistics import NS_PER_S
+from tailrace.traces.trace import describe
 
 SEEDS = st.integers(0, 2**32)
 

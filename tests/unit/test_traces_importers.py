@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import InputError
-from traces import importers
-from traces.importers import FORMATS, import_csv, import_file, import_mooncake, import_worldcup98
-from traces.statistics import NS_PER_S, TraceDescription, describe
-from traces.trace import Trace, compress_time, rescale
+from tailrace.harness.errors import InputError
+from tailrace.traces import importers
+from tailrace.traces.importers import FORMATS, import_csv, import_file, import_mooncake, import_worldcup98
+from tailrace.traces.statistics import NS_PER_S
+from tailrace.traces.trace import Trace, TraceDescription, compress_time, describe, rescale
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "traces"
 

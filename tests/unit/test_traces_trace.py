@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from harness.errors import InputError
-from traces.generators import SteadyParameters, SurgeParameters, steady, surge
-from traces.statistics import NS_PER_S, bin_counts, describe, gap_cv, index_of_dispersion, peak_to_mean
-from traces.trace import MAX_NS, Trace, compress_time, random_source, rescale, window, with_tail
+from tailrace.harness.errors import InputError
+from tailrace.traces.generators import SteadyParameters, SurgeParameters, steady, surge
+from tailrace.traces.statistics import NS_PER_S, bin_counts, gap_cv, index_of_dispersion, peak_to_mean
+from tailrace.traces.trace import MAX_NS, Trace, compress_time, describe, random_source, rescale, window, with_tail
 
 SEEDS = st.integers(0, 2**32)
 

@@ -12,26 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.adapter import Tuning
-from harness.errors import InputError, TailraceError, TrialPrunedError
-from harness.metrics import percentile
-from harness.observer import Observer
-from harness.registry import get_adapter
-from harness.replay.driver import Progress
-from harness.spec import Cell, Scenario, TrialPlan
-from harness.store import RunFolder
-from simulator.calibration import calibrate
-from simulator.engine import Simulated, simulate
-from simulator.system import Service, System
+from tailrace.cli.tune import sentences
+from tailrace.harness.analysis.metrics import percentile
+from tailrace.harness.contract.adapter import Tuning
+from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
+from tailrace.harness.plan.spec import Cell, Scenario, TrialPlan
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.replay.driver import Progress
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.registry import get_adapter
+from tailrace.simulator.calibration import calibrate
+from tailrace.simulator.engine import Simulated, simulate
+from tailrace.simulator.system import Service, System
+from tailrace.traces import catalogue
+from tailrace.tuner import search
+from tailrace.tuner.grid import TARGET_ONGOING, applied, best_by, combinations, knobs, targets, tuning
+from tailrace.tuner.objective import Objective, parse_objective
+from tailrace.tuner.pareto import Pick, choose, choose_scaled
+from tailrace.tuner.search import Found, Search, Step, told
 from tests.conftest import tailrace
 from tests.simulated import TRUE, measured_trial
-from traces import catalogue
-from tuner import search
-from tuner.commands import sentences
-from tuner.grid import TARGET_ONGOING, applied, best_by, combinations, knobs, targets, tuning
-from tuner.objective import Objective, parse_objective
-from tuner.pareto import Pick, choose, choose_scaled
-from tuner.search import Found, Search, Step, told
 
 OBJECTIVE = Objective(120)
 SPACE: dict[str, tuple[Any, ...]] = {"max_batch": (1, 4, 16), "batch_window_ms": (0, 5), "replicas": (1, 2, 3)}

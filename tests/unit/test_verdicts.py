@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.metrics import Measured
-from harness.records import Outcome
-from harness.steadiness import Steadiness
-from harness.verdicts import Reason, judge
+from tailrace.harness.analysis.metrics import Measured
+from tailrace.harness.analysis.steadiness import Steadiness
+from tailrace.harness.analysis.verdicts import Reason, judge
+from tailrace.harness.records.schema import Outcome
 from tests.synthetic import calibration
 
 QUIET = {"steal": 0.0, "outside_load": 0.0}

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from harness.replay.driver import Progress
-from harness.wedge import Probe, WedgeWatch, contradiction, is_wedged
+from tailrace.harness.records.probe import Probe, contradiction, is_wedged
+from tailrace.harness.replay.driver import Progress
+from tailrace.harness.run.wedge import WedgeWatch
 from tests.conftest import wait_until
 
 HUNG: Probe = {"process_alive": True, "claims_ready": True, "answers": False}

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from harness.errors import EnvironmentBuildError, InputError, StorageError, TailraceError
-from harness.workload import PreparedWorkload
-from workloads import catalogue
+from tailrace.harness.contract.workload import PreparedWorkload
+from tailrace.harness.errors import EnvironmentBuildError, InputError, StorageError, TailraceError
+from tailrace.harness.run.prepare import prepare
+from tailrace.workloads import catalogue
 
 BUILT_IN = ["emulated", "emulated_pipeline", "minilm", "resnet50"]
 
@@ -78,7 +79,7 @@ def _prepare(
 ) -> PreparedWorkload:
     chosen = {"device": "cpu", "seed": 7, "environment_kind": "current", **other}
     sink = messages if messages is not None else []
-    return catalogue.prepare(str(folder), models=models, options=options or {}, on_progress=sink.append, **chosen)
+    return prepare(str(folder), models=models, options=options or {}, on_progress=sink.append, **chosen)
 
 
 def test_the_built_in_workloads_are_complete() -> None:
@@ -171,7 +172,9 @@ def test_whatever_matters_makes_another_artifact(toy: Path, monkeypatch: pytest.
     (toy / "notes").mkdir()
     (toy / "notes" / "readme.txt").write_text("a new file")
     prepared.append(_prepare(toy))
-    monkeypatch.setattr("harness.environments.fingerprint", lambda kind, requirements: "another environment")
+    monkeypatch.setattr(
+        "tailrace.harness.servers.environments.fingerprint", lambda kind, requirements: "another environment"
+    )
     prepared.append(_prepare(toy))
     assert len({one.artifact for one in prepared}) == len(prepared)
 

@@ -16,12 +16,16 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .http import TENSORS, TEXT, Answer, Connection
 from .model import LoadError, Model
 from .pipeline import Pipeline
-from .residency import Pool, Residency
+
+if TYPE_CHECKING or __package__ != "server":
+    from tailrace.multiplexing.residency import Pool, Residency
+else:  # as a server, which has this one module of the harness on its path and nothing else
+    from residency import Pool, Residency
 
 _PERIOD_S = 0.05
 """How often replicas, scalers and overdue requests are looked at."""

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from .batching import NEVER, Batching, Request
 from .frames import BATCH, FAILED, HEADER, OUTPUTS, READY, frame
-from .queueing import NEVER, Batching, Dispatcher, Request
+from .queueing import Dispatcher
 from .scaling import Autoscaler, Look, Scaler, SloTracking, TargetTracking
 
 _log = logging.getLogger(__name__)

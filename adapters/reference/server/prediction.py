@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .queueing import Batching, Seat
+from .batching import Batching, Seat
 
 _MEMORY = 0.98
 """The weight of a batch against the one after it: some fifty batches are remembered."""

@@ -11,8 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .batching import Batching
 from .prediction import Service, p99_s
-from .queueing import Batching
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from typing import ClassVar
 
-from harness.adapter import AXES, Adapter, Deployment, DeployRequest, Endpoint, ProcessHost, Tuning, WireProtocol
-from harness.codecs import RawHTTP
-from harness.control import ControlConnection, choose_ports, process_environment
+from tailrace.harness.contract.adapter import (
+    AXES,
+    Adapter,
+    Deployment,
+    DeployRequest,
+    Endpoint,
+    ProcessHost,
+    Tuning,
+    WireProtocol,
+)
+from tailrace.harness.contract.codecs import RawHTTP
+from tailrace.harness.contract.control import ControlConnection, choose_ports, process_environment
 
 
 class PlainDeployment(Deployment):

@@ -1,0 +1,1 @@
+"""Records in, figures and verdicts out; nothing here touches a server."""

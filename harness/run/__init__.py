@@ -1,0 +1,1 @@
+"""Running: trials from deploy to stop, their faults and collectors, cold starts, the ruler."""

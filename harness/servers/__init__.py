@@ -1,0 +1,1 @@
+"""Servers: who owns their processes, what they run in, and how several become one endpoint."""
