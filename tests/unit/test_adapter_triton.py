@@ -39,6 +39,7 @@ from tailrace.harness.contract.control import ControlConnection
 from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
 from tailrace.harness.errors import DeployError, InputError
 from tailrace.harness.processes import ProcessRef, free_ports
+from tailrace.harness.servers.images import ImageEnvironment
 
 SPEC = WorkloadSpec(
     name="toy",
@@ -543,10 +544,8 @@ def test_which_exports_can_be_run_is_told_by_the_backends_that_are_there(tmp_pat
 
 def test_an_image_is_asked_for_its_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = subprocess.run([found(tmp_path).python], capture_output=True, text=True, check=True).stdout
-    monkeypatch.setattr(
-        "tailrace.harness.contract.control._ask_image", lambda image, _program: {"sha256:1": said}[image]
-    )
-    image = ServerEnvironment(Path("/opt/server/bin/python"), "docker", image="sha256:1")
+    monkeypatch.setattr("tailrace.harness.servers.images._answer", lambda image, _program: {"sha256:1": said}[image])
+    image = ImageEnvironment(Path("/opt/server/bin/python"), "docker", image="sha256:1")
     assert (ADAPTER.artifact_refusal("onnx", image) or "").startswith("the Triton of the image sha256:1 has no backend")
 
 
