@@ -18,18 +18,18 @@ from tailrace.cli.terminal import TableOrJson, stderr, stdout
 from tailrace.harness.errors import EXIT_INVALID, InputError
 
 if TYPE_CHECKING:
-    from tailrace.gate.decision import Beside, Decision, Finding, Planned, Verdict
+    from tailrace.gate.decision import Beside, Decision, Finding, GateVerdict, Planned
     from tailrace.gate.ratios import Against
     from tailrace.gate.rules import Rule
 
-EXIT_CODES: dict[Verdict, int] = {"pass": 0, "invalid": EXIT_INVALID, "fail": 4, "inconclusive": 5}
-WORDS: dict[Verdict, str] = {
+EXIT_CODES: dict[GateVerdict, int] = {"pass": 0, "invalid": EXIT_INVALID, "fail": 4, "inconclusive": 5}
+WORDS: dict[GateVerdict, str] = {
     "pass": "pass",
     "fail": "REGRESSION",
     "inconclusive": "inconclusive",
     "invalid": "INVALID",
 }
-STYLES: dict[Verdict, str] = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "invalid": "bold red"}
+STYLES: dict[GateVerdict, str] = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "invalid": "bold red"}
 
 baseline_app = typer.Typer(
     help="Baselines: save what the gate needs of a run, small enough to commit.", no_args_is_help=True
@@ -193,7 +193,7 @@ def _markdown(report: _Report) -> str:
     return "\n".join([f"### {markdown_safe(report.title)}", "", *table, *(["", *lines] if lines else [])])
 
 
-def _gate_report(baseline: str, candidate: str, decision: Decision, taken: Verdict) -> _Report:
+def _gate_report(baseline: str, candidate: str, decision: Decision, taken: GateVerdict) -> _Report:
     """``taken`` is what the verdict is taken for, which makes the exit code."""
     from tailrace.harness.analysis.summary import jsonable
 

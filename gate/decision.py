@@ -18,8 +18,8 @@ from tailrace.harness.differences import differences
 from tailrace.harness.errors import InputError
 from tailrace.harness.plan.spec import nearest
 
-Verdict = Literal["pass", "fail", "inconclusive", "invalid"]
-WORST_LAST: tuple[Verdict, ...] = ("pass", "inconclusive", "fail", "invalid")
+GateVerdict = Literal["pass", "fail", "inconclusive", "invalid"]
+WORST_LAST: tuple[GateVerdict, ...] = ("pass", "inconclusive", "fail", "invalid")
 """What a whole is, of which parts differ: INVALID trials leave nothing to go by, not even a regression elsewhere."""
 EFFECT = 1.15
 
@@ -30,7 +30,7 @@ class Finding:
 
     cell: str
     rule: Rule
-    verdict: Verdict
+    verdict: GateVerdict
     against: Against
     trials: tuple[int, int]
     """Of the baseline and of the candidate."""
@@ -44,7 +44,7 @@ class Finding:
 class Decision:
     """What the gate says, and what a reader must know beside it."""
 
-    verdict: Verdict
+    verdict: GateVerdict
     findings: tuple[Finding, ...]
     allowed: tuple[str, ...]
     """Different conditions, which were allowed."""

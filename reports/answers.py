@@ -20,7 +20,7 @@ REASONS_SHOWN = 1
 
 
 @dataclass(frozen=True)
-class Answer:
+class RunAnswer:
     """What one run found."""
 
     label: str
@@ -28,10 +28,10 @@ class Answer:
     headline: Headline
 
 
-def answers(views: Sequence[RunView]) -> list[Answer]:
+def answers(views: Sequence[RunView]) -> list[RunAnswer]:
     """What each run found, and what it asks where others ask something else."""
     same = len({_asked(run) for run in views}) == 1
-    return [Answer(run.label, "" if same else _asked(run), headline(run)) for run in views]
+    return [RunAnswer(run.label, "" if same else _asked(run), headline(run)) for run in views]
 
 
 def conditions(views: Sequence[RunView]) -> list[str]:
@@ -94,7 +94,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class OverallVerdict:
     """How far the trials of all runs can be trusted."""
 
     word: str
@@ -111,7 +111,7 @@ def verdict_counts(trials: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
 
 
-def verdict(views: Sequence[RunView]) -> Verdict:
+def verdict(views: Sequence[RunView]) -> OverallVerdict:
     """The verdict over all trials, with its reasons."""
     trials = [trial for run in views for trial in run.summary["trials"]]
     planned = sum(run.summary["planned_trials"] for run in views)
@@ -122,7 +122,7 @@ def verdict(views: Sequence[RunView]) -> Verdict:
         told = [f"{verdict_counts(trials)} of {count(len(trials), 'trial')}"]
     if planned > len(trials):
         told.append(f"{planned - len(trials)} of {count(planned, 'planned trial')} never began")
-    return Verdict(word, "; ".join(told) + ".", reasons(views))
+    return OverallVerdict(word, "; ".join(told) + ".", reasons(views))
 
 
 def reasons(views: Sequence[RunView]) -> tuple[Reason, ...]:

@@ -62,7 +62,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CountedAnswer:
     """One of the distinct successful answers to one request; ``count`` arrivals got exactly this one.
 
     ``headers`` have lower-case names and hold ``content-type`` and ``inference-header-content-length`` where the
@@ -117,7 +117,7 @@ class ReplayResult:
     """The Arrow stream with the rows; :func:`finish_table` makes it Parquet."""
     recorded: int
     """Rows written: one per arrival, fewer only after :meth:`LoadGenerator.abort`."""
-    answers: tuple[Answer, ...]
+    answers: tuple[CountedAnswer, ...]
     unchecked: int
     """Successful answers that were not kept: beyond the first few distinct ones, or large and not in the sample."""
     connections_opened: int
@@ -175,7 +175,7 @@ class LoadGenerator:
             data=tuple(request.data for request in prepared),
             methods=tuple(request.method for request in prepared),
         )
-        target = wire.Endpoint(
+        target = wire.Target(
             protocol,
             host,
             port,
@@ -194,7 +194,7 @@ class LoadGenerator:
         """The live figures of each worker."""
         self._ends: dict[int, dict[str, Any]] = {}
         self._lost: dict[int, str] = {}
-        self._answers: list[Answer] = []
+        self._answers: list[CountedAnswer] = []
         self._unchecked = 0
         self._failure: str | None = None
         self._storage_error: StorageError | None = None
@@ -421,7 +421,7 @@ class LoadGenerator:
             meta, bodies = wire.unpack(payload)
             self._unchecked += meta["unchecked"]
             self._answers += (
-                Answer(self._schedule.models[model], payload_id, entry["headers"], body, entry["count"])
+                CountedAnswer(self._schedule.models[model], payload_id, entry["headers"], body, entry["count"])
                 for entry, body in zip(meta["answers"], bodies, strict=True)
                 for model, payload_id in [self._pairs[entry["request"]]]
             )

@@ -23,7 +23,7 @@ from gevent.threadpool import ThreadPool
 from tailrace.harness.records.schema import Outcome
 from tailrace.harness.replay.pacer import Pacer
 from tailrace.harness.replay.recorder import SMALL_BODY_BYTES, Answers, Recorder
-from tailrace.harness.replay.wire import NONE, Endpoint, Shard
+from tailrace.harness.replay.wire import NONE, Shard, Target
 
 CHANNELS = 4
 """HTTP/2 connections, so that one connection's flow control or stream limit is not what is measured."""
@@ -85,17 +85,17 @@ class GrpcReplay:
     """
 
     def __init__(
-        self, shard: Shard, endpoint: Endpoint, recorder: Recorder, answers: Answers, tick: Callable[[], None]
+        self, shard: Shard, target: Target, recorder: Recorder, answers: Answers, tick: Callable[[], None]
     ) -> None:
         self._shard = shard
         self._request = shard.request.data
         self._recorder = recorder
         self._answers = answers
         self._tick = tick
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        self._target = f"{host}:{endpoint.port}"
-        self._timeout_s = endpoint.timeout_s
-        self._max_outstanding = endpoint.max_connections
+        host = f"[{target.host}]" if ":" in target.host else target.host
+        self._target = f"{host}:{target.port}"
+        self._timeout_s = target.timeout_s
+        self._max_outstanding = target.max_connections
         self._channels: list[grpc.aio.Channel] = []
         self._methods: list[list[Any]] = []
         self._outstanding: dict[int, asyncio.Task[None]] = {}

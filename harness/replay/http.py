@@ -24,7 +24,7 @@ from geventhttpclient._parser import HTTPParseError, HTTPResponseParser
 from tailrace.harness.records.schema import Outcome
 from tailrace.harness.replay.pacer import Pacer
 from tailrace.harness.replay.recorder import ERROR_CHARS, SMALL_BODY_BYTES, Answers, Recorder
-from tailrace.harness.replay.wire import NONE, Endpoint, Shard
+from tailrace.harness.replay.wire import NONE, Shard, Target
 
 PREOPENED = 32
 """Connections opened before the clock starts, so that the first arrivals do not pay for them."""
@@ -162,17 +162,17 @@ class HttpReplay:
     """
 
     def __init__(
-        self, shard: Shard, endpoint: Endpoint, recorder: Recorder, answers: Answers, tick: Callable[[], None]
+        self, shard: Shard, target: Target, recorder: Recorder, answers: Answers, tick: Callable[[], None]
     ) -> None:
         self._shard = shard
         self._request = shard.request.data
         self._recorder = recorder
         self._answers = answers
         self._tick = tick
-        self._max_connections = endpoint.max_connections
-        self._timeout_ns = round(endpoint.timeout_s * 1e9)
-        self._timeout_s = endpoint.timeout_s
-        family, _, _, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)[0]
+        self._max_connections = target.max_connections
+        self._timeout_ns = round(target.timeout_s * 1e9)
+        self._timeout_s = target.timeout_s
+        family, _, _, _, address = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
         self._family, self._address = family, address
         self._loop = gevent.get_hub().loop
         self._open: dict[_Connection, None] = {}

@@ -127,7 +127,7 @@ def unpack(payload: bytes) -> tuple[dict[str, Any], list[bytes]]:
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class Target:
     """Where a worker sends, how long it waits for one answer and how many requests it may have outstanding."""
 
     protocol: Literal["http", "grpc"]
@@ -164,11 +164,11 @@ class Shard:
         )
 
 
-def pack_plan(shard: Shard, endpoint: Endpoint) -> bytes:
+def pack_plan(shard: Shard, target: Target) -> bytes:
     """A shard and where to send it; equal request bytes travel once."""
     blobs: dict[bytes, int] = {}
     which = [blobs.setdefault(data, len(blobs)) for data in shard.data]
-    meta = {"endpoint": vars(endpoint), "methods": shard.methods, "which": which}
+    meta = {"target": vars(target), "methods": shard.methods, "which": which}
     arrays = [
         shard.arrival_id.astype("<i8").tobytes(),
         shard.intended_ns.astype("<i8").tobytes(),
@@ -177,7 +177,7 @@ def pack_plan(shard: Shard, endpoint: Endpoint) -> bytes:
     return pack(meta, [*arrays, *blobs])
 
 
-def unpack_plan(payload: bytes) -> tuple[Shard, Endpoint]:
+def unpack_plan(payload: bytes) -> tuple[Shard, Target]:
     """The reverse of :func:`pack_plan`."""
     meta, (ids, intended, request, *blobs) = unpack(payload)
     shard = Shard(
@@ -187,4 +187,4 @@ def unpack_plan(payload: bytes) -> tuple[Shard, Endpoint]:
         data=tuple(blobs[index] for index in meta["which"]),
         methods=tuple(meta["methods"]),
     )
-    return shard, Endpoint(**meta["endpoint"])
+    return shard, Target(**meta["target"])

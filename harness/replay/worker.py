@@ -192,14 +192,14 @@ class Session:
     """One replay from plan to end, as Locust's user runs it."""
 
     def __init__(self, plan: bytes, outbox: Outbox, stats: RequestStats) -> None:
-        self._shard, endpoint = wire.unpack_plan(plan)
-        self._priority = take_precedence(endpoint.real_time and len(os.sched_getaffinity(0)) > 1)
+        self._shard, target = wire.unpack_plan(plan)
+        self._priority = take_precedence(target.real_time and len(os.sched_getaffinity(0)) > 1)
         self._outbox = outbox
         self._recorder = Recorder(outbox.put, self._shard.arrival_id)
         self._answers = Answers(len(self._shard.data))
-        self._live = LiveStatistics(stats, self._shard, endpoint.protocol)
-        engine: Callable[..., HttpReplay | GrpcReplay] = HttpReplay if endpoint.protocol == "http" else GrpcReplay
-        self._replay = engine(self._shard, endpoint, self._recorder, self._answers, self._tick)
+        self._live = LiveStatistics(stats, self._shard, target.protocol)
+        engine: Callable[..., HttpReplay | GrpcReplay] = HttpReplay if target.protocol == "http" else GrpcReplay
+        self._replay = engine(self._shard, target, self._recorder, self._answers, self._tick)
         self._epoch_ns = 0
         self._next_flush_ns = 0
         self._counts: deque[tuple[int, int]] = deque([(time.monotonic_ns(), 0)], maxlen=round(1 / FLUSH_S) + 1)

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import grpc  # noqa: F401 - exchange() imports it when it is first needed: the first server must not pay for that
 import numpy as np
 import psutil
-from pydantic import BaseModel
 
 from tailrace import __version__
 from tailrace.harness.analysis.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
@@ -32,6 +31,7 @@ from tailrace.harness.plan.spec import validated_options
 from tailrace.harness.processes import log_tail, port_open
 from tailrace.harness.records.store import ending, make_new_folder, now, write_json
 from tailrace.harness.run.faults import refusal
+from tailrace.harness.run.preflight import Contestant
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.registry import get_adapter
 from tailrace.harness.servers.devices import device_environment
@@ -146,14 +146,6 @@ def interleaved(names: Sequence[str], trials: int, seed: int) -> list[tuple[str,
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One adapter with its options, validated."""
-
-    adapter: Adapter
-    options: BaseModel
-
-
-@dataclass(frozen=True)
 class Plan:
     """Cold starts to be measured, checked as far as that needs no environment."""
 
@@ -212,14 +204,15 @@ def check(
 def _contestant(name: str, options: Mapping[str, Any], tuning: Tuning, mode: Mode) -> Contestant:
     adapter = get_adapter(name)
     validated = validated_options(adapter, options)
-    if refusals := adapter.refusals(tuning, validated, adapter.protocols[0]):
+    protocol = adapter.protocols[0]
+    if refusals := adapter.refusals(tuning, validated, protocol):
         raise InputError("\n".join(refusals.values()), remedy=f"leave {name} out")
     if mode == "model" and (reason := refusal("model_reload", adapter, tuning, nodes=1)):
         raise InputError(
             f"{name} can do no `load_model` by itself: {reason}",
             remedy=f"leave {name} out, or use --mode process",
         )
-    return Contestant(adapter, validated)
+    return Contestant(adapter, validated, protocol)
 
 
 # ---------------------------------------------------------------- one server
@@ -350,7 +343,7 @@ class ColdStarts:
             "adapters": {
                 name: {
                     "title": contestant.adapter.title,
-                    "protocol": contestant.adapter.protocols[0],
+                    "protocol": contestant.protocol,
                     "options": contestant.options.model_dump(mode="json"),
                     "packages": {},
                 }
@@ -489,7 +482,7 @@ class ColdStarts:
             models=tuple(workload.references),
             tuning=self._plan.tuning,
             options=contestant.options,
-            protocol=contestant.adapter.protocols[0],
+            protocol=contestant.protocol,
             environment=self._environments[name],
             workdir=workdir,
             scratch=scratch,

@@ -51,7 +51,7 @@ _REPLICA_MIN_BYTES = 40 << 20
 
 @dataclass(frozen=True)
 class Contestant:
-    """One adapter of an experiment with its options validated and its protocol chosen."""
+    """One adapter with its options validated and its protocol chosen."""
 
     adapter: Adapter
     options: BaseModel

@@ -115,8 +115,8 @@ def replay(
     messages: list[tuple[bytes, bytes]] = []
     recorder = Recorder(lambda kind, payload: messages.append((kind, payload)), shard.arrival_id)
     answers = Answers(len(calls))
-    endpoint = wire.Endpoint("grpc", "127.0.0.1", port, timeout_s, max_connections)
-    engine = GrpcReplay(shard, endpoint, recorder, answers, lambda: None)
+    target = wire.Target("grpc", "127.0.0.1", port, timeout_s, max_connections)
+    engine = GrpcReplay(shard, target, recorder, answers, lambda: None)
     engine.prepare()
     if stop_after_s is not None:
         gevent.spawn_later(stop_after_s, engine.stop)
@@ -222,7 +222,7 @@ def idle_engine(port: int, at_ms: list[float], tick: Callable[[], None]) -> tupl
         ("/t/ok",),
     )
     recorder = Recorder(lambda kind, payload: None, shard.arrival_id)
-    engine = GrpcReplay(shard, wire.Endpoint("grpc", "127.0.0.1", port, 20.0, 64), recorder, Answers(1), tick)
+    engine = GrpcReplay(shard, wire.Target("grpc", "127.0.0.1", port, 20.0, 64), recorder, Answers(1), tick)
     engine.prepare()
     return engine, recorder
 

@@ -124,8 +124,8 @@ def replay(
     messages: list[tuple[bytes, bytes]] = []
     recorder = Recorder(lambda kind, payload: messages.append((kind, payload)), shard.arrival_id)
     answers = Answers(1)
-    endpoint = wire.Endpoint("http", "127.0.0.1", port, timeout_s, max_connections)
-    engine = HttpReplay(shard, endpoint, recorder, answers, lambda: None)
+    target = wire.Target("http", "127.0.0.1", port, timeout_s, max_connections)
+    engine = HttpReplay(shard, target, recorder, answers, lambda: None)
     engine.prepare()
     if stop_after_s is not None:
         gevent.spawn_later(stop_after_s, engine.stop)
@@ -440,8 +440,8 @@ def test_a_server_that_does_not_accept_is_not_the_generators_lateness(monkeypatc
     data = http_request("127.0.0.1", port, "/infer", b"x", {})
     shard = wire.Shard(np.arange(count), np.zeros(count, np.int64), np.zeros(count, np.int32), (data,), ("",))
     recorder = Recorder(lambda kind, payload: None, shard.arrival_id)
-    endpoint = wire.Endpoint("http", "127.0.0.1", port, 200.0, 64)  # the kernel doubles its pause
-    engine = HttpReplay(shard, endpoint, recorder, Answers(1), lambda: None)
+    target = wire.Target("http", "127.0.0.1", port, 200.0, 64)  # the kernel doubles its pause
+    engine = HttpReplay(shard, target, recorder, Answers(1), lambda: None)
     began_accepting: list[int] = []
 
     def serve(sock: socket.socket) -> None:

@@ -46,11 +46,11 @@ def test_a_plan_survives_the_journey_and_sends_equal_bytes_once() -> None:
         (b"a" * 1000, b"b" * 1000, b"a" * 1000),
         ("", "", "/m"),
     )
-    endpoint = wire.Endpoint("grpc", "h", 1, 2.5, 4)
-    payload = wire.pack_plan(shard, endpoint)
+    target = wire.Target("grpc", "h", 1, 2.5, 4)
+    payload = wire.pack_plan(shard, target)
     assert len(payload) < 2500
     again, where = wire.unpack_plan(payload)
-    assert where == endpoint
+    assert where == target
     assert again.data == shard.data
     assert again.methods == shard.methods
     for name in ("arrival_id", "intended_ns", "request"):

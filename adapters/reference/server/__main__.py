@@ -1,8 +1,8 @@
 """The server: ``python -m server CONFIG.json HOST PORT``. One process answers HTTP, and each replica is a process of its own.
 
 A request's way: :class:`http.Connection` reads it, :class:`Server` finds its :class:`model.Model`, whose
-:class:`queueing.Dispatcher` queues it and gathers a batch, which a :class:`model.Replica` hands to its process (``replica.py``);
-the answer goes back the same way. SIGTERM ends it gracefully: what it holds is finished, what comes is refused.
+:class:`queueing.Dispatcher` queues it and gathers a batch, which a :class:`model.ReplicaProcess` hands to its process
+(``replica.py``); the answer goes back the same way. SIGTERM ends it gracefully: what it holds is finished, what comes is refused.
 """
 
 from __future__ import annotations

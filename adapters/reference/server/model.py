@@ -39,7 +39,7 @@ class LoadError(Exception):
     """A replica has ended before its model was loaded; the message is the model's own words."""
 
 
-class Replica:
+class ReplicaProcess:
     """A replica's process, and the connection to it."""
 
     def __init__(self, model: str, config: str) -> None:
@@ -54,7 +54,9 @@ class Replica:
         self.retiring = False
         self._writer: asyncio.StreamWriter | None = None
 
-    async def listen(self, said: Callable[[Replica, int, bytes], None], gone: Callable[[Replica], None]) -> None:
+    async def listen(
+        self, said: Callable[[ReplicaProcess, int, bytes], None], gone: Callable[[ReplicaProcess], None]
+    ) -> None:
         """Pass on what it says; that it says no more, as soon as it is so; and return when its process has ended."""
         reader, self._writer = await asyncio.open_connection(sock=self._ours, limit=_BUFFER_BYTES)
         reason = "its process ended"
@@ -105,7 +107,7 @@ class Model:
         self._health_timeout_s: float = config["health_timeout_s"]
         system = config["system"]
         batching = system["batching"]
-        self.dispatcher: Dispatcher[Replica] = Dispatcher(
+        self.dispatcher: Dispatcher[ReplicaProcess] = Dispatcher(
             Batching(batching["max_batch"], batching["window_ms"] / 1e3, batching["window_opens"]),
             system["router"],
             system["queue_limit"],
@@ -116,7 +118,7 @@ class Model:
         self._warm_pool: int = config["warm_pool"]
         """How many of the scaler's fewest are beyond those asked for."""
         self.target: int = system["replicas"]
-        self.replicas: dict[Replica, asyncio.Task[None]] = {}
+        self.replicas: dict[ReplicaProcess, asyncio.Task[None]] = {}
         self._deaths = 0
         self._arrived = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -173,7 +175,7 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------- replicas
 
-    def _said(self, replica: Replica, kind: int, body: bytes) -> None:
+    def _said(self, replica: ReplicaProcess, kind: int, body: bytes) -> None:
         """Something that a replica has said."""
         now_s = self._loop.time()
         if kind == READY:
@@ -198,7 +200,7 @@ class Model:
             return
         self._pump()
 
-    def _gone(self, replica: Replica) -> None:
+    def _gone(self, replica: ReplicaProcess) -> None:
         """What a replica holds when it dies is asked again elsewhere, once.
 
         A request whose batch had begun may then have been computed twice: the model must not mind, and a client still
@@ -218,14 +220,14 @@ class Model:
         self.dispatcher.put_back(again)
         self._pump()
 
-    async def _run(self, replica: Replica) -> None:
+    async def _run(self, replica: ReplicaProcess) -> None:
         """A replica's life, from its start until another has been sent for in its place."""
         await replica.listen(self._said, self._gone)
         del self.replicas[replica]
         if not replica.retiring:
             self._replace(replica)
 
-    def _replace(self, dead: Replica) -> None:
+    def _replace(self, dead: ReplicaProcess) -> None:
         """Another in place of one that has died: at once, or later and later where they die young."""
         self.counts["replica_deaths_total"] += 1
         reason = dead.loaded.exception() or "after it had loaded"
@@ -240,10 +242,10 @@ class Model:
         """Start as many replicas as are missing."""
         self._restart = None
         while not self.closing and len(self._staying()) < self.target:
-            replica = Replica(self.name, self._config_file)
+            replica = ReplicaProcess(self.name, self._config_file)
             self.replicas[replica] = self._loop.create_task(self._run(replica))
 
-    def _staying(self) -> list[Replica]:
+    def _staying(self) -> list[ReplicaProcess]:
         return [replica for replica in self.replicas if not replica.retiring]
 
     @property
@@ -285,11 +287,11 @@ class Model:
         """Whether somebody waits for an answer."""
         return self.dispatcher.waiting + self.dispatcher.in_hand > 0
 
-    def _busy(self, replica: Replica) -> tuple[bool, float]:
+    def _busy(self, replica: ReplicaProcess) -> tuple[bool, float]:
         seat = self.dispatcher.seats.get(replica)
         return seat is not None and bool(seat.in_hand), -replica.started_s
 
-    def _retire(self, replica: Replica) -> None:
+    def _retire(self, replica: ReplicaProcess) -> None:
         """Give it nothing more; it ends when it has done what it has in hand."""
         replica.retiring = True
         if replica in self.dispatcher.seats:
