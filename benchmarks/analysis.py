@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tailrace.harness.plan.spec import Experiment, interleave
+from tailrace.harness.plan.cells import interleave
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
 from tailrace.harness.records.store import RunFolder, write_json
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tailrace.harness.plan.spec import load_experiment
+from tailrace.harness.plan.loading import load_experiment
 from tailrace.harness.records.store import default_folder
 from tailrace.harness.run.preflight import check
 

@@ -16,8 +16,8 @@ from tailrace.harness.analysis.aftermath import fault_sentence
 from tailrace.harness.analysis.summary import Summary
 from tailrace.harness.contract.adapter import Adapter
 from tailrace.harness.contract.observations import TOPICS
+from tailrace.harness.plan.cells import TrialPlan
 from tailrace.harness.plan.fault_kinds import FAULT_KINDS
-from tailrace.harness.plan.spec import TrialPlan
 from tailrace.harness.quantities import milliseconds
 from tailrace.harness.replay.driver import Progress as ReplayProgress
 from tailrace.harness.run.observer import Observer

@@ -25,7 +25,7 @@ from tailrace.cli.tune import pareto, recommend, saturate, tune
 from tailrace.harness.errors import EXIT_INTERRUPTED, EXIT_INVALID, InputError, TailraceError
 
 if TYPE_CHECKING:
-    from tailrace.harness.plan.spec import Experiment
+    from tailrace.harness.plan.experiment import Experiment
 
 MAX_LOADGEN_RATE = 200_000
 MAX_BATCH = 1024
@@ -150,7 +150,7 @@ def run(
     A run that was killed, interrupted or cut off goes on with --resume RUN, and keeps what it has measured.
     """
     from tailrace.cli.console import ConsoleObserver, print_summary
-    from tailrace.harness.plan.spec import load_experiment
+    from tailrace.harness.plan.loading import load_experiment
     from tailrace.harness.records.store import RunFolder, default_folder
     from tailrace.harness.run.runner import resume_run, run_experiment
     from tailrace.reports.report import write

@@ -393,7 +393,7 @@ def validate_sim(
 def _surge(adapters: list[str] | None, trials: int | None, out: Path | None) -> Path:
     """Run the experiment that the simulator is tried on; returns its folder."""
     from tailrace.cli.console import ConsoleObserver
-    from tailrace.harness.plan.spec import load_experiment
+    from tailrace.harness.plan.loading import load_experiment
     from tailrace.harness.records.store import default_folder
     from tailrace.harness.run.runner import run_experiment
 

@@ -19,7 +19,7 @@ from tailrace.cli.terminal import TableOrJson, stderr, stdout
 from tailrace.harness.errors import EXIT_INTERRUPTED, EXIT_INVALID, InputError
 
 if TYPE_CHECKING:
-    from tailrace.harness.plan.spec import Experiment
+    from tailrace.harness.plan.experiment import Experiment
     from tailrace.tuner.grid import Case
     from tailrace.tuner.objective import Objective
     from tailrace.tuner.saturation import Saturation
@@ -427,7 +427,8 @@ def saturate(
     The rate is doubled until it does not hold, and no further; then the gap is halved until it is below 5 %, or the interval
     of a p99 (from three trials) has the objective within it. The same as the key `load` of an experiment that is run.
     """
-    from tailrace.harness.plan.spec import LoadSearch, TailObjective, load_experiment
+    from tailrace.harness.plan.experiment import LoadSearch, TailObjective
+    from tailrace.harness.plan.loading import load_experiment
     from tailrace.harness.records.store import default_folder
     from tailrace.tuner.objective import parse_objective
 
@@ -450,7 +451,7 @@ def find_saturation(
     stopped (what is INVALID says nothing of the server), and if ``strict`` with 3 where a load was measured UNKNOWN."""
     from tailrace.cli.console import ConsoleObserver
     from tailrace.harness.analysis.summary import summarise
-    from tailrace.harness.plan.spec import Cell, cells
+    from tailrace.harness.plan.cells import Cell, cells
     from tailrace.harness.records.store import RunFolder
     from tailrace.harness.run.runner import run_or_go_on
     from tailrace.reports.report import write

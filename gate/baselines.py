@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tailrace.gate.rules import FIGURES
 from tailrace.harness.analysis.summary import Summary, jsonable, summarise
 from tailrace.harness.errors import InputError, StorageError
-from tailrace.harness.plan.spec import explain
+from tailrace.harness.plan.keys import explain
 from tailrace.harness.records.store import RunFolder, now, write_json
 
 SCHEMA_VERSION = 1

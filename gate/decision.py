@@ -15,8 +15,7 @@ from tailrace.gate.ratios import Against, against, log_spread
 from tailrace.gate.rules import Rule
 from tailrace.harness.analysis.comparison import MIN_TRIALS
 from tailrace.harness.differences import differences
-from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import nearest
+from tailrace.harness.errors import InputError, nearest
 
 GateVerdict = Literal["pass", "fail", "inconclusive", "invalid"]
 WORST_LAST: tuple[GateVerdict, ...] = ("pass", "inconclusive", "fail", "invalid")

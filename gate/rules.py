@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import nearest
+from tailrace.harness.errors import InputError, nearest
 
 FIGURES = (
     *("p50_ms", "p90_ms", "p99_ms", "p50_ok_ms", "p99_ok_ms", "p50_service_ms", "p99_service_ms"),

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tailrace.harness.analysis.metrics import Ints
 from tailrace.harness.errors import InputError, StorageError
-from tailrace.harness.plan.spec import assign, explain
+from tailrace.harness.plan.keys import explain
+from tailrace.harness.plan.loading import assign
 
 NS_PER_MS = 1_000_000
 MAX_BATCH = 4096

@@ -13,7 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tailrace.harness.contract.multiplexing import MemoryPlan, plan_memory
-from tailrace.harness.plan.spec import Experiment, interleave
+from tailrace.harness.plan.cells import interleave
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
 from tailrace.harness.records.store import EventLog, RunFolder, TrialFolder, write_json
 from tailrace.harness.records.tables import TableWriter, finish_table

@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from tailrace.harness.analysis.comparison import Ratio, blocks, paired_ratio
 from tailrace.harness.analysis.summary import jsonable, summarise
 from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
-from tailrace.harness.plan.spec import TrialPlan
+from tailrace.harness.plan.cells import TrialPlan
 from tailrace.harness.records.store import RunFolder
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from tailrace.harness.contract.workload import Device
-from tailrace.harness.errors import InputError
+from tailrace.harness.errors import InputError, nearest
 from tailrace.harness.gpus import Gpu
-from tailrace.harness.plan.spec import Experiment, nearest
+from tailrace.harness.plan.experiment import Experiment
 
 
 def price_per_hour(experiment: Experiment, device: Device, gpus: Sequence[Gpu]) -> float | None:

@@ -27,7 +27,7 @@ from tailrace.harness.contract.workload import Device, Precision, PreparedWorklo
 from tailrace.harness.errors import DeployError, InputError, ServerError, StorageError, TailraceError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
-from tailrace.harness.plan.spec import validated_options
+from tailrace.harness.plan.keys import validated_options
 from tailrace.harness.processes import log_tail, port_open
 from tailrace.harness.records.store import ending, make_new_folder, now, write_json
 from tailrace.harness.run.faults import refusal

@@ -16,8 +16,8 @@ import numpy as np
 
 from tailrace.harness.contract.adapter import Adapter, Containers, ProcessHost, Replica, Tuning
 from tailrace.harness.errors import TailraceError
+from tailrace.harness.plan.fault_choices import FaultChoice, FaultSchedule
 from tailrace.harness.plan.fault_kinds import FAULT_KINDS
-from tailrace.harness.plan.spec import FaultChoice, FaultSchedule
 from tailrace.harness.processes import ProcessRef, descendants
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.servers.cgroups import refusal as cgroup_refusal

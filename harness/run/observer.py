@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tailrace.harness.plan.spec import TrialPlan
+    from tailrace.harness.plan.cells import TrialPlan
     from tailrace.harness.replay.driver import Progress
 
 

@@ -18,20 +18,13 @@ from tailrace.harness.contract.workload import ArtifactKind, Composition, Device
 from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import page_cache_refusal, raise_file_limit
+from tailrace.harness.plan.cells import Cell, TrialPlan, cells, interleave
+from tailrace.harness.plan.experiment import Experiment, ScalerChoice, Scenario
+from tailrace.harness.plan.fault_choices import FaultSchedule
 from tailrace.harness.plan.fault_kinds import FAULT_KINDS
+from tailrace.harness.plan.keys import validated_options
 from tailrace.harness.plan.prices import price_per_hour
 from tailrace.harness.plan.schedule import most_at_once
-from tailrace.harness.plan.spec import (
-    Cell,
-    Experiment,
-    FaultSchedule,
-    ScalerChoice,
-    Scenario,
-    TrialPlan,
-    cells,
-    interleave,
-    validated_options,
-)
 from tailrace.harness.run.faults import PlannedFault, link_faults, plan_faults, refusal
 from tailrace.harness.run.prepare import prepare, sharing_memory
 from tailrace.harness.run.registry import get_adapter

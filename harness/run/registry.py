@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tailrace import adapters
 from tailrace.harness.contract.adapter import Adapter, Tuning
-from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import nearest
+from tailrace.harness.errors import InputError, nearest
 
 ENTRY_POINT_GROUP = "tailrace.adapters"
 

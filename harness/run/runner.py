@@ -19,8 +19,9 @@ from tailrace.harness.contract.observations import observations_of
 from tailrace.harness.differences import differences
 from tailrace.harness.errors import InputError, StorageError, TailraceError
 from tailrace.harness.machine import command_line, environment_variables, git_state, hardware, software
+from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.plan.keys import explain
 from tailrace.harness.plan.schedule import offered_rates
-from tailrace.harness.plan.spec import Experiment, explain
 from tailrace.harness.records.store import RunFolder, ending, now
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.preflight import Checked, check, set_up

@@ -36,9 +36,10 @@ from tailrace.harness.contract.workload import ArtifactKind, Composition, Prepar
 from tailrace.harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from tailrace.harness.gpus import Gpu, gpus
 from tailrace.harness.machine import cpu_count
+from tailrace.harness.plan.cells import TrialPlan
+from tailrace.harness.plan.experiment import Client, Experiment
 from tailrace.harness.plan.prices import price_per_hour
 from tailrace.harness.plan.schedule import WARMUP_GAP_S, Phase, Schedule, build_schedule
-from tailrace.harness.plan.spec import Client, Experiment, TrialPlan
 from tailrace.harness.processes import descendants, log_tail
 from tailrace.harness.records.probe import Probe, contradiction
 from tailrace.harness.records.store import EventLog, TrialFolder, write_json

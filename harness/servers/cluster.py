@@ -31,7 +31,7 @@ from tailrace.harness.contract.adapter import (
 from tailrace.harness.contract.control import agreed
 from tailrace.harness.errors import DeployError, ServerError, TailraceError
 from tailrace.harness.machine import drop_page_cache
-from tailrace.harness.plan.spec import ColdStart
+from tailrace.harness.plan.experiment import ColdStart
 from tailrace.harness.processes import ProcessRef, free_ports, log_tail, port_open
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.servers.balancer import Backend, BackendState, Balancer

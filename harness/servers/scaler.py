@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from tailrace.harness.errors import TailraceError
-from tailrace.harness.plan.spec import ScalerChoice
+from tailrace.harness.plan.experiment import ScalerChoice
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.servers.cluster import Cluster
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import Experiment, builtin_experiments, load_experiment
+from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.plan.loading import builtin_experiments, load_experiment
 from tailrace.harness.records.store import RunFolder
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import resume_run

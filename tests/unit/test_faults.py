@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from tailrace.harness.contract.adapter import Replica, Tuning
 from tailrace.harness.errors import InputError
+from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.plan.fault_choices import FaultChoice, FaultSchedule
 from tailrace.harness.plan.fault_kinds import FAULT_KINDS
-from tailrace.harness.plan.spec import Experiment, FaultChoice, FaultSchedule
 from tailrace.harness.processes import ProcessRef
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.run.faults import Nemesis, PlannedFault, plan_faults, refusal

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from tailrace.cli.main import app
-from tailrace.harness.plan.spec import load_experiment
+from tailrace.harness.plan.loading import load_experiment
 from tailrace.harness.run.preflight import check
 from tests.fake_nvml import FakeGpu, install
 

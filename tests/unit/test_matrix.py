@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.harness.errors import InputError
+from tailrace.harness.plan.cells import cells
+from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.plan.loading import load_experiment
 from tailrace.harness.plan.matrix import multiplied_out, spoken, words
-from tailrace.harness.plan.spec import Experiment, cells, load_experiment
 from tailrace.harness.run.preflight import check
 from tests.conftest import tailrace
 

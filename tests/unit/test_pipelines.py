@@ -26,7 +26,7 @@ from tailrace.harness.contract.adapter import Adapter, DeployRequest, ServerEnvi
 from tailrace.harness.contract.pipeline import StageCounts, pipeline_environment, read_clocks
 from tailrace.harness.contract.workload import PreparedWorkload, WorkloadSpec
 from tailrace.harness.errors import InputError, TailraceError
-from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder
 from tailrace.harness.run.preflight import check

@@ -19,8 +19,8 @@ from tailrace.harness.analysis.metrics import measured
 from tailrace.harness.analysis.summary import by_model, summarise
 from tailrace.harness.contract.popularity import Models, Popularity, draw, ranked
 from tailrace.harness.errors import InputError
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.schedule import Phase, build_schedule
-from tailrace.harness.plan.spec import Experiment
 from tailrace.harness.records.store import RunFolder
 from tailrace.harness.run.preflight import check
 from tailrace.reports.by_model import by_model as rows_by_model

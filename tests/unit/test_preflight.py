@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tailrace.harness.contract.adapter import ServerEnvironment, Tuning, WireProtocol
 from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.run.preflight import check, set_up
 from tailrace.harness.run.registry import all_adapters, get_adapter
 from tests.fake_nvml import FakeGpu, install

@@ -12,8 +12,9 @@ from tailrace.harness.contract.adapter import NoOptions, ServerEnvironment, Tuni
 from tailrace.harness.contract.workload import PreparedWorkload
 from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
+from tailrace.harness.plan.cells import interleave
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.prices import price_per_hour
-from tailrace.harness.plan.spec import Experiment, interleave
 from tailrace.harness.records.store import TrialFolder
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.registry import get_adapter

@@ -14,7 +14,7 @@ from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.contract.multiplexing import MIB, Multiplexing, plan_memory
 from tailrace.harness.contract.popularity import Models
 from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
 from tailrace.harness.run.preflight import check
 from tests.fake_nvml import FakeGpu, install

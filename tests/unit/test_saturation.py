@@ -16,7 +16,7 @@ from typer import Exit
 from tailrace.cli.terminal import TableOrJson
 from tailrace.cli.tune import find_saturation
 from tailrace.harness.errors import InputError, TailraceError
-from tailrace.harness.plan.spec import Experiment
+from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_experiment
 from tailrace.tuner.objective import Objective

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tailrace.harness.contract.adapter import MetricSample
 from tailrace.harness.errors import InputError, ServerError
-from tailrace.harness.plan.spec import Experiment, ScalerChoice
+from tailrace.harness.plan.experiment import Experiment, ScalerChoice
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.run.preflight import check
 from tailrace.harness.servers.balancer import BackendState

@@ -16,22 +16,19 @@ from tailrace.harness.contract.multiplexing import Multiplexing
 from tailrace.harness.contract.popularity import Models, Popularity
 from tailrace.harness.contract.workload import Slo
 from tailrace.harness.errors import InputError
-from tailrace.harness.plan.spec import (
+from tailrace.harness.plan.cells import cells, interleave
+from tailrace.harness.plan.experiment import (
     Calibration,
     Client,
     ContainerChoice,
     Experiment,
-    FaultChoice,
-    FaultSchedule,
     ScalerChoice,
     Scenario,
     TraceChoice,
     Warmup,
-    builtin_experiments,
-    cells,
-    interleave,
-    load_experiment,
 )
+from tailrace.harness.plan.fault_choices import FaultChoice, FaultSchedule
+from tailrace.harness.plan.loading import builtin_experiments, load_experiment
 
 ROOT = Path(__file__).parents[2]
 

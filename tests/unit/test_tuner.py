@@ -16,7 +16,8 @@ from tailrace.cli.tune import sentences
 from tailrace.harness.analysis.metrics import percentile
 from tailrace.harness.contract.adapter import Tuning
 from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
-from tailrace.harness.plan.spec import Cell, Scenario, TrialPlan
+from tailrace.harness.plan.cells import Cell, TrialPlan
+from tailrace.harness.plan.experiment import Scenario
 from tailrace.harness.records.store import RunFolder
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer

@@ -1,48 +1,25 @@
-"""The experiment: what a user writes in YAML, validated, expanded into cells and trials."""
+"""The experiment: what a user writes in YAML, validated."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from tailrace.harness.contract.adapter import Adapter, Tuning, WireProtocol
+from tailrace.harness.contract.adapter import Tuning, WireProtocol
 from tailrace.harness.contract.multiplexing import Multiplexing
 from tailrace.harness.contract.popularity import Models
 from tailrace.harness.contract.workload import ArtifactKind, Composition, Device, Precision, Slo
-from tailrace.harness.errors import InputError
-from tailrace.harness.plan.fault_kinds import FAULT_KINDS
-from tailrace.harness.plan.matrix import multiplied_out
+from tailrace.harness.plan.fault_choices import Faults, FaultSchedule
+from tailrace.harness.plan.keys import Strict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TraceChoice(_Strict):
+class TraceChoice(Strict):
     """Which traffic to replay, and what to make of it. A bare name stands for ``{name: NAME}``: the whole trace, unscaled."""
 
     name: str = Field(description="A trace of the catalogue, or one that `tailrace traces add` registered.")
@@ -67,83 +44,6 @@ class TraceChoice(_Strict):
     )
 
 
-def _known_kind(kind: str) -> str:
-    if kind not in FAULT_KINDS:
-        near = nearest(kind, FAULT_KINDS)
-        raise ValueError(f"there is no such fault; {f'did you mean {near!r}?' if near else ', '.join(FAULT_KINDS)}")
-    return kind
-
-
-FaultName = Annotated[str, AfterValidator(_known_kind)]
-
-
-class FaultParameters(_Strict):
-    """What a fault may be told beside its kind; each kind has its own (`tailrace adapters --faults`)."""
-
-    duration_s: float | None = Field(default=None, ge=0, description="How long it lasts before it is healed.")
-    cpus: float | None = Field(default=None, gt=0, description="`slow_node`: CPUs that are left to the node.")
-    memory_mb: float | None = Field(default=None, ge=16, description="`memory_limit`: MiB that are left to the node.")
-    round_trip_ms: float | None = Field(default=None, gt=0, description="`latency`: added to every round trip.")
-    share: float | None = Field(
-        default=None, gt=0, le=1, description="`packet_loss`: share of what is sent that stalls."
-    )
-    stall_ms: float | None = Field(default=None, gt=0, description="`packet_loss`: how long it stalls.")
-
-    def parameters(self, kind: str) -> dict[str, float]:
-        """All parameters of a kind: those that were given, and the defaults of the others."""
-        given = {name: getattr(self, name) for name in FAULT_KINDS[kind].defaults}
-        return {**FAULT_KINDS[kind].defaults, **{name: value for name, value in given.items() if value is not None}}
-
-    def foreign(self, kinds: Iterable[str]) -> list[str]:
-        """The parameters that were given and belong to none of these kinds."""
-        own = {name for kind in kinds for name in FAULT_KINDS[kind].defaults}
-        return [name for name in FaultParameters.model_fields if getattr(self, name) is not None and name not in own]
-
-
-class FaultChoice(FaultParameters):
-    """One fault on the trace clock."""
-
-    kind: FaultName = Field(description="What happens: one of the kinds below.")
-    at_s: float | None = Field(
-        default=None,
-        ge=0,
-        description="When, in seconds of the trace. Left out: where the trace suggests it, else two thirds through.",
-    )
-    target: Literal["random"] | Annotated[int, Field(ge=0)] = Field(
-        default="random",
-        description="Which replica (oldest first), node, or model (most popular first): `random` (by the trial's seed) or its "
-        "index from 0.",
-    )
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> FaultChoice:
-        if foreign := self.foreign([self.kind]):
-            own = ", ".join(FAULT_KINDS[self.kind].defaults) or "none"
-            raise ValueError(f"{self.kind} has no {' and no '.join(foreign)}; its parameters: {own}")
-        if FAULT_KINDS[self.kind].scope == "cluster" and self.target != "random":
-            raise ValueError(f"{self.kind} comes to every node in turn: leave `target` out")
-        return self
-
-
-class FaultSchedule(FaultParameters):
-    """Faults at random instants of the trace, a Poisson process by the trial's seed."""
-
-    rate: str = Field(pattern=r"^\d+(\.\d+)?/(s|min|h)$", description="How many in the mean: `2/min`, `0.1/s`, `6/h`.")
-    kinds: tuple[FaultName, ...] = Field(min_length=1, description="Each fault is one of these, drawn evenly.")
-
-    @model_validator(mode="after")
-    def _fits_its_kinds(self) -> FaultSchedule:
-        if foreign := self.foreign(self.kinds):
-            raise ValueError(f"none of {', '.join(self.kinds)} has {' or '.join(foreign)}")
-        return self
-
-    @property
-    def per_s(self) -> float:
-        """The rate in faults per second."""
-        count, _, unit = self.rate.partition("/")
-        return float(count) / {"s": 1, "min": 60, "h": 3600}[unit]
-
-
 def _tuning_in_words(value: Any) -> Any:
     return {} if value == "defaults" else value
 
@@ -152,19 +52,10 @@ TuningChoice = Annotated[Tuning, BeforeValidator(_tuning_in_words)]
 """Neutral knobs, or the word ``defaults`` for none."""
 
 
-_FORMS: Mapping[str, type[BaseModel]] = {"listed": FaultChoice, "scheduled": FaultSchedule}
-"""How faults are given. Pydantic tells errors below these words, which no user has written."""
-
-Faults = Annotated[
-    Annotated[tuple[FaultChoice, ...], Tag("listed")] | Annotated[FaultSchedule, Tag("scheduled")],
-    Discriminator(lambda value: "scheduled" if isinstance(value, dict | FaultSchedule) else "listed"),
-]
-
-
 ColdStart = Literal["process", "page-cache", "model"]
 
 
-class ScalerChoice(_Strict):
+class ScalerChoice(Strict):
     """A queue-depth scaler of the harness's own, for frameworks that have none."""
 
     of: Literal["replicas", "nodes"] = Field(
@@ -202,7 +93,7 @@ class ScalerChoice(_Strict):
         return self
 
 
-class Scenario(_Strict):
+class Scenario(Strict):
     """Named conditions; every adapter runs under every scenario, unless that names its own. A sweep makes one for each
     combination of its values."""
 
@@ -244,14 +135,14 @@ class Scenario(_Strict):
         return name
 
 
-class TailObjective(_Strict):
+class TailObjective(Strict):
     """What a search for the saturation point holds a load to."""
 
     p99_ms: float = Field(gt=0, description="The p99 may be this at most; an answer within it is a good one.")
     attainment: float | None = Field(default=None, gt=0, le=1, description="The share of arrivals with a good answer.")
 
 
-class LoadSearch(_Strict):
+class LoadSearch(Strict):
     """In place of the trace's own rate: the highest mean rate at which the objective still holds, found by search."""
 
     find: Literal["saturation"]
@@ -259,7 +150,7 @@ class LoadSearch(_Strict):
     start: float = Field(default=50.0, gt=0, description="The first mean rate, arrivals/s.")
 
 
-class Client(_Strict):
+class Client(Strict):
     """How requests are sent."""
 
     protocol: WireProtocol | None = Field(default=None, description="`http` or `grpc`; left out: the adapter's first.")
@@ -286,20 +177,20 @@ class Client(_Strict):
         return self
 
 
-class Warmup(_Strict):
+class Warmup(Strict):
     """Traffic before the trace, recorded as `warmup` and left out of every figure."""
 
     duration_s: float = Field(default=3.0, ge=0, description="How long; 0 leaves the server as cold as it came up.")
     rate: float | None = Field(default=None, gt=0, description="Arrivals/s; left out: the trace's mean rate.")
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """Before the trials the generator is measured against a null server, at the experiment's own rates and beyond."""
 
     step_s: float = Field(default=0.5, ge=0.1, le=60, description="How long it sends at each rate.")
 
 
-class ContainerChoice(_Strict):
+class ContainerChoice(Strict):
     """How servers run under `environment: docker`."""
 
     base_images: dict[str, str] = Field(
@@ -312,7 +203,7 @@ class ContainerChoice(_Strict):
     )
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """One experiment: adapters × scenarios, each repeated ``trials`` times, interleaved."""
 
     name: str = Field(description="Short name, used for the run's folder.")
@@ -475,228 +366,3 @@ class Experiment(_Strict):
     def sha256(self) -> str:
         """Hash of the resolved experiment, for telling whether two runs asked the same question."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the experiment's matrix."""
-
-    adapter: str
-    scenario: Scenario
-
-    @property
-    def id(self) -> str:
-        """Unique within the run, and fit for a folder's name."""
-        return f"{self.adapter}--{self.scenario.name}"
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """One repetition of a cell. ``seed`` is shared by all cells of a block, so that they meet the same arrivals."""
-
-    cell: Cell
-    number: int
-    seed: int
-
-    @property
-    def id(self) -> str:
-        """The trial's folder name."""
-        return f"{self.cell.id}--{self.number}"
-
-
-def cells(experiment: Experiment) -> list[Cell]:
-    """The matrix: every adapter under every scenario that is for it."""
-    return [
-        Cell(adapter, scenario)
-        for adapter, scenario in itertools.product(experiment.adapters, experiment.scenarios)
-        if scenario.adapters is None or adapter in scenario.adapters
-    ]
-
-
-def interleave(experiment: Experiment) -> list[TrialPlan]:
-    """Trials in the order in which they run: block by block, each block every cell once, shuffled by the seed."""
-    plans: list[TrialPlan] = []
-    for number in range(1, experiment.trials + 1):
-        seed = int(np.random.SeedSequence([experiment.seed, number]).generate_state(1)[0])
-        block = [TrialPlan(cell, number, seed) for cell in cells(experiment)]
-        order = np.random.default_rng([experiment.seed, number, 1]).permutation(len(block))
-        plans += [block[i] for i in order]
-    return plans
-
-
-def load_experiment(
-    source: str,
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    trace: str | None = None,
-    assignments: Sequence[str] = (),
-) -> Experiment:
-    """Read a built-in experiment by name, or a YAML file by path.
-
-    ``overrides`` replace top-level keys (command-line options); ``trace`` replaces the trace's name and leaves behind
-    what belongs to the former trace (``params``, ``window_s``); ``assignments`` are ``key.sub=value`` texts (``--set``),
-    values in YAML. Raises :class:`InputError` that names the file, the key and the remedy.
-    """
-    path = find_experiment(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: an experiment is a mapping of keys, this is a {type(content).__name__}")
-    content.update(overrides or {})
-    if overrides and "adapters" in overrides and isinstance(content.get("options"), dict):
-        # Options of an adapter that was not chosen have nothing to say.
-        content["options"] = {k: v for k, v in content["options"].items() if k in overrides["adapters"]}
-    if overrides and "adapters" in overrides and isinstance(content.get("scenarios"), list):
-        content["scenarios"] = list(_narrowed(content["scenarios"], overrides["adapters"]))
-    if trace is not None:
-        former = content.get("trace")
-        kept = {k: v for k, v in former.items() if k not in ("params", "window_s")} if isinstance(former, dict) else {}
-        content["trace"] = {**kept, "name": trace}
-    for assignment in assignments:
-        assign(content, assignment)
-    content = multiplied_out(content, str(path))
-    try:
-        return Experiment.model_validate(content)
-    except ValidationError as error:
-        raise InputError("\n".join(explain(error, Experiment, str(path)))) from error
-
-
-def _narrowed(scenarios: Sequence[Any], chosen: Sequence[str]) -> Iterator[Any]:
-    """The scenarios without the adapters that were not chosen, and without those that were for none of the chosen."""
-    for scenario in scenarios:
-        named = scenario.get("adapters") if isinstance(scenario, dict) else None
-        if not isinstance(named, list):
-            yield scenario
-        elif kept := [name for name in named if name in chosen]:
-            yield {**scenario, "adapters": kept}
-
-
-def builtin_experiments() -> dict[str, Path]:
-    """The experiments that come with tailrace, by name."""
-    from tailrace import experiments
-
-    folder = Path(experiments.__path__[0])
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_experiment(source: str) -> Path:
-    """The file of a built-in name or a path."""
-    builtin = builtin_experiments()
-    if source in builtin:
-        return builtin[source]
-    path = Path(source)
-    if path.is_file():
-        return path
-    near = nearest(source, builtin)
-    raise InputError(
-        f"there is no experiment {source!r}: neither a file nor one of {', '.join(builtin)}",
-        remedy=f"did you mean {near!r}?" if near else "give the path of a YAML file, or one of the names above",
-    )
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that ``word`` was probably meant to be."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
-def assign(content: dict[str, Any], assignment: str) -> None:
-    key, separator, text = assignment.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {assignment!r}: write it as key=value, for example --set trials=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
-    *parents, last = key.split(".")
-    place: Any = content
-    for depth, parent in enumerate(parents):
-        where = ".".join(parents[: depth + 1])
-        if isinstance(place, list):
-            place = place[_index(place, parent, assignment)]
-            continue
-        if not isinstance(place, dict):
-            raise InputError(
-                f"--set {assignment!r}: {'.'.join(parents[:depth])} is {place!r}, which has no keys of its own"
-            )
-        inner = place.get(parent)
-        if parent == "trace" and isinstance(inner, str):
-            inner = {"name": inner}
-        if parent == "tuning" and inner == "defaults":
-            inner = {}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict | list):
-            raise InputError(f"--set {assignment!r}: {where} is {inner!r}, which has no keys of its own")
-        place[parent] = inner
-        place = inner
-    if isinstance(place, list):
-        place[_index(place, last, assignment)] = value
-    elif not isinstance(place, dict):
-        raise InputError(f"--set {assignment!r}: {'.'.join(parents)} is {place!r}, which has no keys of its own")
-    else:
-        place[last] = value
-
-
-def _index(place: list[Any], text: str, assignment: str) -> int:
-    if not text.isdigit() or int(text) >= len(place):
-        raise InputError(f"--set {assignment!r}: {text!r} is no index of a list of {len(place)} (they count from 0)")
-    return int(text)
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
-    """A validation error as sentences that name file, key, what is wrong and the nearest known key."""
-    sentences = []
-    for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"] if part not in _FORMS) or "(the whole)"
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            known = _keys_at(model, problem["loc"][:-1])
-            near = nearest(key, known)
-            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
-            sentences.append(f"{where}: unknown key `{location}`; {hint}")
-        else:
-            reason = problem["msg"].removeprefix("Value error, ")
-            shown = "" if problem["type"] == "missing" else f" (got {problem['input']!r:.80})"
-            sentences.append(f"{where}: `{location}`: {reason}{shown}")
-    return sentences
-
-
-def validated_options(adapter: Adapter, given: Mapping[str, Any]) -> BaseModel:
-    """An adapter's own options. Raises :class:`InputError` that names the key and the nearest known one."""
-    try:
-        return adapter.Options.model_validate(given)
-    except ValidationError as error:
-        raise InputError("\n".join(explain(error, adapter.Options, f"options.{adapter.name}"))) from error
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys that are allowed at a place inside ``model``."""
-    current: Any = model
-    for part in location:
-        if part in _FORMS:
-            current = _FORMS[str(part)]
-            continue
-        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue
-        field = current.model_fields.get(part)
-        current = _model_in(field.annotation) if field is not None else None
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return list(current.model_fields)
-    return []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as ``tuple[Scenario, ...]`` or ``Slo | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _model_in(argument)) is not None:
-            return found
-    return None
