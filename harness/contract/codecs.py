@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tailrace.harness.contract.workload import Tensors, TensorSpec
 from tailrace.harness.errors import ServerError
+
+WireProtocol = Literal["http", "grpc"]
+"""What requests and answers travel in."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tailrace.harness.contract.adapter import Endpoint
 from tailrace.harness.contract.codecs import PreparedRequest
+from tailrace.harness.contract.deployment import Endpoint
 from tailrace.harness.contract.workload import PreparedWorkload, Tensors
 from tailrace.harness.contract.workload import mismatch as tensor_mismatch
 from tailrace.harness.errors import ServerError

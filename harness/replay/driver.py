@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tailrace.harness.contract.codecs import PreparedRequest
+from tailrace.harness.contract.codecs import PreparedRequest, WireProtocol
 from tailrace.harness.errors import StorageError, TailraceError
 from tailrace.harness.machine import cpu_count
 from tailrace.harness.plan.schedule import Phase, Schedule
@@ -150,7 +150,7 @@ class LoadGenerator:
         *,
         schedule: Schedule,
         requests: Mapping[tuple[int, int], PreparedRequest],
-        protocol: Literal["http", "grpc"],
+        protocol: WireProtocol,
         host: str,
         port: int,
         timeout_s: float,
