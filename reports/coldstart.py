@@ -10,7 +10,7 @@ from typing import Any
 
 from tailrace.harness.run.coldstart import MODES, PHASES, REQUEST_FIGURES, SETTLING_REQUESTS, WARM_FACTOR, WARM_REQUESTS
 from tailrace.reports import svg
-from tailrace.reports.figures import Figure, Key
+from tailrace.reports.figures.drawing import Figure, Key
 from tailrace.reports.page import render, write_page
 from tailrace.reports.text import (
     NOTHING,

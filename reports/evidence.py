@@ -28,7 +28,7 @@ from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder, TrialFolder
 from tailrace.reports.conditions import Conditions
 from tailrace.reports.svg import slots
-from tailrace.reports.text import printable
+from tailrace.reports.text import printable, seconds
 
 NINES = np.linspace(0.0, 4.5, 46)
 """Where latency curves are read: −log10(1 − q), so 1 is p90 and 2 is p99."""
@@ -89,6 +89,15 @@ class FaultWindow:
         if self.recovery_s is None:
             return span_s
         return min(span_s, self.from_s + max(self.recovery_s, self.lasted_s))
+
+    @property
+    def outcome(self) -> str:
+        """Whether attainment came back, in words."""
+        if not self.seen:
+            return "no arrivals after it"
+        if self.recovery_s is None:
+            return "not recovered"
+        return f"recovered after {seconds(self.recovery_s)}" if self.recovery_s > 0 else "attainment held"
 
 
 @dataclass(frozen=True)

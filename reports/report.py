@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from tailrace.harness.errors import InputError
 from tailrace.harness.records.store import RunFolder
-from tailrace.reports import figures
 from tailrace.reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
 from tailrace.reports.answers import RATIO_HEADINGS, answers, conditions, device_note, kicker, question, ratios, verdict
 from tailrace.reports.by_model import MODEL_HEADINGS, by_model
@@ -22,18 +21,20 @@ from tailrace.reports.columns import COLUMNS, fields
 from tailrace.reports.contestants import profiles
 from tailrace.reports.defaults import defaults
 from tailrace.reports.evidence import CellView, RunView, view
-from tailrace.reports.figures import DASHES, Key
+from tailrace.reports.figures.cold_start import cold_start
+from tailrace.reports.figures.drawing import DASHES, Key
+from tailrace.reports.figures.frontier import frontier, frontiers
+from tailrace.reports.figures.knobs import knobs
+from tailrace.reports.figures.memory import headroom, memory_curves
+from tailrace.reports.figures.recovery import recovery_curves
+from tailrace.reports.figures.tail import latency
+from tailrace.reports.figures.timeline import timelines
 from tailrace.reports.multiplexing import MULTIPLEXING_HEADINGS, PREDICTION_HEADINGS, multiplexing, words
-from tailrace.reports.multiplexing_figures import headroom, memory_curves
 from tailrace.reports.page import render, write_page
 from tailrace.reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
 from tailrace.reports.reproduce import Portable, reproduce
 from tailrace.reports.ruler import HEADINGS, ruler
-from tailrace.reports.text import (
-    NOTHING,
-    count,
-    listing,
-)
+from tailrace.reports.text import NOTHING, count, listing
 
 FAILURES_PER_CELL = 5
 
@@ -47,7 +48,7 @@ MARKER_SHAPES = (
     "M10 3.5l2-2l2 2l2-2l2 2l-2 2.5l2 2.5l-2 2l-2-2l-2 2l-2-2l2-2.5z",
     "M14 1l4.3 2.5v5l-4.3 2.5l-4.3-2.5v-5z",
 )
-"""Markers for legends, as paths in a box of 28 × 12, in the order of :data:`MARKERS`."""
+"""Markers for legends, as paths in a box of 28 × 12, in the order of :data:`~tailrace.reports.figures.drawing.MARKERS`."""
 
 
 def write(runs: Sequence[RunFolder], path: Path) -> Path:
@@ -65,7 +66,7 @@ def build(runs: Sequence[RunFolder]) -> str:
     views = view(runs)
     cells = [cell for run in views for cell in run.cells]
     script = (files("tailrace.reports") / "report.js").read_text(encoding="utf-8")
-    frontiers = figures.frontiers(cells)
+    races = frontiers(cells)
     shared = multiplexing(views)
     return render(
         "report.html.j2",
@@ -90,7 +91,7 @@ def build(runs: Sequence[RunFolder]) -> str:
         device_note=device_note(views),
         all_emulated=bool(cells) and all(cell.summary["emulated"] for cell in cells),
         cells=cells,
-        best={cell.key for group in frontiers for cell in group.best if len(group.cells) > 1},
+        best={cell.key for group in races for cell in group.best if len(group.cells) > 1},
         columns=COLUMNS,
         column_groups=[(name, len(list(group))) for name, group in itertools.groupby(c.group for c in COLUMNS)],
         fields=fields,
@@ -99,17 +100,17 @@ def build(runs: Sequence[RunFolder]) -> str:
         models=by_model(cells),
         model_headings=MODEL_HEADINGS,
         failures=_failures(cells),
-        tails=figures.latency(cells),
-        frontiers=figures.frontier(frontiers),
-        knob_maps=figures.knobs(cells),
-        timelines=figures.timelines(cells),
+        tails=latency(cells),
+        frontiers=frontier(races),
+        knob_maps=knobs(cells),
+        timelines=timelines(cells),
         timeline_keys=_timeline_keys(cells),
         recoveries=recoveries(cells),
-        recovery_curves=figures.recovery_curves(cells),
+        recovery_curves=recovery_curves(cells),
         recovery_headings=RECOVERY_HEADINGS,
         account_headings=ACCOUNT_HEADINGS,
         accounts=accounts(cells),
-        cold=figures.cold_start(cells),
+        cold=cold_start(cells),
         cold_hits=_cold_hits(cells),
         warnings=_warnings(views),
         reproductions=[reproduce(run) for run in views],

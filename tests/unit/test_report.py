@@ -34,16 +34,12 @@ from tailrace.reports.contestants import UNSEEN, left_out, profiles
 from tailrace.reports.defaults import defaults
 from tailrace.reports.downsample import largest_triangles
 from tailrace.reports.evidence import NINES, Band, CellView, FaultWindow, batch_series, view
-from tailrace.reports.figures import (
-    DASHES,
-    MARKERS,
-    cold_starts,
-    frontier,
-    frontiers,
-    knobs,
-    recovery_curves,
-    timelines,
-)
+from tailrace.reports.figures.cold_start import cold_starts
+from tailrace.reports.figures.drawing import DASHES, MARKERS
+from tailrace.reports.figures.frontier import frontier, frontiers
+from tailrace.reports.figures.knobs import knobs
+from tailrace.reports.figures.recovery import recovery_curves
+from tailrace.reports.figures.timeline import timelines
 from tailrace.reports.headline import headline, pair, ratio_words
 from tailrace.reports.report import MARKER_SHAPES, build, write
 from tailrace.reports.reproduce import Portable, reproduce

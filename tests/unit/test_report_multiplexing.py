@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tailrace.harness.records.store import RunFolder
 from tailrace.reports.evidence import CellView, view
+from tailrace.reports.figures.memory import headroom, memory_curves
 from tailrace.reports.markdown import markdown
 from tailrace.reports.multiplexing import (
     BRIEF_HEADINGS,
@@ -27,7 +28,6 @@ from tailrace.reports.multiplexing import (
     theory_of,
     words,
 )
-from tailrace.reports.multiplexing_figures import headroom, memory_curves
 from tailrace.reports.report import build
 from tailrace.reports.text import NOTHING
 from tailrace.simulator.multiplexed_trial import calibrated, predict, read_multiplexed

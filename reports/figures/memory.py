@@ -11,7 +11,7 @@ from tailrace.harness.analysis.metrics import Floats
 from tailrace.reports import svg
 from tailrace.reports.downsample import largest_triangles
 from tailrace.reports.evidence import CellView
-from tailrace.reports.figures import DASHES, MARKERS, MAX_POINTS, Figure, Key, LogAxis, heading, stamp
+from tailrace.reports.figures.drawing import DASHES, MARKERS, MAX_POINTS, Figure, Key, LogAxis, heading, stamp
 from tailrace.reports.multiplexing import Group, Headroom, Line, Multiplexing, Theory, memory
 from tailrace.reports.text import interval, listing, milliseconds, share
 
