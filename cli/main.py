@@ -220,9 +220,9 @@ def _print_cells(experiment: Experiment) -> None:
     for heading in ("adapter", "scenario", "knobs", "offered/s", "seconds"):
         table.add_column(heading, justify="left" if heading in ("adapter", "scenario", "knobs") else "right")
     first_of = {plan.cell.id: plan for plan in reversed(checked.plans)}
-    for cell, expressed in checked.tunings.items():
+    for cell in checked.cells.values():
         trace = checked.trace_of(first_of[cell.id])
-        knobs = ", ".join(f"{name} {value}" for name, value in expressed.tuning.chosen().items()) or "defaults"
+        knobs = ", ".join(f"{name} {value}" for name, value in cell.tuning.chosen().items()) or "defaults"
         row = (cell.adapter, cell.scenario.name, knobs, f"{trace.mean_rate:.1f}", f"{trace.span_s:g}")
         table.add_row(*(Text(value) for value in row))
     stdout().print(table)

@@ -31,9 +31,9 @@ from tailrace.harness.plan.keys import validated_options
 from tailrace.harness.processes import log_tail, port_open
 from tailrace.harness.records.store import ending, make_new_folder, now, write_json
 from tailrace.harness.run.faults import refusal
-from tailrace.harness.run.preflight import Contestant
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.registry import get_adapter
+from tailrace.harness.run.resolve import Contestant
 from tailrace.harness.servers.devices import device_environment
 from tailrace.harness.servers.environments import Kind, build
 from tailrace.harness.servers.guardian import Guardian, sweep

@@ -24,9 +24,10 @@ from tailrace.harness.plan.keys import explain
 from tailrace.harness.plan.schedule import offered_rates
 from tailrace.harness.records.store import RunFolder, ending, now
 from tailrace.harness.run.observer import Observer
-from tailrace.harness.run.preflight import Checked, check, set_up
+from tailrace.harness.run.preflight import Checked, check
 from tailrace.harness.run.ruler import calibrate
-from tailrace.harness.run.trial import Trial, TrialSetup, load_workers
+from tailrace.harness.run.setup import TrialSetup, set_up
+from tailrace.harness.run.trial import Trial, load_workers
 from tailrace.harness.servers.guardian import sweep
 from tailrace.traces.trace import describe
 
@@ -242,7 +243,7 @@ def _calibrate(checked: Checked, setups: list[TrialSetup], run: RunFolder, obser
     experiment, workload = checked.experiment, setups[0].workload
     rates = [offered_rates(trace.arrivals_ns, trace.span_s) for trace in checked.traces.values()]
     ruler: dict[str, Any] = {}
-    for protocol in dict.fromkeys(setup.protocol for setup in setups):
+    for protocol in dict.fromkeys(setup.cell.protocol for setup in setups):
         if _calibrated(run, protocol):
             ruler[protocol] = run.manifest["ruler"][protocol]
             continue
@@ -273,9 +274,9 @@ def _calibrate(checked: Checked, setups: list[TrialSetup], run: RunFolder, obser
 def _left_out(checked: Checked) -> dict[str, dict[str, str]]:
     """Adapter → knob → why it runs without, over all scenarios; adapters that lack nothing are left out."""
     found: dict[str, dict[str, str]] = {}
-    for cell, expressed in checked.tunings.items():
-        if expressed.left_out:
-            found.setdefault(cell.adapter, {}).update(expressed.left_out)
+    for cell in checked.cells.values():
+        if cell.left_out:
+            found.setdefault(cell.adapter, {}).update(cell.left_out)
     return found
 
 

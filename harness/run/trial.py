@@ -10,36 +10,28 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from tailrace.harness.contract.adapter import (
-    Adapter,
     CapabilityMissingError,
     Deployment,
     DeployRequest,
     Endpoint,
     ServerEnvironment,
-    Tuning,
-    WireProtocol,
 )
 from tailrace.harness.contract.exchange import check_answer, exchange
-from tailrace.harness.contract.multiplexing import MemoryPlan
 from tailrace.harness.contract.pipeline import pipeline_environment
-from tailrace.harness.contract.workload import ArtifactKind, Composition, PreparedWorkload
 from tailrace.harness.errors import DeployError, ServerError, StorageError, TailraceError, TrialPrunedError
 from tailrace.harness.gpus import Gpu, gpus
 from tailrace.harness.machine import cpu_count
-from tailrace.harness.plan.cells import TrialPlan
-from tailrace.harness.plan.experiment import Client, Experiment
-from tailrace.harness.plan.prices import price_per_hour
-from tailrace.harness.plan.schedule import WARMUP_GAP_S, Phase, Schedule, build_schedule
+from tailrace.harness.plan.experiment import Client
+from tailrace.harness.plan.resolved import ResolvedCell
+from tailrace.harness.plan.schedule import Phase
 from tailrace.harness.processes import descendants, log_tail
 from tailrace.harness.records.probe import Probe, contradiction
 from tailrace.harness.records.store import EventLog, TrialFolder, write_json
@@ -60,9 +52,10 @@ from tailrace.harness.run.collectors import (
     SharedMemory,
     StageClocks,
 )
-from tailrace.harness.run.faults import Nemesis, PlannedFault
+from tailrace.harness.run.faults import Nemesis
 from tailrace.harness.run.gpu_collectors import DCGM_PORT, DcgmExporter, NvidiaGpus
 from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.setup import TrialSetup
 from tailrace.harness.run.wedge import SILENCE_S, WedgeWatch
 from tailrace.harness.servers.cluster import Cluster, Layout
 from tailrace.harness.servers.device_memory import limit_memory
@@ -84,79 +77,6 @@ _LEAD_S = 0.5
 _STOP_GRACE_S = 10.0
 
 
-@dataclass(frozen=True)
-class TrialSetup:
-    """All that a trial needs, settled before the run begins."""
-
-    experiment: Experiment
-    plan: TrialPlan
-    adapter: Adapter
-    options: BaseModel
-    environment: ServerEnvironment
-    environment_s: float
-    workload: PreparedWorkload
-    protocol: WireProtocol
-    slo_ms: float
-    arrivals_ns: NDArray[np.int64]
-    trace_models: NDArray[np.int64] | None
-    """Which model each arrival is for, where the trace says so."""
-    span_s: float
-    transient: bool
-    trace_name: str
-    faults: tuple[PlannedFault, ...]
-    layout: Layout
-    tuning: Tuning
-    left_out: Mapping[str, str]
-    """Knobs that were asked for and that this framework has no place for, each with the reason."""
-    composition: Composition | None = None
-    """How a pipeline is served; ``None`` for other workloads."""
-    memory: MemoryPlan | None = None
-    """What the models share; ``None`` where all are loaded."""
-
-    artifact: ArtifactKind = "python"
-    """What of the model its servers run."""
-
-    @property
-    def controlled(self) -> bool:
-        """Whether the harness says which models are in memory, for the framework does not."""
-        return self.memory is not None and not self.adapter.residency
-
-    @property
-    def devices(self) -> int:
-        """How many devices goodput is divided by: all of a machine's CPUs are one."""
-        return 1 if self.workload.device == "cpu" else self.experiment.devices
-
-    @property
-    def devices_per_node(self) -> int:
-        """Each node's share of them; the CPUs are everybody's."""
-        return 1 if self.workload.device == "cpu" else self.devices // self.layout.nodes
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that are served."""
-        return tuple(self.workload.references)
-
-    def schedule(self) -> Schedule:
-        """Warm-up and trace of this trial; the same for all cells of a block."""
-        warmup = self.experiment.warmup
-        mean_rate = len(self.arrivals_ns) / self.span_s
-        return build_schedule(
-            self.arrivals_ns,
-            models=self.models,
-            popularity=self.experiment.models.popularity,
-            trace_models=self.trace_models,
-            payload_count=len(self.workload.payloads),
-            warmup_s=warmup.duration_s,
-            warmup_rate=warmup.rate if warmup.rate is not None else max(1.0, mean_rate),
-            seed=self.plan.seed,
-        )
-
-    @property
-    def duration_s(self) -> float:
-        """How long the schedule lasts, warm-up included."""
-        return self.experiment.warmup.duration_s + WARMUP_GAP_S + self.span_s
-
-
 def device_folder(scratch: Path, node: int) -> Path:
     """Where the emulated devices of a node keep their locks and counters."""
     return scratch / "devices" / str(node)
@@ -165,6 +85,21 @@ def device_folder(scratch: Path, node: int) -> Path:
 def clock_folder(scratch: Path) -> Path:
     """Where the stages of a pipeline, on all nodes, keep their clocks."""
     return scratch / "stages"
+
+
+def _layout(cell: ResolvedCell, balancer_environment: ServerEnvironment | None) -> Layout:
+    """How the nodes of a cell stand at the start of a trial."""
+    layout = Layout(
+        nodes=cell.nodes,
+        links=cell.links,
+        restart=cell.supervision == "restart",
+        backoff_s=cell.restart_backoff_s,
+        balancer_environment=balancer_environment,
+    )
+    scaler = cell.scenario.scaler
+    if scaler is None or scaler.of != "nodes":
+        return layout
+    return replace(layout, active=scaler.min, warm=scaler.warm_pool, cold_start=scaler.cold_start)
 
 
 def load_workers(client: Client) -> Workers:
@@ -182,46 +117,48 @@ class Trial:
         self._collector_errors: list[BaseException] = []
         self._measuring = False
         self._wedged: Probe | None = None
-        self._gpus: list[Gpu] = gpus()[: setup.devices] if setup.workload.device == "cuda" else []
+        self._gpus: list[Gpu] = gpus()[: setup.cell.devices] if setup.cell.device == "cuda" else []
         self._nvidia: NvidiaGpus | None = None
         self._containers: ContainerHost | None = None
         self._controller: ModelController | None = None
+        cell, trace = setup.cell, setup.trace
         self.facts: dict[str, Any] = {
             "id": setup.plan.id,
-            "cell": setup.plan.cell.id,
-            "adapter": setup.adapter.name,
-            "scenario": setup.plan.cell.scenario.name,
-            "mean_rate": setup.plan.cell.scenario.mean_rate,
+            "cell": cell.id,
+            "adapter": cell.adapter,
+            "scenario": cell.scenario.name,
+            "mean_rate": cell.scenario.mean_rate,
             "number": setup.plan.number,
             "seed": setup.plan.seed,
             "state": "running",
             "error": None,
-            "workload": setup.workload.spec.name,
-            "trace": setup.trace_name,
-            "transient": setup.transient,
-            "device": setup.workload.device,
-            "devices": setup.devices,
+            "workload": cell.workload,
+            "trace": trace.name,
+            "transient": trace.transient,
+            "device": cell.device,
+            "devices": cell.devices,
             "gpus": [{"gpu": gpu.scope, "name": gpu.name, "uuid": gpu.uuid} for gpu in self._gpus],
-            "device_price_per_hour": price_per_hour(setup.experiment, setup.workload.device, self._gpus),
-            "protocol": setup.protocol,
-            "slo_ms": setup.slo_ms,
-            "span_s": setup.span_s,
-            "arrivals": len(setup.arrivals_ns),
-            "models": list(setup.models),
-            "popularity": setup.experiment.models.popularity.model_dump(mode="json", exclude_none=True),
+            "device_price_per_hour": cell.device_price_per_hour,
+            "protocol": cell.protocol,
+            "slo_ms": cell.slo_ms,
+            "span_s": trace.span_s,
+            "arrivals": len(trace),
+            "models": list(cell.models),
+            "popularity": cell.popularity.model_dump(mode="json", exclude_none=True),
             "cpu_count": cpu_count(),
-            "tuning": setup.tuning.model_dump(mode="json"),
-            "left_out": dict(setup.left_out),
-            "composition": setup.composition,
-            "memory": setup.memory and {**asdict(setup.memory), "controlled": setup.controlled},
-            "artifact": setup.artifact,
-            "stages": [stage.name for stage in setup.workload.spec.pipeline],
-            "options": setup.options.model_dump(mode="json"),
-            "nodes": setup.layout.nodes,
-            "supervision": setup.experiment.supervision,
+            "tuning": cell.tuning.model_dump(mode="json"),
+            "left_out": dict(cell.left_out),
+            "composition": cell.composition,
+            "memory": cell.memory and {**asdict(cell.memory), "controlled": cell.controlled},
+            "artifact": cell.artifact,
+            "stages": list(cell.stages),
+            "options": cell.options.model_dump(mode="json"),
+            "nodes": cell.nodes,
+            "supervision": cell.supervision,
             "planned_faults": len(setup.faults),
             "faults": [],
             "warnings": [],
+            "resolved": cell.model_dump(mode="json"),
         }
 
     def run(self) -> None:
@@ -285,10 +222,10 @@ class Trial:
         with contextlib.ExitStack() as opened:
             opened.callback(shutil.rmtree, scratch, ignore_errors=True)
             self._stage("deploy", events)
-            if self._setup.workload.device == "cuda":
-                if len(self._gpus) < self._setup.devices:
+            if setup.cell.device == "cuda":
+                if len(self._gpus) < setup.cell.devices:
                     raise DeployError(
-                        f"{self._setup.devices} GPUs are asked for, and NVML tells of {len(self._gpus)} by now",
+                        f"{setup.cell.devices} GPUs are asked for, and NVML tells of {len(self._gpus)} by now",
                         remedy="tailrace doctor --gpu; look for «Xid» in dmesg",
                     )
                 self._nvidia = NvidiaGpus(self._gpus, events.write)
@@ -296,10 +233,10 @@ class Trial:
             deployment = self._deploy(guardian, events, scratch)
             try:
                 self._bring_up(deployment, events)
-                if setup.memory is not None and setup.controlled:
+                if setup.cell.memory is not None and setup.cell.controlled:
                     from tailrace.harness.servers.model_controller import ModelController
 
-                    self._controller = ModelController(deployment, setup.memory, setup.adapter.capabilities())
+                    self._controller = ModelController(deployment, setup.cell.memory, setup.adapter.capabilities())
                     self._controller.start()
                     deployment.endpoint = self._controller.endpoint
                 self._stage("verify", events)
@@ -339,28 +276,27 @@ class Trial:
     # -- deploy and verify ---------------------------------------------------------------------------------------
 
     def _deploy(self, guardian: Guardian, events: EventLog, scratch: Path) -> Cluster:
-        setup = self._setup
-        node_envs = [self._device_environment(scratch, index) for index in range(setup.layout.nodes)]
-        at_start = setup.memory.at_start if setup.memory is not None and setup.controlled else setup.models
+        setup, cell = self._setup, self._setup.cell
+        node_envs = [self._device_environment(scratch, index) for index in range(setup.cell.nodes)]
         request = DeployRequest(
             workload=setup.workload,
-            models=at_start,
-            memory=setup.memory,
-            tuning=setup.tuning,
-            options=setup.options,
-            protocol=setup.protocol,
+            models=cell.models_at_start,
+            memory=cell.memory,
+            tuning=cell.tuning,
+            options=cell.options,
+            protocol=cell.protocol,
             environment=setup.environment,
             workdir=self._folder.server,
             scratch=scratch,
             server_env={**node_envs[0], **pipeline_environment(setup.workload, clock_folder(scratch))},
-            host=setup.experiment.server_host,
-            devices=setup.devices_per_node,
-            stages=setup.workload.spec.pipeline if setup.composition == "framework" else (),
-            artifact=setup.artifact,
+            host=cell.server_host,
+            devices=cell.devices_per_node,
+            stages=setup.workload.spec.pipeline if cell.composition == "framework" else (),
+            artifact=cell.artifact,
             node_envs=tuple(node_envs),
         )
         servers = self._server_host(guardian, scratch)
-        cluster = Cluster(setup.adapter, request, servers, guardian, setup.layout)
+        cluster = Cluster(setup.adapter, request, servers, guardian, _layout(cell, setup.balancer_environment))
         self.facts["warnings"] += cluster.notes
         self._spawned_ns = servers.spawned_ns(cluster.process)
         events.write("spawned", mono_ns=self._spawned_ns, pid=cluster.process.pid)
@@ -374,7 +310,7 @@ class Trial:
         from tailrace.harness.servers.containers import ContainerHost, Limits
         from tailrace.harness.servers.engine import Engine
 
-        chosen, workload = setup.experiment.containers, setup.workload
+        chosen, workload = setup.cell.containers, setup.workload
         self._containers = ContainerHost(
             guardian,
             Engine.connect(),
@@ -382,27 +318,27 @@ class Trial:
             reads=[setup.adapter.folder, *workload.code_folders, workload.artifact],
             writes=[self._folder.server.absolute(), scratch],
             limits=Limits(chosen.cpus, None if chosen.memory_mb is None else chosen.memory_mb << 20),
-            address=setup.experiment.server_host,
+            address=setup.cell.server_host,
             gpus=workload.device == "cuda",
-            one_network=setup.adapter.own_cluster and setup.layout.nodes > 1,
+            one_network=setup.adapter.own_cluster and setup.cell.nodes > 1,
         )
         return self._containers
 
     def _device_environment(self, scratch: Path, node: int) -> dict[str, str]:
         """What a node's processes must know of the devices that are its own."""
-        each = self._setup.devices_per_node
+        each = self._setup.cell.devices_per_node
         folder = device_folder(scratch, node)
         folder.mkdir(parents=True)
         workload = self._setup.workload
-        if self._setup.memory is not None:
-            limit_memory(folder, self._setup.memory, workload.own_model_file)
+        if self._setup.cell.memory is not None:
+            limit_memory(folder, self._setup.cell.memory, workload.own_model_file)
         own = self._gpus[node * each : (node + 1) * each]
         return device_environment(workload.device, folder, own, each)
 
     def _bring_up(self, deployment: Cluster, events: EventLog) -> None:
         """Cold start by phase: process spawned → port open → ready (so it says) → first correct answer."""
         endpoint, setup = deployment.endpoint, self._setup
-        model = setup.models[0]
+        model = setup.cell.models[0]
         request = endpoint.codec.encode(model, setup.workload.payloads[0])
         cold_start = {"environment_s": setup.environment_s}
         self.facts["cold_start"] = cold_start
@@ -450,7 +386,7 @@ class Trial:
         workload, endpoint = self._setup.workload, deployment.endpoint
         count = min(_VERIFIED_PAYLOADS, len(workload.payloads))
         # The most popular last: they are in memory then, if not all are.
-        for model in reversed(self._setup.models):
+        for model in reversed(self._setup.cell.models):
             for payload_id in range(count):
                 request = endpoint.codec.encode(model, workload.payloads[payload_id])
                 answer = exchange(endpoint, request, _ANSWER_TIMEOUT_S)
@@ -467,7 +403,7 @@ class Trial:
                         f"{self._setup.adapter.name} does not compute what the reference computes: {difference}",
                         remedy="the server runs another model, or the workload's tolerance is too tight for this device",
                     )
-        self.facts["verified_before"] = count * len(self._setup.models)
+        self.facts["verified_before"] = count * len(self._setup.cell.models)
 
     def _check_applied(self, deployment: Deployment) -> None:
         try:
@@ -477,7 +413,7 @@ class Trial:
         except (OSError, ServerError) as error:
             self.facts["warnings"].append(f"the server did not report its configuration: {error}")
             return
-        asked = self._setup.tuning.model_dump(mode="json", exclude_none=True)
+        asked = self._setup.cell.tuning.model_dump(mode="json", exclude_none=True)
         self.facts["applied"] = applied
         self.facts["not_applied"] = [
             f"{knob}: asked for {value}, the server has {applied[knob]}"
@@ -489,18 +425,18 @@ class Trial:
 
     def _answers_rightly(self, endpoint: Endpoint) -> bool:
         """Whether a server that was started again answers as the reference does."""
-        model, workload = self._setup.models[0], self._setup.workload
+        model, workload = self._setup.cell.models[0], self._setup.workload
         answer = exchange(endpoint, endpoint.codec.encode(model, workload.payloads[0]), _RESTARTED_ANSWER_TIMEOUT_S)
         return answer.ok and check_answer(endpoint, workload, model, 0, answer.headers, answer.body) is None
 
     def _measure(self, deployment: Cluster, guardian: Guardian, events: EventLog, scratch: Path) -> None:
         setup = self._setup
         schedule = setup.schedule()
-        endpoint, client = deployment.endpoint, setup.experiment.client
+        endpoint, client = deployment.endpoint, setup.cell.client
         payloads = np.unique(schedule.payload_id)
         requests = {
             (index, int(payload_id)): endpoint.codec.encode(model, setup.workload.payloads[payload_id])
-            for index, model in enumerate(setup.models)
+            for index, model in enumerate(setup.cell.models)
             for payload_id in payloads
         }
         generator = LoadGenerator(
@@ -511,7 +447,7 @@ class Trial:
             port=endpoint.port,
             timeout_s=client.timeout_s,
             max_connections=client.max_connections,
-            slo_ms=setup.slo_ms,
+            slo_ms=setup.cell.slo_ms,
             records=self._folder.folder / "requests",
             log=self._folder.folder / "load-generator.log",
             workers=load_workers(client),
@@ -533,7 +469,7 @@ class Trial:
                     result = self._replay(generator, deployment, nemesis, events)
                     # Arrivals may end before the trace does; a late fault, and the quiet after it, belong to the trace.
                     if self._wedged is None:
-                        _sleep_until(epoch_ns + int(setup.span_s * 1e9))
+                        _sleep_until(epoch_ns + int(setup.trace.span_s * 1e9))
                 finally:
                     nemesis.stop()
                     if scaler is not None:
@@ -557,7 +493,7 @@ class Trial:
         self.facts["outputs"] = self._check_outputs(deployment, result)
 
     def _scaler(self, deployment: Cluster, events: EventLog) -> Scaler | None:
-        policy = self._setup.plan.cell.scenario.scaler
+        policy = self._setup.cell.scenario.scaler
         if policy is None:
             return None
         self.facts["warnings"].append(label(policy))
@@ -618,20 +554,20 @@ class Trial:
         if setup.workload.device == "emulated":
             collectors.append(
                 EmulatedDevices(
-                    [device_folder(scratch, node) for node in range(setup.layout.nodes)], setup.devices_per_node
+                    [device_folder(scratch, node) for node in range(setup.cell.nodes)], setup.cell.devices_per_node
                 )
             )
-        if setup.memory is not None:
-            collectors.append(SharedMemory(device_folder(scratch, 0), setup.memory.budget_bytes, events))
+        if setup.cell.memory is not None:
+            collectors.append(SharedMemory(device_folder(scratch, 0), setup.cell.memory.budget_bytes, events))
         if self._nvidia is not None:
             self._nvidia.serve(lambda: [ref.pid for root in deployment.trees() for ref, _ in descendants(root)])
             collectors.append(self._nvidia)
-            exporter = DcgmExporter(setup.experiment.dcgm_exporter or f"127.0.0.1:{DCGM_PORT}", self._gpus)
+            exporter = DcgmExporter(setup.cell.dcgm_exporter or f"127.0.0.1:{DCGM_PORT}", self._gpus)
             if exporter.answers():
                 collectors.append(exporter)
-            elif setup.experiment.dcgm_exporter is not None:
-                self.facts["warnings"].append(f"no DCGM exporter answers at {setup.experiment.dcgm_exporter}")
-        if setup.workload.spec.pipeline:
+            elif setup.cell.dcgm_exporter is not None:
+                self.facts["warnings"].append(f"no DCGM exporter answers at {setup.cell.dcgm_exporter}")
+        if setup.cell.stages:
             collectors.append(StageClocks(clock_folder(scratch)))
         sampler = Sampler(
             collectors,
@@ -681,7 +617,7 @@ class Trial:
         An overloaded server is given the time to come to this request, and after it to health checks that wait behind
         others that nobody wants any more.
         """
-        request = deployment.endpoint.codec.encode(self._setup.models[0], self._setup.workload.payloads[0])
+        request = deployment.endpoint.codec.encode(self._setup.cell.models[0], self._setup.workload.payloads[0])
         before = _work_done(deployment)
         answer = exchange(deployment.endpoint, request, _ANSWER_TIMEOUT_S)
         busy = not answer.ok and before is not None and (_work_done(deployment) or 0.0) > before

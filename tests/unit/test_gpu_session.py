@@ -48,7 +48,7 @@ def test_its_experiments_can_be_run_where_there_is_a_gpu(monkeypatch: pytest.Mon
         checked = check(load_experiment(name, overrides={"workload": workload}))
         assert checked.device == "cuda"
     assert (
-        max(expressed.tuning.max_batch or 1 for expressed in checked.tunings.values())
+        max(cell.tuning.max_batch or 1 for cell in checked.cells.values())
         == {
             "bench-gpu": 128,
             "bench-gpu-sweep": 128,

@@ -499,7 +499,7 @@ def experiment(**changes: Any) -> Experiment:
 
 
 def _compositions(checked: Any) -> dict[str, str | None]:
-    return {cell.id: expressed.composition for cell, expressed in checked.tunings.items()}
+    return {cell.id: cell.composition for cell in checked.cells.values()}
 
 
 def test_a_scenario_says_who_composes() -> None:
@@ -516,7 +516,7 @@ def test_a_framework_that_cannot_compose_says_so_before_the_run() -> None:
         check(experiment(adapters=["kserve"]))
     checked = check(experiment(adapters=["kserve", "triton"], when_refused="leave_out"))
     assert _compositions(checked) == {"kserve--no-fault": "one-process", "triton--no-fault": "framework"}
-    left_out = {cell.adapter: expressed.left_out for cell, expressed in checked.tunings.items()}
+    left_out = {cell.adapter: cell.left_out for cell in checked.cells.values()}
     assert list(left_out["kserve"]) == ["composition"]
     assert left_out["triton"] == {}
     assert _compositions(check(experiment(adapters=["kserve"], composition="one-process"))) == {

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 from tailrace.harness.contract.adapter import ServerEnvironment, Tuning, WireProtocol
 from tailrace.harness.errors import InputError
 from tailrace.harness.plan.experiment import Experiment
-from tailrace.harness.run.preflight import check, set_up
+from tailrace.harness.run.preflight import check
 from tailrace.harness.run.registry import all_adapters, get_adapter
+from tailrace.harness.run.setup import set_up
 from tests.fake_nvml import FakeGpu, install
 
 
@@ -37,8 +38,8 @@ def experiment(**changes: Any) -> Experiment:
 def test_every_cell_has_the_tuning_that_its_framework_can_express() -> None:
     checked = check(experiment())
     given_to = {
-        (cell.adapter, cell.scenario.name): (expressed.tuning.chosen(), set(expressed.left_out))
-        for cell, expressed in checked.tunings.items()
+        (cell.adapter, cell.scenario.name): (cell.tuning.chosen(), set(cell.left_out))
+        for cell in checked.cells.values()
     }
     assert given_to == {
         ("triton", "tuned"): ({"max_batch": 8, "replicas": 2}, set()),
@@ -161,8 +162,8 @@ def exported(**changes: Any) -> Experiment:
 
 
 def test_who_runs_python_alone_serves_the_python_model_or_the_experiment_stops() -> None:
-    served = {cell.adapter: expressed for cell, expressed in check(exported()).tunings.items()}
-    assert {name: expressed.artifact for name, expressed in served.items()} == {"triton": "onnx", "kserve": "python"}
+    served = {cell.adapter: cell for cell in check(exported()).cells.values()}
+    assert {name: cell.artifact for name, cell in served.items()} == {"triton": "onnx", "kserve": "python"}
     assert "artifact" not in served["triton"].left_out
     assert served["kserve"].left_out["artifact"].startswith("kserve has no place for `artifact: onnx`")
     with pytest.raises(InputError, match="kserve has no place for `artifact: onnx`") as refused:
@@ -193,9 +194,9 @@ def test_a_server_without_the_backend_is_refused_before_anything_is_exported(mon
     def asked(artifact: str, environment: ServerEnvironment | None = None) -> str | None:
         return None if environment is None else f"nothing in {environment.python} runs {artifact}"
 
-    monkeypatch.setattr("tailrace.harness.run.preflight._environment", environment)
+    monkeypatch.setattr("tailrace.harness.run.setup._environment", environment)
     monkeypatch.setattr(
-        "tailrace.harness.run.preflight.prepare", lambda *_, **__: pytest.fail("an export that nobody can run")
+        "tailrace.harness.run.setup.prepare", lambda *_, **__: pytest.fail("an export that nobody can run")
     )
     monkeypatch.setattr(adapter, "artifact_refusal", asked)
     with pytest.raises(InputError, match="nothing in /e/bin/python runs onnx") as refused:

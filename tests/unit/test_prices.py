@@ -5,53 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tailrace.harness.contract.adapter import NoOptions, ServerEnvironment, Tuning
+from tailrace.harness.contract.adapter import ServerEnvironment
 from tailrace.harness.contract.workload import PreparedWorkload
 from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
-from tailrace.harness.plan.cells import interleave
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.prices import price_per_hour
 from tailrace.harness.records.store import TrialFolder
 from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.preflight import check
 from tailrace.harness.run.registry import get_adapter
-from tailrace.harness.run.trial import Trial, TrialSetup
-from tailrace.harness.servers.cluster import Layout
-from tailrace.workloads.catalogue import load_spec
+from tailrace.harness.run.setup import TrialSetup
+from tailrace.harness.run.trial import Trial
 from tests.fake_nvml import FakeGpu, install
 
 
 def experiment(**changes: Any) -> Experiment:
-    return Experiment.model_validate({"name": "x", "adapters": ["null"], "trace": "steady", **changes})
+    return Experiment.model_validate(
+        {"name": "x", "adapters": ["null"], "workload": "minilm", "trace": "steady", **changes}
+    )
 
 
 def facts(asked: Experiment, folder: Path) -> dict[str, Any]:
     """Of a trial that has not begun."""
-    spec = load_spec("minilm")
-    adapter, (plan, *_) = get_adapter("null"), interleave(asked)
-    nowhere = folder / "nowhere"
+    checked, nowhere = check(asked), folder / "nowhere"
     setup = TrialSetup(
-        experiment=asked,
-        plan=plan,
-        adapter=adapter,
-        options=NoOptions(),
+        cell=checked.cells[checked.plans[0].cell],
+        plan=checked.plans[0],
+        adapter=get_adapter("null"),
         environment=ServerEnvironment(nowhere, "current"),
         environment_s=0.0,
-        workload=PreparedWorkload(spec, asked.device or "cpu", nowhere, nowhere, "", None, (), {}),
-        protocol="http",
-        slo_ms=100.0,
-        arrivals_ns=np.zeros(1, np.int64),
-        trace_models=None,
-        span_s=1.0,
-        transient=False,
-        trace_name="steady",
+        balancer_environment=None,
+        workload=PreparedWorkload(checked.workload, checked.device, nowhere, nowhere, "", None, (), {}),
+        trace=checked.trace_of(checked.plans[0]),
         faults=(),
-        layout=Layout(nodes=1),
-        tuning=Tuning(),
-        left_out={},
     )
     return Trial(setup, TrialFolder(folder / "trial"), Observer()).facts
 

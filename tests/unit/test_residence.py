@@ -143,11 +143,11 @@ def test_what_cannot_share_a_memory_is_refused_with_the_reason(changes: dict[str
 
 def test_real_models_share_a_real_devices_memory_no_more_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for adapter in ("reference", "triton", "ray_serve", "torchserve", "kserve"):
-        (plan,) = check(experiment(adapters=[adapter], workload="minilm")).memories.values()
+        (plan,) = (cell.memory for cell in check(experiment(adapters=[adapter], workload="minilm")).cells.values())
         assert (next(iter(plan.sizes)), len(plan.at_start)) == ("minilm-00", 2)
     install(monkeypatch, FakeGpu(memory_bytes=1 << 30))
     own = {"workload": "minilm", "device": "cuda", "models": {"count": 4, "size_mb": 400}}
-    assert check(experiment(**own, multiplexing={"memory_mb": 900})).memories
+    assert all(cell.memory for cell in check(experiment(**own, multiplexing={"memory_mb": 900})).cells.values())
     with pytest.raises(InputError, match="`memory_mb` is 1100, and the GPU has 1,024 MiB"):
         check(experiment(**own, multiplexing={"memory_mb": 1100}))
 
@@ -155,7 +155,7 @@ def test_real_models_share_a_real_devices_memory_no_more_than_it_has(monkeypatch
 def test_a_scenario_may_have_a_memory_of_its_own() -> None:
     scenarios = [{"name": "a"}, {"name": "b", "multiplexing": {"memory_mb": 300, "policy": "gdsf"}}]
     checked = check(experiment(scenarios=scenarios))
-    plans = {cell.scenario.name: plan for cell, plan in checked.memories.items()}
+    plans = {cell.scenario.name: cell.memory for cell in checked.cells.values() if cell.memory}
     assert (plans["a"].policy, len(plans["a"].at_start)) == ("lru", 2)
     assert (plans["b"].policy, len(plans["b"].at_start)) == ("gdsf", 3)
     with pytest.raises(InputError, match=r"`scenarios.b.multiplexing`.memory_mb: 20 MiB"):

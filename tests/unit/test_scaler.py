@@ -170,4 +170,4 @@ def experiment(of: str = "replicas", **changes: Any) -> Experiment:
 
 def test_replicas_begin_with_the_fewest() -> None:
     checked = check(experiment(tuning={"replicas": 3}))
-    assert [expressed.tuning.replicas for expressed in checked.tunings.values()] == [1]
+    assert [cell.tuning.replicas for cell in checked.cells.values()] == [1]
