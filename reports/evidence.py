@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from tailrace.harness.analysis.merit import comparable
 from tailrace.harness.analysis.metrics import (
     MEASURED_COLUMNS,
     Floats,
@@ -161,7 +162,7 @@ class CellView:
     @property
     def comparable(self) -> bool:
         """Whether claims may be made from it: nothing INVALID, and something measured."""
-        return bool(self.summary["verdict"] != "INVALID" and self.summary["arrivals"] > 0)
+        return comparable(self.summary)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tailrace.harness.analysis.comparison import Pairs, Ratio, blocks, paired_ratio
+from tailrace.harness.analysis.merit import merit, within_objective
 from tailrace.harness.analysis.metrics import RECOVERY_MARGIN
 from tailrace.reports.columns import optimistic
 from tailrace.reports.evidence import CellView, RunView
-from tailrace.reports.settings import merit, setting_words, varied, within_objective
+from tailrace.reports.settings import setting_words, varied
 from tailrace.reports.text import (
     count,
     humanly,
@@ -164,7 +165,9 @@ def _over_baseline(cells: Sequence[CellView], baselines: Sequence[CellView]) -> 
 
 def _missed(cells: Sequence[CellView]) -> str:
     """Who of several did not keep the objective under the first scenario, which a lead alone would hide."""
-    missed = [cell.framework for cell in cells if cell.summary["p99_ms"] is not None and not within_objective(cell)]
+    missed = [
+        cell.framework for cell in cells if cell.summary["p99_ms"] is not None and not within_objective(cell.summary)
+    ]
     objective = f"p99 ≤ {milliseconds(cells[0].summary['slo_ms'])}"
     if not missed or len(missed) < len(cells):
         return f"{listing(missed)} missed {objective}" if missed else ""
@@ -174,17 +177,19 @@ def _missed(cells: Sequence[CellView]) -> str:
 def _sweep(cells: Sequence[CellView], knobs: Sequence[str]) -> tuple[str, list[str]]:
     """Of many settings the best of each framework: who leads, and what each of them reached with what."""
     best: dict[str, CellView] = {}
-    for cell in sorted(cells, key=merit, reverse=True):
+    for cell in sorted(cells, key=lambda cell: merit(cell.summary), reverse=True):
         best.setdefault(cell.summary["adapter"], cell)
     first, *others = best.values()
     s = first.summary
     settings = len({cell.scenario for cell in cells})
     where = f"Under {s['trace']}, of {count(settings, 'setting')}"
     objective = f"p99 ≤ {milliseconds(s['slo_ms'])}"
-    within = f" within {objective}" if within_objective(first) else ""
+    within = f" within {objective}" if within_objective(first.summary) else ""
     where += "" if within else f", none of which is known to keep {objective}"
     named = {cell.key: f"{cell.framework} with {setting_words(cell, knobs)}" for cell in best.values()}
-    missed = [cell.framework for cell in others if within_objective(first) and not within_objective(cell)]
+    missed = [
+        cell.framework for cell in others if within_objective(first.summary) and not within_objective(cell.summary)
+    ]
     rivals = [cell for cell in others if cell.framework not in missed]
     if rivals:
         lede = f"{where}, by goodput per {_device(first)}{within}: {_lead(first, rivals[0], named)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tailrace.harness.analysis.merit import within_objective
 from tailrace.harness.analysis.metrics import Floats, percentile
 from tailrace.harness.analysis.residence import Met
 from tailrace.harness.analysis.samples import Samples
@@ -15,7 +16,6 @@ from tailrace.harness.contract.multiplexing import MIB
 from tailrace.harness.records.store import TrialFolder
 from tailrace.reports.conditions import distinction
 from tailrace.reports.evidence import CellView, RunView
-from tailrace.reports.settings import within_objective
 from tailrace.reports.text import NOTHING, interval, listing, milliseconds, quantity, seconds, share
 from tailrace.simulator.caching import least_loads, lru_hit_rates
 from tailrace.simulator.multiplexed_trial import MultiplexedTrial, calibrated, predict, read_multiplexed
@@ -230,7 +230,7 @@ def _recommendation(cells: Sequence[CellView]) -> str:
         return f"Whether a memory keeps p99 within {objective} is not known: too few arrivals to claim a p99."
     best: dict[str, CellView] = {}
     for cell in sorted(claimed, key=lambda c: (c.summary["multiplexing"]["memory_mb"], _share_of(c, "cold"))):
-        if within_objective(cell):
+        if within_objective(cell.summary):
             best.setdefault(cell.framework, cell)
     if not best:
         nearest = min(claimed, key=lambda cell: float(cell.summary["p99_ms"]))

@@ -1,8 +1,7 @@
-"""What was set in a cell, and which of several settings did best."""
+"""What was set in a cell."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from tailrace.reports.evidence import CellView
@@ -31,17 +30,3 @@ def setting_words(cell: CellView, names: Sequence[str]) -> str:
     """``max batch 16 and batch window ms 5``: those of the named settings that the cell has."""
     own = settings(cell)
     return listing([f"{name} {own[name]:g}" for name in names if name in own])
-
-
-def within_objective(cell: CellView) -> bool:
-    """Whether the cell claims a p99, and one within its objective."""
-    p99 = cell.summary["p99_ms"]
-    return bool(cell.comparable and p99 is not None and p99 <= cell.summary["slo_ms"])
-
-
-def merit(cell: CellView) -> tuple[bool, bool, float, float]:
-    """The larger, the better: rather one within the objective, then more goodput, then a shorter tail; last what cannot be
-    compared."""
-    p99 = cell.summary["p99_ms"]
-    tail = math.inf if p99 is None else float(p99)
-    return cell.comparable, within_objective(cell), cell.summary["goodput_rps_per_device"], -tail

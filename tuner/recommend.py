@@ -8,6 +8,7 @@ from typing import Any
 
 from tailrace.harness.analysis.aftermath import fault_sentence
 from tailrace.harness.analysis.comparison import blocks, paired_ratio
+from tailrace.harness.analysis.merit import comparable, merit, tail_ms, within_objective
 from tailrace.harness.contract.adapter import NEEDS, Adapter
 from tailrace.harness.errors import InputError
 from tailrace.tuner.objective import Objective
@@ -80,11 +81,7 @@ def recommend(summary: Mapping[str, Any], adapters: Mapping[str, Adapter], needs
 def _calm(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The cells that may rank: without a fault and not INVALID, of each framework under each scenario."""
     faulty = {trial["cell"] for trial in summary["trials"] if trial["faults"]}
-    cells = [
-        cell
-        for cell in summary["cells"]
-        if cell["cell"] not in faulty and cell["verdict"] != "INVALID" and cell["arrivals"] > 0
-    ]
+    cells = [cell for cell in summary["cells"] if cell["cell"] not in faulty and comparable(cell)]
     if not cells:
         raise InputError("this run has no cell without a fault that is not INVALID: there is nothing to go by")
     return cells
@@ -93,27 +90,15 @@ def _calm(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _ranked(cells: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Best first. By figures alone a hair of goodput would decide; so the first gives way to one whose goodput is not shown
     to be less, under the same scenario, and whose p99 is shorter."""
-    ranked = sorted(cells, key=_rank, reverse=True)
+    ranked = sorted(cells, key=merit, reverse=True)
     first = ranked[0]
     for other in ranked[1:]:
-        if other["scenario"] != first["scenario"] or _within(other) != _within(first):
+        if other["scenario"] != first["scenario"] or within_objective(other) != within_objective(first):
             continue
         ratio = paired_ratio(blocks(_of(trials, other), _of(trials, first), "goodput_rps_per_device"))
-        if ratio is not None and not ratio.settled and _tail(other) < _tail(first):
+        if ratio is not None and not ratio.settled and tail_ms(other) < tail_ms(first):
             first = other
     return [first, *(cell for cell in ranked if cell is not first)]
-
-
-def _rank(cell: Mapping[str, Any]) -> tuple[bool, float, float]:
-    return _within(cell), float(cell["goodput_rps_per_device"] or 0), -_tail(cell)
-
-
-def _within(cell: Mapping[str, Any]) -> bool:
-    return Objective(float(cell["slo_ms"])).met(cell)
-
-
-def _tail(cell: Mapping[str, Any]) -> float:
-    return float("inf") if cell["p99_ms"] is None else float(cell["p99_ms"])
 
 
 def _of(trials: Sequence[Mapping[str, Any]], cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -128,7 +113,7 @@ def _measured_reasons(cells: Sequence[Mapping[str, Any]], summary: Mapping[str, 
         kind = "emulated device" if cell["emulated"] else "device"
         reasons.append(
             f"Measured, {cell['adapter']} under {cell['scenario']}: {cell['goodput_rps_per_device']:.4g} good answers/s per "
-            f"{kind}, p99 {p99} ({'within' if limit.met(cell) else 'not within'} {limit.words}), cold start "
+            f"{kind}, p99 {p99} ({'within' if within_objective(cell) else 'not within'} {limit.words}), cold start "
             f"{'–' if cell['cold_start_s'] is None else format(cell['cold_start_s'], '.2g')} s, {cell['verdict']}."
         )
         for trial in summary["trials"]:

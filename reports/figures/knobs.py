@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tailrace.harness.analysis.merit import merit, within_objective
 from tailrace.reports import svg
 from tailrace.reports.benefits import GOODPUT
 from tailrace.reports.evidence import CellView
@@ -16,7 +17,7 @@ from tailrace.reports.figures.drawing import (
     heading,
     stamp,
 )
-from tailrace.reports.settings import merit, settings, varied, within_objective
+from tailrace.reports.settings import settings, varied
 from tailrace.reports.text import listing, milliseconds, significant
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class _KnobMap:
             own = settings(cell)
             if across in own and up in own:
                 place = own[across], own[up]
-                if place not in at or merit(cell) > merit(at[place]):
+                if place not in at or merit(cell.summary) > merit(at[place].summary):
                     at[place] = cell
         columns, rows = ({settings(cell)[name] for cell in cells if name in settings(cell)} for name in (across, up))
         return cls(across, up, tuple(sorted(columns)), tuple(sorted(rows)), at, tuple(others))
@@ -93,7 +94,7 @@ def _knob_figure(told: _KnobMap, name: str) -> Figure:
             )
             patch.set_gid(f"tip-{name}-{x}-{y}")
             ax.add_patch(patch)
-            if within_objective(cell):
+            if within_objective(cell.summary):
                 ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fc="none", ec=svg.INK, lw=1.4))
             text = "–" if p99 is None else "∞" if math.isinf(p99) else significant(p99, 2)
             ax.text(x, y, text, ha="center", va="center", color=svg.INK if cell.comparable else svg.MUTED, fontsize=11)
