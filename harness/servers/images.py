@@ -1,4 +1,7 @@
-"""Builds the images that servers run in: one for each adapter, from its ``Dockerfile``, lock file and base image."""
+"""Builds the images that servers run in: one for each adapter, from its ``Dockerfile``, lock file and base image.
+
+What the adapters' images have in common is an image between the two, ``tailrace/base``, where a ``Dockerfile`` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import ssl
 import tarfile
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from tailrace.harness.servers.environments import Progress, exclusive, silent
 PYTHON = Path("/opt/server/bin/python")
 """The server's interpreter in every image: what an adapter's ``Dockerfile`` has to make."""
 USER_ID = 10001
-"""The user that every ``Dockerfile`` makes, and as whom a server runs whose harness is root."""
+"""The user that every image has, and as whom a server runs whose harness is root."""
+SHARED = Path(__file__).parents[2] / "docker" / "base"
+"""What ``tailrace/base`` is made of: ``docker/base`` of the repository, which is installed as package data."""
 
 # Raised when images are built differently from the same files, so that old ones are not reused.
 _FORMAT = 1
@@ -37,6 +42,8 @@ _TAIL_LINES = 30
 _STEP = re.compile(r"Step \d+/\d+ : (?P<instruction>\w+).*")
 _LAYER = re.compile(r" ---> (?P<id>[0-9a-f]{12})")
 _BASE_ARGUMENT = re.compile(r"^ARG\s+BASE_IMAGE=(?P<image>\S+)\s*$", re.MULTILINE)
+_ASKS_FOR_SHARED = re.compile(r"^ARG\s+TAILRACE_BASE\b", re.MULTILINE)
+_SHARED_FILES = ("Dockerfile", "install-server")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 # Not what is on a path of this machine: the builder does not see it.
 _HANDED_ON = ("index-url", "extra-index-url", "trusted-host", "timeout", "proxy", "no-index")
@@ -57,24 +64,30 @@ def build(
     """The image of an adapter with what these requirement files ask for, built if it is not there yet.
 
     It is known by a hash of the ``Dockerfile``, the requirement files and the base image; ``base_image`` is that of
-    the experiment, ``None`` the one that the ``Dockerfile`` names. A base image that is not there is pulled.
+    the experiment, ``None`` the one that the ``Dockerfile`` names. A base image that is not there is pulled. With the line
+    ``ARG TAILRACE_BASE`` a ``Dockerfile`` asks for :data:`SHARED` on that base image: it is built first, and in the hash.
 
     Raises :class:`InputError` for an adapter without a ``Dockerfile``, and :class:`EnvironmentBuildError` when the
     base image or the image cannot be had, or the image has no interpreter at :data:`PYTHON`.
     """
     progress = on_progress or silent
     context = _context(adapter, requirements)
-    base = base_image or _default_base(adapter, context["Dockerfile"].decode())
-    name = f"tailrace/{adapter.name}"
-    lock = cache_folder() / "images" / f"{adapter.name}.lock"
-    with exclusive(lock, lambda: progress(f"waiting for another build of the image of {adapter.name}")):
+    dockerfile = context["Dockerfile"].decode()
+    base = base_image or _default_base(adapter, dockerfile)
+    shared = _read({name: SHARED / name for name in _SHARED_FILES}) if _ASKS_FOR_SHARED.search(dockerfile) else {}
+    with _alone(adapter.name, progress):
         base_id = _present(engine, base) or _pull(engine, base, adapter.name, progress)
-        tag = f"{name}:{fingerprint(context, base_id)}"
+        known_by = {**context, **{f"{SHARED.name}/{name}": content for name, content in shared.items()}}
+        tag = f"tailrace/{adapter.name}:{fingerprint(known_by, base_id)}"
         image = _present(engine, tag)
         if image is None:
             for sentence in _not_handed_on():
                 progress(sentence)
-            image = _build(engine, adapter.name, context, base, base_id, tag, progress)
+            files = {**context, **_package_access()}
+            recipe = _Recipe(adapter.name, f"the image of {adapter.name}", files, tag, base, base_id)
+            if shared:
+                recipe = _on_shared(engine, recipe, shared, progress)
+            image = _build(engine, recipe, progress)
     packages = json.loads(ask(engine, image, _PACKAGES))
     return ImageEnvironment(PYTHON, "docker", dict(sorted(packages.items(), key=lambda p: str(p[0]).lower())), image)
 
@@ -118,6 +131,10 @@ def _context(adapter: Adapter, requirements: Sequence[Path]) -> dict[str, bytes]
     files = {"Dockerfile": adapter.dockerfile}
     for index, path in enumerate(requirements):
         files["requirements.txt" if index == 0 else f"requirements-{index}.txt"] = path
+    return _read(files)
+
+
+def _read(files: Mapping[str, Path]) -> dict[str, bytes]:
     try:
         return {name: path.read_bytes() for name, path in files.items()}
     except OSError as error:
@@ -170,20 +187,50 @@ def _pull(engine: Engine, reference: str, name: str, progress: Progress) -> str:
     return image
 
 
-def _build(
-    engine: Engine, name: str, context: Mapping[str, bytes], base: str, base_id: str, tag: str, progress: Progress
-) -> str:
-    progress(f"building the image of {name} on {base}")
+@dataclass(frozen=True)
+class _Recipe:
+    """One image to be built."""
+
+    adapter: str
+    image: str
+    """What it is, in words."""
+    files: Mapping[str, bytes]
+    tag: str
+    base: str
+    base_id: str
+    """Of the image that the first stage begins with."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """Of the ``Dockerfile``, beside its base image."""
+
+
+def _on_shared(engine: Engine, recipe: _Recipe, shared: Mapping[str, bytes], progress: Progress) -> _Recipe:
+    """The same on what the adapters' images have in common, built if it is not there yet."""
+    tag = f"tailrace/base:{fingerprint(shared, recipe.base_id)}"
+    with _alone("base-image", progress):
+        below = replace(recipe, image=f"what {recipe.image} is built on", files=shared, tag=tag)
+        base_id = _present(engine, tag) or _build(engine, below, progress)
+    return replace(recipe, base_id=base_id, arguments={"TAILRACE_BASE": tag})
+
+
+def _alone(name: str, progress: Progress) -> contextlib.AbstractContextManager[int]:
+    """While no other process builds an image of that name."""
+    lock = cache_folder() / "images" / f"{name}.lock"
+    return exclusive(lock, lambda: progress(f"waiting for another build of the image of {name}"))
+
+
+def _build(engine: Engine, recipe: _Recipe, progress: Progress) -> str:
+    progress(f"building {recipe.image} on {recipe.base}")
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     stages: list[str] = []
     made = failure = None
-    with told(f"build the image of {name}"):
+    proxies = {key: os.environ[key] for key in _PROXIES if key in os.environ}
+    with told(f"build {recipe.image}"):
         for line in engine.api.build(
-            fileobj=_archive({**context, **_package_access()}),
+            fileobj=_archive(recipe.files),
             custom_context=True,
-            tag=tag,
-            buildargs={"BASE_IMAGE": base, **{key: os.environ[key] for key in _PROXIES if key in os.environ}},
-            labels={IMAGE: name},
+            tag=recipe.tag,
+            buildargs={"BASE_IMAGE": recipe.base, **recipe.arguments, **proxies},
+            labels={IMAGE: recipe.adapter},
             # A proxy or an index on this machine's loopback is the builder's as well.
             network_mode="host",
             rm=True,
@@ -194,21 +241,21 @@ def _build(
             for said in str(line.get("stream", "")).splitlines():
                 tail.append(said)
                 if step := _STEP.fullmatch(said):
-                    progress(f"{name}: {said:.100}")
+                    progress(f"{recipe.adapter}: {said:.100}")
                     if step["instruction"] == "FROM" and made is not None:
                         stages.append(made)
-                elif (layer := _LAYER.fullmatch(said)) and layer["id"] not in base_id:
+                elif (layer := _LAYER.fullmatch(said)) and layer["id"] not in recipe.base_id:
                     made = layer["id"]
     # What a stage before the last has left is in the image already, and may hold what is no business of any image.
     for stage in stages:
         with contextlib.suppress(APIError):  # the engine may still need it
             engine.api.remove_image(stage)
-    image = None if failure else _present(engine, tag)
+    image = None if failure else _present(engine, recipe.tag)
     if image is None:
         raise EnvironmentBuildError(
-            f"the image of {name} could not be built on {base}: {failure or 'the engine does not say why'}",
+            f"{recipe.image} could not be built on {recipe.base}: {failure or 'the engine does not say why'}",
             remedy="read what the build says below; another base image is chosen by "
-            f"`containers.base_images.{name}` in the experiment",
+            f"`containers.base_images.{recipe.adapter}` in the experiment",
             detail="\n".join(tail),
         )
     return image

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,7 @@ from tailrace.harness.servers.engine import RUN, ContainerSpec, Engine
 from tailrace.harness.servers.guardian import Guardian, sweep
 from tests.conftest import tailrace, wait_until
 
+ROOT = Path(__file__).parents[2]
 # The server ends at SIGTERM; its parent is what an engine runs as the first process of a container.
 CONTAINER = "import subprocess, sys; sys.exit(subprocess.run(['sleep', '600']).returncode)"
 
@@ -380,6 +382,83 @@ def test_how_packages_are_fetched_stays_in_the_stage_that_fetches(
     assert [one for _, one in api.done("build")] == [tag], "it is the same image wherever the packages came from"
 
 
+@pytest.fixture
+def on_shared(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what images have in common, which the adapter's asks for."""
+    adapter.dockerfile.write_text("ARG BASE_IMAGE=base:1\nARG TAILRACE_BASE=tailrace/base\nFROM ${TAILRACE_BASE}\n")
+    shared = tmp_path / "base"
+    shared.mkdir()
+    (shared / "Dockerfile").write_text("FROM base:1\n")
+    (shared / "install-server").write_text("#!/bin/sh\n")
+    monkeypatch.setattr(images, "SHARED", shared)
+    return shared
+
+
+def tags(api: FakeApi) -> list[str]:
+    return [tag for _, tag in api.done("build")]
+
+
+def test_what_images_have_in_common_is_built_first_where_it_is_asked_for(
+    api: FakeApi, adapter: Adapter, on_shared: Path
+) -> None:
+    said: list[str] = []
+    built(api, adapter, told=said.append)
+    below, image = tags(api)
+    assert below.startswith("tailrace/base:") and image.startswith("tailrace/toy:")
+    assert api.options["buildargs"] == {"BASE_IMAGE": "base:1", "TAILRACE_BASE": below}
+    assert said[-2:] == ["building what the image of toy is built on on base:1", "building the image of toy on base:1"]
+    built(api, adapter)
+    assert len(tags(api)) == 2, "both are there"
+
+    adapter.requirements.write_text("numpy==2.1\n")
+    built(api, adapter)
+    assert len(tags(api)) == 3 and tags(api)[2].startswith("tailrace/toy:"), "what they have in common has not changed"
+
+    (on_shared / "install-server").write_text("#!/bin/sh\nset -e\n")
+    built(api, adapter)
+    assert len(set(tags(api))) == 5, "both are others"
+
+    adapter.dockerfile.write_text("ARG BASE_IMAGE=base:1\nFROM ${BASE_IMAGE}\n")
+    built(api, adapter)
+    assert len(tags(api)) == 6 and "TAILRACE_BASE" not in api.options["buildargs"], "nobody has to ask for it"
+
+
+def test_when_what_images_have_in_common_cannot_be_built_it_is_said_in_one_message(
+    api: FakeApi, adapter: Adapter, on_shared: Path
+) -> None:
+    api.lines = [{"stream": "Step 1/2 : RUN useradd\n"}, {"stream": "no useradd\n"}, {"error": "returned 127"}]
+    failure = "what the image of toy is built on could not be built on base:1: returned 127"
+    with pytest.raises(EnvironmentBuildError, match=failure) as caught:
+        built(api, adapter)
+    assert "no useradd" in (caught.value.detail or "")
+    assert "containers.base_images.toy" in (caught.value.remedy or "")
+    assert len(tags(api)) == 1
+
+
+def test_what_is_installed_has_what_images_have_in_common() -> None:
+    """A wheel holds the folder below `tailrace`, for the link there: under the name that the package data has."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    (pattern,) = settings["package-data"]["tailrace"]
+    assert sorted((ROOT / "tailrace").glob(pattern)) == [images.SHARED / name for name in images._SHARED_FILES]
+    assert (ROOT / "tailrace" / "docker").samefile(ROOT / "docker")
+
+
+def test_the_folder_docker_does_not_stand_before_the_sdk() -> None:
+    """With the root of the repository on the path, as under pytest: a package comes before a folder that is none."""
+    assert (ROOT / "docker").is_dir() and not (ROOT / "docker" / "__init__.py").exists()
+    code = "import sys, docker; assert sys.path[0] == '', sys.path; docker.from_env; print(docker.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not Path(found.strip()).is_relative_to(ROOT / "docker")
+    assert hasattr(docker, "from_env")
+
+
+def test_what_images_have_in_common_is_an_interpreter_and_a_user_without_rights() -> None:
+    text = (images.SHARED / "Dockerfile").read_text(encoding="utf-8")
+    assert "\nFROM ${BASE_IMAGE}\n" in text
+    assert f"useradd --uid {images.USER_ID} " in text
+    assert f"venv --system-site-packages {images.PYTHON.parents[1]}\n" in (images.SHARED / "install-server").read_text()
+
+
 @pytest.mark.parametrize("name", sorted(all_adapters()))
 def test_every_image_has_a_pinned_base_a_user_without_rights_and_a_health_check(name: str) -> None:
     if not (path := get_adapter(name).dockerfile).is_file():
@@ -388,7 +467,7 @@ def test_every_image_has_a_pinned_base_a_user_without_rights_and_a_health_check(
     text = path.read_text(encoding="utf-8")
     (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", text, re.MULTILINE)
     assert re.search(r":[^/]*\d+\.\d+[^/]*$", base), f"{base} is not pinned by an exact tag"
-    assert text.count("\nFROM ${BASE_IMAGE}") == 2
+    assert text.count("\nFROM ${TAILRACE_BASE}") == 2
     assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1] == f"{images.USER_ID}:{images.USER_ID}"
     assert f"{images.PYTHON}" in text.rpartition("HEALTHCHECK")[2]
     # The last stage takes the interpreter and nothing else from the one that knows how packages are fetched.
