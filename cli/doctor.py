@@ -15,7 +15,8 @@ from tailrace.harness.errors import EngineError
 from tailrace.harness.folders import cache_folder
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import cpu_count, raise_file_limit
-from tailrace.harness.servers import package_index
+from tailrace.harness.run.registry import all_adapters
+from tailrace.harness.servers import interpreters, package_index
 
 _DISK_NEEDED_BYTES = 4 << 30
 _MEMORY_NEEDED_BYTES = 4 << 30
@@ -38,6 +39,7 @@ def examine() -> list[Finding]:
     """Look at everything; starts nothing and changes nothing but the soft limit on open files of this process."""
     return [
         _python(),
+        *_server_pythons(),
         _system(),
         _cores(),
         _memory(),
@@ -54,11 +56,30 @@ def examine() -> list[Finding]:
 def _python() -> Finding:
     version = platform.python_version()
     return Finding(
-        "Python 3.11 or 3.12",
-        sys.version_info[:2] in ((3, 11), (3, 12)),
+        "Python 3.11 to 3.13",
+        (3, 11) <= sys.version_info[:2] <= (3, 13),
         version,
-        "install Python 3.11 or 3.12 and run nox with it",
+        "install Python 3.11, 3.12 or 3.13 and run nox with it; 3.14 installs, and is untested",
     )
+
+
+def _server_pythons() -> list[Finding]:
+    """The Python of each framework that cannot do with every one that tailrace runs on."""
+    findings = []
+    for adapter in all_adapters().values():
+        if not (wanted := interpreters.declared([adapter.requirements])):
+            continue
+        found = interpreters.on_this_machine(wanted)
+        findings.append(
+            Finding(
+                f"Python {wanted} for {adapter.name}",
+                found is not None,
+                str(found or "none"),
+                f"uv fetches one when {adapter.name} is raced; without a network, install one",
+                needed=False,
+            )
+        )
+    return findings
 
 
 def _system() -> Finding:

@@ -24,6 +24,8 @@ class ServerEnvironment:
     """Installed distributions and their versions, for the manifest."""
     image: str = ""
     """Of kind ``docker``: the id of the image, in which ``python`` is a path."""
+    interpreter: str = ""
+    """Which Python it is and where that came from, in words, for the manifest; empty for an image's."""
 
     @property
     def bin(self) -> Path:

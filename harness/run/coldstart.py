@@ -407,6 +407,7 @@ class ColdStarts:
             needed = [contestant.adapter.requirements, *filter(None, [workload.requirements])]
             self._environments[name] = build(plan.environment, needed, name=name, on_progress=self._note)
             self.record["adapters"][name]["packages"] = dict(self._environments[name].packages)
+            self.record["adapters"][name]["python"] = self._environments[name].interpreter
         return workload
 
     def _trial(

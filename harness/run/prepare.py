@@ -114,7 +114,7 @@ def prepare(
         "told_apart": True,  # what was kept before models had to answer differently is made again, and checked
         "files": [(name, digest.hex()) for name, digest in _digests(folder)],
         "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
-        "environment": environments.fingerprint(kind, requirements),
+        "environment": environments.fingerprint(kind, requirements, name=spec.name, on_progress=on_progress),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / "artifacts" / f"{spec.name}-{key}"

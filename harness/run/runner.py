@@ -335,6 +335,7 @@ def _provenance(run: RunFolder, setups: list[TrialSetup]) -> dict[str, Any]:
     """What is known only once environments and artifact are there. Refuses others than the run began with."""
     adapters, workload = run.manifest["adapters"], run.manifest["workload"]
     packages = {setup.adapter.name: dict(setup.environment.packages) for setup in setups}
+    pythons = {setup.adapter.name: setup.environment.interpreter for setup in setups}
     images = {setup.adapter.name: setup.environment.image for setup in setups}
     served = setups[0].workload
     with served.own_model_file.open("rb") as file:
@@ -351,7 +352,12 @@ def _provenance(run: RunFolder, setups: list[TrialSetup]) -> dict[str, Any]:
         )
     return {
         "adapters": {
-            name: {**told, "packages": packages[name], **({"image": images[name]} if images[name] else {})}
+            name: {
+                **told,
+                "packages": packages[name],
+                **({"python": pythons[name]} if pythons[name] else {}),
+                **({"image": images[name]} if images[name] else {}),
+            }
             for name, told in adapters.items()
         },
         "workload": {**workload, **made},

@@ -27,6 +27,7 @@ from tailrace.harness.contract.adapter import ServerEnvironment
 from tailrace.harness.errors import EnvironmentBuildError, InputError
 from tailrace.harness.folders import cache_folder
 from tailrace.harness.servers import package_index
+from tailrace.harness.servers.interpreters import Interpreter, choose, declared
 
 Kind = Literal["venv", "current"]
 """Interpreters of this machine; images are :mod:`tailrace.harness.servers.images`' business."""
@@ -51,10 +52,10 @@ def build(
 ) -> ServerEnvironment:
     """The environment that holds what these requirement files ask for, built if it is not there yet.
 
-    ``venv`` is built with uv below the cache folder and reused while the files, the Python version and the platform
-    stay the same. ``current`` is this interpreter, in which nothing is installed. ``compile_bytecode`` spares
-    the first cold start the compilation of every module that it imports; an environment that is used once has no
-    use for that.
+    ``venv`` is built with uv below the cache folder, with the Python that :mod:`.interpreters` chooses, and reused while the
+    files, that Python's version and the platform stay the same. ``current`` is this interpreter, in which nothing is
+    installed. ``compile_bytecode`` spares the first cold start the compilation of every module that it imports; an
+    environment that is used once has no use for that.
 
     Raises :class:`EnvironmentBuildError` when the environment cannot be had, :class:`InputError` when a
     requirement file cannot be used.
@@ -62,17 +63,24 @@ def build(
     progress = on_progress or silent
     if kind == "current":
         return _current(requirements, name, progress)
-    folder = cache_folder() / "envs" / f"{name}-{fingerprint(kind, requirements)}"
-    if environment := _finished(folder):
+    interpreter = choose(requirements, name=name, on_progress=progress)
+    folder = cache_folder() / "envs" / f"{name}-{_fingerprint(requirements, interpreter)}"
+    if environment := _finished(folder, interpreter):
         return environment
     lock_file = folder.with_name(f"{folder.name}.lock")
     try:
         with exclusive(lock_file, lambda: progress(f"waiting for another build of the environment of {name}")) as lock:
-            if environment := _finished(folder):
+            if environment := _finished(folder, interpreter):
                 return environment
             try:
                 return _build_venv(
-                    folder, requirements, name, progress=progress, compile_bytecode=compile_bytecode, lock=lock
+                    folder,
+                    requirements,
+                    name,
+                    interpreter=interpreter,
+                    progress=progress,
+                    compile_bytecode=compile_bytecode,
+                    lock=lock,
                 )
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -84,19 +92,32 @@ def build(
         ) from error
 
 
-def fingerprint(kind: Kind, requirements: Sequence[Path]) -> str:
-    """What an environment of these requirement files is known by: whatever changes it changes this text."""
-    parsed = _parsed(requirements)
-    facts: dict[str, object] = {
-        "format": _FORMAT,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "platform": sysconfig.get_platform(),
-    }
+def fingerprint(
+    kind: Kind, requirements: Sequence[Path], *, name: str = "", on_progress: Progress | None = None
+) -> str:
+    """What an environment of these requirement files is known by: whatever changes it changes this text. ``name`` and
+    ``on_progress`` are for the choice of its interpreter. Raises as :func:`choose` does."""
     if kind == "venv":
-        facts["requirements"] = [_text(path) for path in requirements]
-    else:
-        facts["packages"] = {name: _installed(name) for name in ["numpy", *(r.name for r in parsed)]}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return _fingerprint(requirements, choose(requirements, name=name, on_progress=on_progress or silent))
+    return _hashed(
+        platform.python_version(),
+        packages={name: _installed(name) for name in ["numpy", *(r.name for r in _parsed(requirements))]},
+    )
+
+
+def _fingerprint(requirements: Sequence[Path], interpreter: Interpreter) -> str:
+    _parsed(requirements)  # a file that cannot be used is refused before anything is built
+    return _hashed(interpreter.version, requirements=[_text(path) for path in requirements])
+
+
+def _hashed(version: str, **facts: object) -> str:
+    told = {
+        "format": _FORMAT,
+        "python": f"{platform.python_implementation()} {version}",
+        "platform": sysconfig.get_platform(),
+        **facts,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -156,20 +177,29 @@ def silent(message: str) -> None:
     """The progress callback of those who want none."""
 
 
-def _finished(folder: Path) -> ServerEnvironment | None:
+def _finished(folder: Path, interpreter: Interpreter) -> ServerEnvironment | None:
     python = folder / "bin" / "python"
     try:
         packages = json.loads((folder / _MARKER).read_text())
     except (OSError, ValueError):
         return None
     # A link to an interpreter that has been removed since is no environment.
-    return ServerEnvironment(python, "venv", packages) if python.exists() else None
+    return ServerEnvironment(python, "venv", packages, interpreter=str(interpreter)) if python.exists() else None
 
 
 def _build_venv(
-    folder: Path, requirements: Sequence[Path], name: str, *, progress: Progress, compile_bytecode: bool, lock: int
+    folder: Path,
+    requirements: Sequence[Path],
+    name: str,
+    *,
+    interpreter: Interpreter,
+    progress: Progress,
+    compile_bytecode: bool,
+    lock: int,
 ) -> ServerEnvironment:
-    progress(f"building the environment of {name}")
+    progress(
+        f"building the environment of {name}" + ("" if interpreter.origin == "harness" else f" with {interpreter}")
+    )
     shutil.rmtree(folder, ignore_errors=True)
     for sentence in package_index.left_out():
         progress(sentence)
@@ -193,19 +223,19 @@ def _build_venv(
             )
 
     # uv finds the base interpreter behind a virtual environment by itself.
-    run_uv("venv", "--no-project", "--python", sys.executable, str(folder))
+    run_uv("venv", "--no-project", "--python", str(interpreter.python), str(folder))
     if requirements:
         files = [word for path in requirements for word in ("--requirements", str(path.absolute()))]
         options = ["--compile-bytecode"] if compile_bytecode else []
         python = str(folder / "bin" / "python")
         where = package_index.uv_arguments()
         run_uv("pip", "install", "--python", python, "--link-mode", "hardlink", *options, *where, *files)
-    libraries = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    packages = _packages([str(libraries)])
+    minor = ".".join(interpreter.version.split(".")[:2])
+    packages = _packages([str(folder / "lib" / f"python{minor}" / "site-packages")])
     staged = folder / f"{_MARKER}.new"
     staged.write_text(json.dumps(packages, indent=1))
     staged.replace(folder / _MARKER)
-    return ServerEnvironment(folder / "bin" / "python", "venv", packages)
+    return ServerEnvironment(folder / "bin" / "python", "venv", packages, interpreter=str(interpreter))
 
 
 def _uv_variables(folder: Path) -> dict[str, str]:
@@ -230,8 +260,8 @@ def _remedy(said: str) -> str:
         )
     if re.search(r"No solution found|unsatisfiable|no version of|not found in the (package registry|provided)", said):
         return (
-            f"the configured package indexes (`pip config list`) cannot satisfy the requirements on Python "
-            f"{platform.python_version()}: add an index or a wheel folder that can, or use another Python"
+            "the configured package indexes (`pip config list`) cannot satisfy the requirements on this Python: add an index "
+            "or a wheel folder that can, or run tailrace with another Python"
         )
     if re.search(r"Failed to fetch|error sending request|Connect|dns|certificate|timed out", said, re.IGNORECASE):
         return (
@@ -251,11 +281,14 @@ def _current(requirements: Sequence[Path], name: str, progress: Progress) -> Ser
             f"this interpreter lacks what {name} needs: {', '.join(missing)}",
             remedy=f"run `{shlex.join(command)}`, or choose `environment: venv`",
         )
+    own = Interpreter(Path(sys.executable), platform.python_version(), "harness")
+    if not (wanted := declared(requirements)).contains(own.version, prereleases=True):
+        progress(f"{name} is made for Python {wanted}, and this interpreter is {own.version}")
     for requirement in _parsed(requirements):
         version = installed[requirement.name]
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             progress(f"{name} was locked with {requirement}, this interpreter has {version}")
-    return ServerEnvironment(Path(sys.executable), "current", _packages(sys.path))
+    return ServerEnvironment(own.python, "current", _packages(sys.path), interpreter=str(own))
 
 
 def _installed(distribution: str) -> str | None:
