@@ -44,12 +44,25 @@ def assignments(text: str, where: str, known: tuple[str, ...]) -> dict[str, str]
     return found
 
 
+def figure(value: object, shape: str = "") -> str:
+    """A value for reading: a number in this shape (without one: four significant digits, thousands set off), ∞ where failures
+    own it, a dash where there is nothing to say; words as they are."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) else format(value, shape or ",.4g")
+    return format(value, shape or ",") if isinstance(value, int) else str(value)
+
+
 def milliseconds(value: float | None) -> str:
     """A latency for reading: three significant digits, ∞ where failures own the rank, «not claimed» for ``None``."""
     if value is None:
         return "not claimed"
-    if math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return figure(value, ".0f" if value >= 100 else ".1f" if value >= 10 else ".2f")
+
+
+def percent(value: float | None) -> str:
+    """A share for reading, rounded down: 99.97 % is not 100 %."""
+    return figure(None if value is None else math.floor(value * 1000) / 1000 if math.isfinite(value) else value, ".1%")

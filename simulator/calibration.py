@@ -21,7 +21,7 @@ from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.analysis.summary import summarise_trial
 from tailrace.harness.errors import InputError
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
-from tailrace.harness.records.store import TrialFolder
+from tailrace.harness.records.store import RunFolder, TrialFolder
 from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
 from tailrace.simulator.system import Batching, Router, Service, System, WindowOpens, load_system
 
@@ -254,4 +254,41 @@ def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
                     "error": error,
                 }
             )
+    return rows
+
+
+def calibrate_run(run: RunFolder, name: str | None = None) -> tuple[TrialFolder, Calibrated]:
+    """The trial of that name, else the first one that a system can be fitted to, and that system. Raises
+    :class:`InputError`, of the first trial where none can be used."""
+    known = {folder.id: folder for folder in run.trials}
+    if name is not None and name not in known:
+        raise InputError(f"{run.folder} has no trial {name!r}", remedy=f"one of {', '.join(known)}")
+    if not known:
+        raise InputError(f"{run.folder} has no trials", remedy="give a run that measured something")
+    refused = []
+    for folder in [known[name]] if name is not None else known.values():
+        try:
+            return folder, calibrate(read_trial(folder))
+        except InputError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def validate(run: RunFolder) -> list[dict[str, Any]]:
+    """For every cell of a run, what a system fitted to its first trial predicts of the others, as :func:`predict` has it.
+    Raises :class:`InputError` for a cell with one trial."""
+    cells: dict[str, list[TrialFolder]] = {}
+    for folder in run.trials:
+        cells.setdefault(folder.facts["cell"], []).append(folder)
+    rows = []
+    for cell, folders in cells.items():
+        if len(folders) < 2:
+            raise InputError(
+                f"{run.folder}: {cell} has one trial; what was fitted to it must be tried on another",
+                remedy="run it with --trials 2 or more",
+            )
+        first, *others = (read_trial(folder) for folder in folders)
+        fitted = calibrate(first)
+        common = {"cell": cell, "router": fitted.system.router, "fit_error": fitted.error}
+        rows += [{**common, **row} for row in predict(fitted.system, others)]
     return rows

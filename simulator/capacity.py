@@ -1,4 +1,4 @@
-"""How large a warm pool must be for a ramp of load, in closed form; derived in docs/capacity.md.
+"""How large a warm pool must be for a ramp of load, in closed form, derived in docs/capacity.md, and checked by simulation.
 
 Load and replicas are fluids here: demand rises in a straight line, a replica serves full batches, and what exceeds the
 replicas' rate piles up. The scaler adds one replica at a time, each ready a cold start after it was called for.
@@ -10,7 +10,14 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tailrace.simulator.system import Autoscaler, Batching, Service
+from tailrace.harness.analysis.metrics import percentile
+from tailrace.simulator.engine import simulate
+from tailrace.simulator.system import Autoscaler, Batching, Service, System
+from tailrace.traces.generators import SurgeParameters, surge
+
+CHECKED_SEEDS = 20
+ENOUGH_SEEDS = 19
+"""Of those; one may miss by chance."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +121,63 @@ def shortfalls(ramp: Ramp, service: Service, batching: Batching, scaler: Autosca
     most = math.ceil(ramp.to_rps / replica_rps(service, batching)) + 1
     fewest = max(1, math.ceil(ramp.from_rps / replica_rps(service, batching)))
     return [shortfall(ramp, service, batching, scaler, pool) for pool in range(most - fewest + 1)]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A warm pool by the closed form, and simulated."""
+
+    shortfall: Shortfall
+    p99_ms: tuple[float, ...]
+    """Of each of :data:`CHECKED_SEEDS` seeds."""
+    met: int
+    """So many of them met the objective."""
+
+
+@dataclass(frozen=True)
+class WarmPool:
+    """What to keep warm for a ramp, and what was looked at until that was known."""
+
+    recommended: int | None
+    """The smallest that closed form and simulation both find enough; ``None``: none is."""
+    by_closed_form: int | None
+    replica_rps: float
+    rows: tuple[Checked, ...]
+
+
+def plan_warm_pool(ramp: Ramp, service: Service, batching: Batching, scaler: Autoscaler, slo_ms: float) -> WarmPool:
+    """The smallest warm pool that keeps an objective: by the closed form, and under :data:`ENOUGH_SEEDS` simulated seeds."""
+    rows = []
+    by_closed_form = recommended = None
+    for row in shortfalls(ramp, service, batching, scaler):
+        p99_ms = _simulated_p99_ms(ramp, service, batching, scaler, row)
+        met = sum(value <= slo_ms for value in p99_ms)
+        rows.append(Checked(row, p99_ms, met))
+        if by_closed_form is None and row.worst_ms <= slo_ms:
+            by_closed_form = row.warm_pool
+        if by_closed_form is not None and met >= ENOUGH_SEEDS:
+            recommended = row.warm_pool
+            break
+    return WarmPool(recommended, by_closed_form, replica_rps(service, batching), tuple(rows))
+
+
+def _simulated_p99_ms(
+    ramp: Ramp, service: Service, batching: Batching, scaler: Autoscaler, row: Shortfall
+) -> tuple[float, ...]:
+    """The p99 of such a ramp, by seed."""
+    kept = {"min": row.ready_at_start - row.warm_pool, "warm_pool": row.warm_pool}
+    system = System(
+        service=service, batching=batching, replicas=row.ready_at_start, autoscaler=scaler.model_copy(update=kept)
+    )
+    parameters = SurgeParameters(
+        duration_s=2 * ramp.ramp_s,
+        base_rate=ramp.from_rps,
+        surge_rate=ramp.to_rps - ramp.from_rps,
+        peak_at_s=ramp.ramp_s,
+        half_width_s=ramp.ramp_s,
+        fault_at_s=None,
+    )
+    traces = [surge(parameters, seed=seed) for seed in range(CHECKED_SEEDS)]
+    return tuple(
+        percentile(simulate(system, trace.arrivals_ns, span_ns=trace.span_ns).response_ms(), 0.99) for trace in traces
+    )

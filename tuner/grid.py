@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
-from tailrace.harness.analysis.metrics import Ints
 from tailrace.harness.contract.adapter import Adapter, Tuning, WireProtocol
-from tailrace.simulator.engine import simulate
-from tailrace.simulator.system import Autoscaler, Batching, System, TargetTracking
-from tailrace.traces import catalogue
-from tailrace.tuner.objective import Objective
+from tailrace.simulator.system import Batching, System, TargetTracking
 
 Settings = dict[str, Any]
 
@@ -101,59 +96,6 @@ def applied(system: System, settings: Settings, replica_start_s: float = 0.0) ->
             "queue_limit": settings.get("queue_limit"),
         }
     )
-
-
-@dataclass(frozen=True)
-class Case:
-    """The tight case: what may be set of a system that scales itself, and what that costs."""
-
-    settings: Settings
-    system: System
-    figures: dict[str, float]
-    mean_replicas: float
-
-
-CASE_KNOBS: dict[str, tuple[Any, ...]] = {
-    "max_batch": (4, 8, 12, 16, 24, 32),
-    "window_ms": (0, 2, 5, 10),
-    "up_above": (2, 4, 6, 10),
-    "warm_pool": (0, 1, 2, 3),
-    "replicas": (1, 2, 3, 4),
-}
-
-
-def held_seeds(system: System, trace: str, seeds: Iterable[int], objective: Objective) -> int:
-    """Under how many seeds of a generated trace a system keeps an objective."""
-    traces = (catalogue.load(trace, seed=seed) for seed in seeds)
-    return sum(
-        objective.met(simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(objective.p99_ms))
-        for traffic in traces
-    )
-
-
-def scaled_cases(base: System, scaler: Autoscaler, arrivals_ns: Ints, span_ns: int, slo_ms: float) -> list[Case]:
-    """Every combination of :data:`CASE_KNOBS` that is possible, simulated."""
-    found = []
-    for settings in combinations(CASE_KNOBS):
-        if settings["replicas"] < scaler.min + settings["warm_pool"]:
-            continue  # it would be told to keep more than there are
-        chosen = scaler.model_copy(
-            update={
-                "up_above": float(settings["up_above"]),
-                "down_below": min(scaler.down_below, settings["up_above"] / 2),
-                "warm_pool": settings["warm_pool"],
-            }
-        )
-        system = base.model_copy(
-            update={
-                "batching": Batching(max_batch=settings["max_batch"], window_ms=settings["window_ms"]),
-                "replicas": settings["replicas"],
-                "autoscaler": chosen,
-            }
-        )
-        simulated = simulate(system, arrivals_ns, span_ns=span_ns)
-        found.append(Case(settings, system, simulated.figures(slo_ms), simulated.ready_ns / span_ns))
-    return found
 
 
 def best_by(scores: list[float], count: int) -> list[int]:

@@ -26,6 +26,10 @@ from tailrace.traces.trace import Trace, rescale
 from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
 from tailrace.tuner.objective import Objective
 
+SHORT_SURGE = {"name": "surge", "params": {"duration_s": 20, "peak_at_s": 10, "half_width_s": 6, "fault_at_s": None}}
+CALM = {"rate": 40}
+"""The warm-up's rate is the surge's own first one: a scaler that had been woken by more would begin with replicas that it is
+about to retire."""
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5)
 """Mean rates that are tried, as multiples of the trace's own."""
 PICKS = 2

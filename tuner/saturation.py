@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from tailrace.harness.analysis.summary import summarise
 from tailrace.harness.errors import TailraceError
+from tailrace.harness.plan.cells import Cell, cells
+from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.run.observer import Observer
+from tailrace.harness.run.runner import run_or_go_on
 from tailrace.tuner.objective import Objective
 
 MAX_STEPS = 24
 STEPS_DOWN = 6
 """So often a first rate is halved that does not hold; then nothing holds."""
+
+CONNECTIONS = 32_768
+"""At the least, of a search that doubles the load: a slow server's backlog is not to be booked as our drop."""
 
 Ended = Literal["narrow", "undecided", "nothing holds", "steps", "stopped"]
 
@@ -98,3 +109,37 @@ def _tried(rate: float, cell: Mapping[str, Any], objective: Objective) -> Load:
         ends is not None and ends[0] <= objective.p99_ms <= ends[1] and cell["p99_ci_ms_source"] == "across-trials"
     )
     return Load(rate, objective.met(cell), undecided, cell)
+
+
+@dataclass(frozen=True)
+class Saturations:
+    """What a search of every cell of an experiment found."""
+
+    objective: Objective
+    points: Mapping[str, Saturation]
+    """By cell."""
+    runs: list[RunFolder]
+
+
+def saturate_cells(experiment: Experiment, folder: Path, observer: Observer) -> Saturations:
+    """The saturation point of every cell of an experiment that has a ``load``, each rate a run below ``folder``. What an
+    earlier, interrupted call has measured there stays."""
+    load = experiment.load
+    if load is None:
+        raise ValueError("the experiment has no load to search")
+    objective = Objective(load.slo.p99_ms, load.slo.attainment)
+    base = experiment.model_dump(mode="json")
+    client = {**base["client"], "max_connections": max(CONNECTIONS, base["client"]["max_connections"])}
+    common = {**base, "name": "saturate", "load": None, "slo": {"latency_ms": objective.p99_ms}, "client": client}
+    runs: list[RunFolder] = []
+
+    def cell_at(cell: Cell, rate: float) -> dict[str, Any]:
+        scenario = {**cell.scenario.model_dump(mode="json"), "mean_rate": rate, "adapters": None}
+        options = {name: value for name, value in base["options"].items() if name == cell.adapter}
+        content = {**common, "adapters": [cell.adapter], "options": options, "scenarios": [scenario]}
+        runs.append(run_or_go_on(folder / cell.id / f"rate-{rate:.6g}", content, observer))
+        (measured,) = summarise(runs[-1])["cells"]
+        return dict(measured)
+
+    points = {cell.id: find(functools.partial(cell_at, cell), load.start, objective) for cell in cells(experiment)}
+    return Saturations(objective, points, runs)

@@ -18,7 +18,9 @@ from tailrace.harness.contract.workload import Device, Precision, PreparedWorklo
 from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.processes import log_tail
+from tailrace.harness.records.store import RunFolder
 from tailrace.harness.run.prepare import prepare
+from tailrace.harness.run.runner import experiment_of
 from tailrace.harness.servers.devices import device_environment
 from tailrace.harness.servers.environments import Kind, build
 from tailrace.harness.servers.guardian import Guardian
@@ -105,6 +107,15 @@ class BareModel:
             p99_ms=max(result["p99_ms"] for result in results),
         )
 
+    def described(self) -> dict[str, Any]:
+        """Which model, and how it computes."""
+        return {
+            "workload": self.workload.spec.name,
+            "device": self.workload.device,
+            "precision": self.workload.precision,
+            "compiled": self.workload.compiled,
+        }
+
     @property
     def environment(self) -> ServerEnvironment:
         """Where it runs."""
@@ -188,6 +199,37 @@ class Reached:
     goodput_rps: float
     batch: int
     instances: int
+
+
+def runs_below(folder: Path) -> list[RunFolder]:
+    """The run in a folder, or all runs below it: a search for a saturation point leaves many. Raises :class:`InputError` where
+    there is none."""
+    return [
+        RunFolder.open(found) for found in sorted(path.parent for path in folder.rglob("manifest.json")) or [folder]
+    ]
+
+
+def model_of(runs: Sequence[RunFolder], workload: str | None) -> dict[str, Any]:
+    """The model of these runs, as :class:`BareModel` is told of it. Raises :class:`InputError` where they do not agree, or a
+    ``workload`` was named beside them."""
+    experiments = [experiment_of(run) for run in runs]
+    first = experiments[0]
+    models = [(e.workload, e.device, e.devices, e.precision, e.compile, e.workload_options) for e in experiments]
+    if workload is not None or any(model != models[0] for model in models):
+        raise InputError(
+            "--run takes the workload, its device and its precision from the runs, which must agree on them",
+            remedy="leave WORKLOAD out, and name runs of one workload on one device in one precision",
+        )
+    return {
+        "workload": first.workload,
+        "device": first.device,
+        "devices": first.devices,
+        "precision": first.precision,
+        "compiled": first.compile,
+        "environment": first.environment,
+        "options": first.workload_options,
+        "seed": first.seed,
+    }
 
 
 def settings(cell: Mapping[str, Any]) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tailrace.cli.console import print_ceiling
+from tailrace.cli.ceiling import parts
 from tailrace.cli.main import app
+from tailrace.cli.show import read
 from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.run.ceiling import BareModel, Ceiling, Reached, best_cells, settings, told
 from tests.fake_nvml import FakeGpu, install
@@ -95,7 +96,7 @@ def test_a_share_above_the_limit_is_doubted(goodput: float, doubted: bool) -> No
     content = told([Ceiling(8, 2, 100.0, 1, 1)], [Reached("run", "triton--one", goodput, 8, 2)])
     console = Console(record=True, width=150)
     what = {"workload": "minilm", "device": "cpu", "precision": "bf16", "compiled": False}
-    print_ceiling({**what, **content}, console)
+    read(console, *parts({**what, **content}))
     printed = console.export_text()
     assert f"{goodput:.0f}%" in printed and "minilm with no server, on cpu in bf16" in printed
     assert ("measure again" in printed) == doubted

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import t as student_t
 
-from tailrace.cli.console import comparison_lines, print_summary
+from tailrace.cli.console import comparison_lines, summary_parts
+from tailrace.cli.show import read
 from tailrace.harness.analysis.comparison import (
     FIGURES,
     MIN_TRIALS_FOR_BOOTSTRAP,
@@ -176,7 +177,7 @@ def test_only_other_adapters_under_the_same_scenario_are_compared() -> None:
 
 def _shown(summary: dict[str, Any], width: int = 200) -> str:
     out = io.StringIO()
-    print_summary(summary, Console(file=out, width=width))
+    read(Console(file=out, width=width), *summary_parts(summary))
     return out.getvalue()
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer import Exit
 
-from tailrace.cli.terminal import TableOrJson
-from tailrace.cli.tune import find_saturation
+from tailrace.cli.saturate import search
+from tailrace.cli.show import TableOrJson
 from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.run.observer import Observer
@@ -62,8 +62,8 @@ def test_an_experiment_may_ask_for_the_search(
 
     verdict = "VALID"
 
-    monkeypatch.setattr("tailrace.harness.run.runner.run_or_go_on", run_or_go_on)
-    monkeypatch.setattr("tailrace.harness.analysis.summary.summarise", summarise)
+    monkeypatch.setattr("tailrace.tuner.saturation.run_or_go_on", run_or_go_on)
+    monkeypatch.setattr("tailrace.tuner.saturation.summarise", summarise)
     experiment = Experiment.model_validate(
         {
             "name": "x",
@@ -76,7 +76,7 @@ def test_an_experiment_may_ask_for_the_search(
     )
     with pytest.raises(InputError, match="several runs"):
         run_experiment(experiment, tmp_path / "run", Observer())
-    find_saturation(experiment, tmp_path, TableOrJson.JSON, strict=True)
+    search(experiment, tmp_path, TableOrJson.JSON, strict=True)
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"triton--calm", "ray_serve--calm", "ray_serve--small"}
     for name, point in (("triton--calm", 300), ("ray_serve--calm", 150), ("ray_serve--small", 150)):
@@ -85,9 +85,9 @@ def test_an_experiment_may_ask_for_the_search(
     assert all(content["options"] == {} for content in asked if content["adapters"] == ["triton"])
     assert all(content["slo"] == {"latency_ms": 100} for content in asked)
     verdict = "UNKNOWN"
-    find_saturation(experiment, tmp_path, TableOrJson.JSON)
+    search(experiment, tmp_path, TableOrJson.JSON)
     with pytest.raises(Exit) as ended:
-        find_saturation(experiment, tmp_path, TableOrJson.JSON, strict=True)
+        search(experiment, tmp_path, TableOrJson.JSON, strict=True)
     assert ended.value.exit_code == 3
 
 
