@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
@@ -23,8 +23,8 @@ INK, MUTED, GRID, PAPER = "#1f2a37", "#5d6875", "#d5dbe1", "#fefdfb"
 ALARM, CAUTION = "#b3261e", "#8a5a00"
 """Colours of everything that is not a framework, as drawn; the page maps each to a variable of its theme."""
 _THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", CAUTION: "warn"}
-_COLOUR_ORDER = (7, 0, 9, 1, 4, 2, 3, 5)
-"""Slots → places in seaborn's palette ``colorblind``; its pink and its yellow are left out, for they fade on paper."""
+_COLOURS = ("#949494", "#0173b2", "#56b4e9", "#de8f05", "#cc78bc", "#029e73", "#d55e00", "#ca9161")
+"""Of frameworks by slot: seaborn's palette ``colorblind`` without its pink and its yellow, for they fade on paper."""
 _PREFERRED_SLOTS = 6
 _LIGHT, _DARK = 0.4, 0.64
 """Lightness at most on paper and at least in the dark, so that lines keep a contrast of 3 to 1 with either."""
@@ -40,23 +40,21 @@ WIDTH = 420
 @cache
 def palette() -> tuple[tuple[str, str], ...]:
     """Colours of frameworks by slot, as hexadecimal for light and dark pages."""
-    import seaborn  # takes seconds, which only those who draw shall wait for; so too below
-    from matplotlib.colors import to_hex
+    # Takes a second, which only those who draw shall wait for; so too below.
+    from matplotlib.colors import to_hex, to_rgb
 
-    colours = seaborn.color_palette("colorblind")
+    def at(colour: str, low: float, high: float) -> str:
+        hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+        return to_hex(colorsys.hls_to_rgb(hue, min(max(lightness, low), high), saturation))
 
-    def at(place: int, low: float, high: float) -> str:
-        lightness = colorsys.rgb_to_hls(*colours[place])[1]
-        return to_hex(seaborn.set_hls_values(colours[place], l=min(max(lightness, low), high)))
-
-    return tuple((at(place, 0, _LIGHT), at(place, _DARK, 1)) for place in _COLOUR_ORDER)
+    return tuple((at(colour, 0, _LIGHT), at(colour, _DARK, 1)) for colour in _COLOURS)
 
 
 def slots(names: Iterable[str]) -> dict[str, int]:
     """A colour for each framework: by its name, so that it keeps its colour from report to report, the next free slot
     where two names collide, and round again when there are more frameworks than colours."""
     chosen: dict[str, int] = {}
-    size = len(_COLOUR_ORDER)
+    size = len(_COLOURS)
     for name in sorted(set(names)):
         slot = zlib.adler32(name.encode()) % _PREFERRED_SLOTS
         if len(chosen) < size:
@@ -80,10 +78,8 @@ def palette_css(*, dark: bool) -> str:
 def style() -> Iterator[None]:
     """Matplotlib's settings while figures are drawn: quiet axes, text as text, the same bytes every time."""
     import matplotlib as mpl
-    import seaborn
 
-    settings = {
-        **seaborn.axes_style("ticks"),
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "tailrace",
         "text.parse_math": False,

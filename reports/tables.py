@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tailrace.harness.analysis.summary import Summary, jsonable
 from tailrace.harness.errors import StorageError
@@ -16,14 +20,18 @@ from tailrace.harness.errors import StorageError
 def figures_csv(summaries: Mapping[str, Summary]) -> str:
     """One line per trial, headings first; nested values as ``key.subkey`` columns, lists joined by spaces. ``summaries``
     are by the name of their run, which is the first column unless there is only one without a name."""
-    # As objects: a column of counts with a gap would become one of floats.
-    return str(pd.DataFrame(_rows(summaries), dtype=object).to_csv(index=False, lineterminator="\n"))
+    rows = _rows(summaries)
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0] if rows else (), lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: "" if _unknown(value) else value for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def write_parquet(summaries: Mapping[str, Summary], path: Path) -> None:
     """The same rows as :func:`figures_csv`, with their types. Raises :class:`StorageError`."""
     try:
-        pd.DataFrame(_rows(summaries)).to_parquet(path, index=False)
+        pq.write_table(pa.Table.from_pylist(_rows(summaries)), path)
     except OSError as error:
         raise StorageError.of(path, error) from error
 
@@ -36,12 +44,19 @@ def figures_json(summaries: Mapping[str, Summary]) -> str:
 
 
 def _rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    """All with the same columns: those that some trial has."""
     named = len(summaries) > 1 or any(summaries)
-    return [
+    rows = [
         {**({"run": name} if named else {}), **_flat(trial)}
         for name, summary in summaries.items()
         for trial in summary["trials"]
     ]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -484,7 +484,7 @@ class _RecordStream:
     def open(self) -> None:
         """Create the file."""
         self._writer = TableWriter(self._stem, REQUEST_SCHEMA)
-        # Arrow imports pandas, for a second, when it first sees an array: before the clock starts, please.
+        # Where pandas is installed, Arrow imports it, for a second, at its first array: before the clock starts, please.
         self._batch(np.zeros(0, wire.ROW_DTYPE), 0)
 
     def append(self, rows: NDArray[np.void], worker: int) -> None:
