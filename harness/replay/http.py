@@ -19,11 +19,12 @@ from typing import Any
 
 import gevent
 from gevent.event import Event
-from geventhttpclient._parser import HTTPParseError, HTTPResponseParser
+from geventhttpclient._parser import HTTPParseError
 
 from tailrace.harness.records.schema import Outcome
+from tailrace.harness.replay.http_connection import Connection
 from tailrace.harness.replay.pacer import Pacer
-from tailrace.harness.replay.recorder import ERROR_CHARS, SMALL_BODY_BYTES, Answers, Recorder
+from tailrace.harness.replay.recorder import SMALL_BODY_BYTES, Answers, Recorder
 from tailrace.harness.replay.wire import NONE, Shard, Target
 
 PREOPENED = 32
@@ -46,115 +47,6 @@ _OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EA
 """Failures to open a connection that are this machine's and not the server's."""
 
 
-class _Connection(HTTPResponseParser):
-    """One connection, and the answer that is being read from it."""
-
-    __slots__ = (
-        "answer_headers",
-        "body_bytes",
-        "body_limit",
-        "body_parts",
-        "bytes_received",
-        "bytes_sent",
-        "complete",
-        "first_byte_ns",
-        "head_done",
-        "header_name",
-        "header_value",
-        "position",
-        "reader",
-        "request",
-        "rest",
-        "sent_ns",
-        "sock",
-        "started_ns",
-        "status",
-        "writer",
-    )
-
-    def __init__(self, sock: socket.socket, reader: Any, writer: Any) -> None:
-        super().__init__()
-        self.sock = sock
-        self.reader = reader
-        self.writer = writer
-        self.begin(-1, 0, 0, 0)
-
-    def begin(self, position: int, request: int, started_ns: int, body_limit: int) -> None:
-        """Make ready for the answer to one arrival (-1: for none, the connection idles)."""
-        self.position = position
-        self.request = request
-        self.started_ns = started_ns
-        self.body_limit = body_limit
-        self.sent_ns = NONE
-        self.first_byte_ns = NONE
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.rest: memoryview | None = None
-        self.complete = False
-        self.status = -1
-        self._begin_message()
-
-    def _begin_message(self) -> None:
-        self.head_done = False
-        self.header_name = ""
-        self.header_value: str | None = None
-        self.answer_headers: dict[str, str] = {}
-        self.body_bytes = 0
-        self.body_parts: list[bytearray] | None = []
-
-    # What follows is called by the parser.
-    def _on_message_begin(self) -> None:
-        if self.complete:
-            raise HTTPParseError("bytes after the end of the answer")
-        self._begin_message()
-
-    def _on_status(self, reason: str) -> None:
-        pass
-
-    def _on_header_field(self, text: str) -> None:
-        if self.head_done:  # a trailer
-            return
-        if self.header_value is None:
-            self.header_name += text
-        else:
-            self._keep_header()
-            self.header_name = text
-
-    def _on_header_value(self, text: str) -> None:
-        if not self.head_done:
-            self.header_value = text if self.header_value is None else self.header_value + text
-
-    def _keep_header(self) -> None:
-        name = self.header_name.lower()
-        if name in ("content-type", "inference-header-content-length"):
-            self.answer_headers[name] = self.header_value or ""
-        self.header_name = ""
-        self.header_value = None
-
-    def _on_headers_complete(self) -> bool:
-        self._keep_header()
-        self.head_done = True
-        if self.get_code() != 200:
-            self.body_limit = 4 * ERROR_CHARS  # an error's text, in characters of up to four bytes
-        return False
-
-    def _on_body(self, piece: bytearray) -> None:
-        self.body_bytes += len(piece)
-        if self.body_parts is not None:
-            if self.body_bytes <= self.body_limit:
-                self.body_parts.append(piece)
-            elif self.get_code() == 200:
-                self.body_parts = None  # too long to be looked at
-            elif len(self.body_parts) == 0:
-                self.body_parts.append(piece[: self.body_limit])
-
-    def _on_message_complete(self) -> None:
-        status = self.get_code()
-        if status >= 200:  # what comes before is interim (100 Continue)
-            self.status = status
-            self.complete = True
-
-
 class HttpReplay:
     """One replay of one shard: :meth:`prepare`, then :meth:`run`. All in one thread, on its gevent hub.
 
@@ -175,9 +67,9 @@ class HttpReplay:
         family, _, _, _, address = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
         self._family, self._address = family, address
         self._loop = gevent.get_hub().loop
-        self._open: dict[_Connection, None] = {}
-        self._idle: dict[_Connection, None] = {}
-        self._outstanding: dict[int, _Connection] = {}
+        self._open: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+        self._outstanding: dict[int, Connection] = {}
         self.pacer = Pacer(shard.intended_ns, self._start)
         self._finished = Event()
         self._bug: BaseException | None = None
@@ -261,7 +153,7 @@ class HttpReplay:
             self._fail(connection, Outcome.TIMEOUT, f"{what} within {self._timeout_s:g} s", "", now)
         self._tick()
 
-    def _connected(self, connection: _Connection) -> None:
+    def _connected(self, connection: Connection) -> None:
         connection.writer.stop()
         code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code and connection.sock.getsockname()[:2] == self._address[:2]:
@@ -277,7 +169,7 @@ class HttpReplay:
         elif not self._send(connection):
             self._fail(connection, Outcome.CONNECTION, "send", "the connection was closed at once", monotonic_ns())
 
-    def _writable(self, connection: _Connection) -> None:
+    def _writable(self, connection: Connection) -> None:
         rest = connection.rest
         if rest is None:
             return
@@ -298,7 +190,7 @@ class HttpReplay:
         if connection.rest is None:
             connection.writer.stop()
 
-    def _readable(self, connection: _Connection) -> None:
+    def _readable(self, connection: Connection) -> None:
         try:
             data = connection.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -356,7 +248,7 @@ class HttpReplay:
                 sock.close()
             self._drop(position, f"no further connection can be opened: {os.strerror(code)}")
             return
-        connection = _Connection(sock, self._loop.io(sock.fileno(), _READ), self._loop.io(sock.fileno(), _WRITE))
+        connection = Connection(sock, self._loop.io(sock.fileno(), _READ), self._loop.io(sock.fileno(), _WRITE))
         connection.begin(position, request, now, limit)
         self._open[connection] = None
         self.connections_opened += 1
@@ -368,7 +260,7 @@ class HttpReplay:
         else:
             self._fail(connection, Outcome.CONNECTION, "connect", os.strerror(code), monotonic_ns())
 
-    def _send(self, connection: _Connection) -> bool:
+    def _send(self, connection: Connection) -> bool:
         """Hand a request to the kernel, the rest of it when there is room; False when the connection is gone."""
         data = self._shard.data[connection.request]
         now = monotonic_ns()
@@ -387,7 +279,7 @@ class HttpReplay:
             connection.writer.start(self._guarded, self._writable, connection)
         return True
 
-    def _parse(self, connection: _Connection, data: bytes, now: int) -> None:
+    def _parse(self, connection: Connection, data: bytes, now: int) -> None:
         """Feed what came (nothing: the end of the stream) to the parser and settle the arrival when that decides it."""
         if connection.bytes_received == len(data) and self._answered_as_before(connection, data, now):
             return
@@ -414,7 +306,7 @@ class HttpReplay:
             part, limit = ("answer", ANSWER_BYTES) if connection.head_done else ("answer's head", HEAD_BYTES)
             self._fail(connection, Outcome.ERROR, "malformed answer", f"the {part} exceeds {limit} bytes", now)
 
-    def _remember_head(self, connection: _Connection, data: bytes) -> None:
+    def _remember_head(self, connection: Connection, data: bytes) -> None:
         """Keep the head of a good answer that came in one piece and leaves the connection open."""
         head_bytes = data.find(b"\r\n\r\n") + 4
         plain = len(data) == head_bytes + connection.body_bytes  # and nothing between chunks
@@ -424,7 +316,7 @@ class HttpReplay:
                 self._heads.clear()
             self._heads[data[:head_bytes]] = connection.body_bytes, connection.answer_headers
 
-    def _answered_as_before(self, connection: _Connection, data: bytes, now: int) -> bool:
+    def _answered_as_before(self, connection: Connection, data: bytes, now: int) -> bool:
         """Settle a whole answer whose head is, byte for byte, one that was parsed before; False for any other.
 
         Servers mostly repeat themselves, and a parser that calls back for every header is a tenth of what a request costs.
@@ -446,7 +338,7 @@ class HttpReplay:
         self._idle[connection] = None
         return True
 
-    def _answered(self, connection: _Connection, clean: bool, now: int) -> None:
+    def _answered(self, connection: Connection, clean: bool, now: int) -> None:
         """A whole answer has come."""
         status = connection.status
         if status == 200:  # other successes, 204 say, bring no tensors
@@ -465,7 +357,7 @@ class HttpReplay:
         else:
             self._close(connection)
 
-    def _look_at(self, connection: _Connection) -> None:
+    def _look_at(self, connection: Connection) -> None:
         parts = connection.body_parts
         if parts is None:
             self._answers.unchecked += 1
@@ -477,14 +369,14 @@ class HttpReplay:
             b"".join(parts),
         )
 
-    def _fail(self, connection: _Connection, outcome: Outcome, kind: str, detail: str, now: int) -> None:
+    def _fail(self, connection: Connection, outcome: Outcome, kind: str, detail: str, now: int) -> None:
         """No good answer will come: record why, and give the connection up."""
         if connection.position >= 0:
             status = connection.status
             self._settle(connection, outcome, status, self._recorder.error(kind, detail), now)
         self._close(connection)
 
-    def _settle(self, connection: _Connection, outcome: Outcome, status: int, error: int, now: int) -> None:
+    def _settle(self, connection: Connection, outcome: Outcome, status: int, error: int, now: int) -> None:
         position = connection.position
         self._recorder.row(
             position,
@@ -507,7 +399,7 @@ class HttpReplay:
                 position, NONE, NONE, monotonic_ns(), Outcome.DROPPED, -1, self._recorder.error(why), 0, 0
             )
 
-    def _close(self, connection: _Connection) -> None:
+    def _close(self, connection: Connection) -> None:
         # Stopping the watchers also breaks the reference cycle through their arguments: nobody collects garbage here.
         for watcher in (connection.reader, connection.writer):
             watcher.stop()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +36,13 @@ from tailrace.harness.records.store import EventLog
 from tailrace.harness.servers.balancer import Backend, BackendState, Balancer
 from tailrace.harness.servers.emulated_device import DEVICE_FOLDER
 from tailrace.harness.servers.links import Link, Links
+from tailrace.harness.servers.node_metrics import NodeMetrics
 from tailrace.harness.servers.node_watch import WATCH_S, NodeWatch
 
 _ANSWER_TIMEOUT_S = 5.0
 _RESTART_GRACE_S = 10.0
 _DRAIN_S = 30.0
 _INGRESS = "ingress"
-_COUNTERS = (
-    *("requests_ok_total", "requests_failed_total", "batches_total", "items_total"),
-    *("stage_answers_total", "stage_answer_s_total"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,11 @@ class Cluster(Deployment):
         """``host`` runs the servers, ``companions`` what is put between client and servers."""
         self._adapter = adapter
         self._layout = layout
-        self._lock = threading.RLock()
+        self._metrics = NodeMetrics()
         self._proxies: Links | None = None
         self._balancer: Balancer | None = None
         self._watch: NodeWatch | None = None
         self._members: dict[int, Deployment] = {}
-        self._ended: dict[tuple[int, str, str], float] = defaultdict(float)
-        self._last: dict[tuple[int, str, str], float] = {}
         self._answering: set[int] = set()
         self._present: set[int] = set()
         self.models = list(request.models)
@@ -271,7 +265,7 @@ class Cluster(Deployment):
             self._unload(index)
             return
         with self._watch.held(index):
-            self._forget(index)
+            self._metrics.forget(index)
             self._members.pop(index).stop(_RESTART_GRACE_S)
 
     def _unload(self, index: int) -> None:
@@ -300,14 +294,6 @@ class Cluster(Deployment):
         if len(self._present) > len(self._active) + self._layout.warm:
             self._dismiss(index)
 
-    def _forget(self, index: int) -> None:
-        """What a node has counted stays counted when it goes."""
-        with self._lock:
-            for key, value in self._last.items():
-                if key[0] == index:
-                    self._ended[key] += value
-            self._last = {key: value for key, value in self._last.items() if key[0] != index}
-
     def restart(self, index: int, *, stopped: threading.Event | None = None) -> None:
         """End a node in order, start it again, and wait until it may get requests. Raises what its start raises."""
         assert self._watch is not None  # noqa: S101 - faults come after the start
@@ -331,7 +317,7 @@ class Cluster(Deployment):
             self._members[0].restart_node(index)
             return
         self._members[index].stop(0.0)  # what a main process that died has left
-        self._forget(index)
+        self._metrics.forget(index)
         self._members[index] = self._adapter.start(self._requests[index], self.host)
 
     def node_reachable(self, index: int) -> bool:
@@ -413,8 +399,7 @@ class Cluster(Deployment):
 
         Raises ``OSError`` when no node answers.
         """
-        found: dict[tuple[str, str], list[float]] = defaultdict(list)
-        units: dict[str, str] = {}
+        told: list[MetricSample] = []
         failure: OSError | None = None
         answered = False
         for index, member in sorted(self._members.items()):
@@ -424,27 +409,11 @@ class Cluster(Deployment):
                 failure = error
                 continue
             answered = True
-            for sample in samples:
-                units[sample.metric] = sample.unit
-                if sample.metric in _COUNTERS:
-                    key = (index, sample.scope, sample.metric)
-                    with self._lock:
-                        if sample.value < (last := self._last.get(key, 0.0)):
-                            self._ended[key] += last  # of a model that was unloaded, and counts anew
-                        self._last[key] = sample.value
-                else:
-                    found[sample.scope, sample.metric].append(sample.value)
+            self._metrics.count(index, samples)
+            told += samples
         if not answered and failure is not None:
             raise failure
-        with self._lock:
-            for counted in (self._last, self._ended):
-                for (_, scope, metric), value in counted.items():
-                    found[scope, metric].append(value)
-        return [
-            MetricSample(metric, sum(values) / (len(values) if metric == "batch_size" else 1), scope, units[metric])
-            for (scope, metric), values in found.items()
-            if metric in units
-        ]
+        return self._metrics.summed(told)
 
     def applied(self) -> dict[str, object]:
         return agreed(member.applied() for member in self._members.values())

@@ -15,7 +15,7 @@ from tailrace.harness.records.schema import REQUEST_SCHEMA, Outcome
 from tailrace.harness.records.tables import read_table
 from tailrace.harness.replay import wire
 from tailrace.harness.replay.clocks import SAME_CLOCK, ClockReading, read_clock, uncertainty_ns
-from tailrace.harness.replay.driver import _RecordStream
+from tailrace.harness.replay.record_stream import RecordStream
 from tailrace.harness.run.ruler import HELD_LAG_MS, STEP_LIMIT_S, Step, analyse, ceiling, climb, plain_workload, stepped
 
 STEP = Step(
@@ -144,7 +144,7 @@ def test_rows_of_a_worker_are_told_on_the_harness_clock(tmp_path: Any) -> None:
         phase=np.ones(2, np.uint8),
         models=("m",),
     )
-    stream = _RecordStream(tmp_path / "requests", schedule, 2, slo_ms=1.5)
+    stream = RecordStream(tmp_path / "requests", schedule, 2, slo_ms=1.5)
     stream.epoch_ns = 5_000_000_000
     stream.offsets_ns = [0, 10**15]
     stream.open()

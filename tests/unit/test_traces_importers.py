@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.harness.errors import InputError
-from tailrace.traces import importers
+from tailrace.traces import fast_csv, importers, tables
 from tailrace.traces.importers import FORMATS, import_csv, import_file, import_mooncake, import_worldcup98
 from tailrace.traces.statistics import NS_PER_S
 from tailrace.traces.trace import Trace, TraceDescription, compress_time, describe, rescale
@@ -211,7 +211,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_column_of_request_ids_is_no_column_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importers, "MAX_MODELS", 3)
+    for module in (tables, fast_csv):
+        monkeypatch.setattr(module, "MAX_MODELS", 3)
     path = written(tmp_path, "timestamp,id\n" + "".join(f"{i},{i}\n" for i in range(5)))
     with pytest.raises(InputError, match="line 5, column 'id': '3' is the 4th different model"):
         import_file(path, model_column="id")
@@ -272,7 +273,7 @@ def test_the_fast_reader_accepts_only_what_the_row_reader_reads_alike(
 
     fast = outcome()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importers, "_read_csv_with_arrow", lambda *_: None)
+        patch.setattr(importers, "read_csv_with_arrow", lambda *_: None)
         assert fast == outcome()
 
 
