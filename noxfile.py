@@ -22,17 +22,6 @@ def _uv_install(session: nox.Session, *what: str) -> None:
     session.run_install(*install, *what, silent=True)
 
 
-def _uv_install(session: nox.Session, *what: str) -> None:
-    """Install with uv, which takes seconds where pip takes a minute, from where pip would have it.
-
-    What is compiled now, in parallel, is not compiled module by module while the first trial is being set up.
-    """
-    session.install("--quiet", "uv>=0.5")
-    # From this folder, where `tailrace` is found before it is installed; this one module needs the standard library alone.
-    install = ["python", "-m", "tailrace.harness.servers.package_index", "--quiet", "--compile-bytecode"]
-    session.run_install(*install, *what, silent=True)
-
-
 def _install(session: nox.Session, extra: str | None = None) -> None:
     """Install tailrace into the session."""
     _uv_install(session, "--editable", f".[{extra}]" if extra else ".")

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.one_name import one_name as one_name  # noqa: PLC0414  # a fixture of the whole session
+
 # No test says how long anything may take; hypothesis would, for every example.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
