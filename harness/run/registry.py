@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from tailrace import adapters
 from tailrace.harness.contract.adapter import Adapter, Tuning
 from tailrace.harness.errors import InputError, nearest
+from tailrace.harness.run import former_names
 
 ENTRY_POINT_GROUP = "tailrace.adapters"
 
@@ -21,17 +24,18 @@ def all_adapters() -> dict[str, Adapter]:
     for folder in sorted(Path(adapters.__path__[0]).iterdir()):
         if (folder / "adapter.py").is_file():
             where = f"adapters/{folder.name}/adapter.py"
-            _register(found, _loaded(where, f"{adapters.__name__}.{folder.name}.adapter"), where)
+            module = f"{adapters.__name__}.{folder.name}.adapter"
+            _register(found, _loaded(where, importlib.import_module, module), where)
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         where = f"entry point {entry_point.name!r} ({entry_point.value})"
         module, _, attribute = entry_point.value.partition(":")
-        _register(found, _loaded(where, module, attribute or "ADAPTER"), where)
+        _register(found, _loaded(where, former_names.load, module, attribute or "ADAPTER"), where)
     return found
 
 
-def _loaded(where: str, module: str, attribute: str = "ADAPTER") -> object:
+def _loaded(where: str, load: Callable[[str], ModuleType], module: str, attribute: str = "ADAPTER") -> object:
     try:
-        return getattr(importlib.import_module(module), attribute, None)
+        return getattr(load(module), attribute, None)
     except Exception as error:  # somebody's module may raise anything
         raise InputError(
             f"{where} cannot be loaded: {type(error).__name__}: {error}", remedy="mend it, or remove that adapter"
