@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from tailrace.adapters.kserve import config
@@ -29,10 +27,16 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import OpenInferenceGRPC, OpenInferenceHTTP
-from tailrace.harness.contract.control import ControlConnection, choose_ports, process_environment
+from tailrace.harness.contract.control import (
+    ControlConnection,
+    OpenInferenceControl,
+    choose_ports,
+    open_inference_endpoint,
+    process_environment,
+    recognised,
+)
 from tailrace.harness.errors import ServerError
-from tailrace.harness.processes import ProcessRef, descendants
+from tailrace.harness.processes import ProcessRef
 
 _SERVING = "kserve-serving"
 """What the shim calls a process, in the process table, that has loaded the models."""
@@ -55,7 +59,7 @@ class KServeDeployment(Deployment):
         metrics_port: int,
     ) -> None:
         super().__init__(host, process, endpoint, log)
-        self._control = ControlConnection("kserve", endpoint.host, http_port, log)
+        self._control = OpenInferenceControl("kserve", endpoint.host, http_port, log)
         self._metrics = ControlConnection("kserve", endpoint.host, metrics_port, log)
         self._models = list(request.models)
         self._workers = request.tuning.replicas or 1
@@ -67,11 +71,11 @@ class KServeDeployment(Deployment):
         One worker answers for all, and the first to have loaded would answer for those that have not.
         """
         self._complete = self._complete or len(self._serving()) >= self._workers
-        return self._complete and self.health() and all(map(self._says_ready, self._models))
+        return self._complete and self.health() and all(map(self._control.model_ready, self._models))
 
     def health(self) -> bool:
         """``/v2/health/ready``: 200 whatever the models do, but only between two requests of the worker that is asked."""
-        return bool(self._control.says_ok("/v2/health/ready"))
+        return self._control.ready()
 
     def replicas(self) -> list[Replica]:
         """Every worker that has loaded, oldest first, once for each model; of a single worker the main process is it."""
@@ -84,10 +88,9 @@ class KServeDeployment(Deployment):
         it (an unknown model, a body that it cannot read) is in no counter.
         """
         totals: dict[str, dict[str, float]] = {model: defaultdict(float) for model in self._models}
-        for family in text_string_to_metric_families(self._metrics.page("/metrics")):
-            for sample in family.samples:
-                if sample.name in (_PREDICTED, _ANSWERED):
-                    totals.setdefault(sample.labels["model_name"], defaultdict(float))[sample.name] += sample.value
+        for _, sample in self._metrics.samples():
+            if sample.name in (_PREDICTED, _ANSWERED):
+                totals.setdefault(sample.labels["model_name"], defaultdict(float))[sample.name] += sample.value
         return [
             sample
             for model, total in totals.items()
@@ -103,40 +106,32 @@ class KServeDeployment(Deployment):
 
     def load_model(self, model: str) -> None:
         """Load through the repository API; returns when the model's ``ready`` says so. Nothing else is answered meanwhile."""
-        self._change(model, "load")
-        self.wait_for(lambda: bool(self._says_ready(model)), f"load the model {model!r}", KServe.start_timeout_s)
+        self._refuse_if_several("load")
+        self._control.load(model, timeout_s=KServe.start_timeout_s)
+        here = f"load the model {model!r}"
+        self.wait_for(lambda: self._control.model_ready(model) is True, here, KServe.start_timeout_s)
         if model not in self._models:
             self._models.append(model)
 
     def unload_model(self, model: str) -> None:
         """Unload through the repository API; returns when the model's ``ready`` denies it."""
-        self._change(model, "unload")
-        self.wait_for(lambda: self._says_ready(model) is False, f"unload the model {model!r}", KServe.start_timeout_s)
+        self._refuse_if_several("unload")
+        self._control.unload(model, timeout_s=KServe.start_timeout_s)
+        gone = f"unload the model {model!r}"
+        self.wait_for(lambda: self._control.model_ready(model) is False, gone, KServe.start_timeout_s)
         if model in self._models:
             self._models.remove(model)
 
-    def _change(self, model: str, verb: str) -> None:
+    def _refuse_if_several(self, verb: str) -> None:
         if self._workers > 1:
             raise ServerError(
                 f"kserve cannot {verb} a model in {self._workers} workers: its repository API changes the one that answers",
                 remedy="use `replicas: 1`",
             )
-        self._control.command("POST", f"/v2/repository/models/{model}/{verb}", timeout_s=KServe.start_timeout_s)
-
-    def _says_ready(self, model: str) -> bool | None:
-        """What the server says of one model; ``None`` when it says nothing."""
-        return self._control.says_ok(f"/v2/models/{model}/ready")
 
     def _serving(self) -> list[ProcessRef]:
         """The processes that have loaded the models, oldest first."""
-        found = []
-        for reference, process in descendants(self.process):
-            try:
-                if process.name() == _SERVING:
-                    found.append(reference)
-            except psutil.Error:
-                continue
-        return sorted(found, key=lambda reference: (reference.started_ticks, reference.pid))
+        return recognised([self.process], lambda reference, process: reference if process.name() == _SERVING else None)
 
 
 class KServe(Adapter):
@@ -222,12 +217,7 @@ class KServe(Adapter):
             log=log,
             ports=(http_port, grpc_port, metrics_port),
         )
-        inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
-        if request.protocol == "http":
-            codec = OpenInferenceHTTP(request.host, http_port, inputs, outputs)
-            endpoint = Endpoint("http", request.host, http_port, codec)
-        else:
-            endpoint = Endpoint("grpc", request.host, grpc_port, OpenInferenceGRPC(inputs, outputs))
+        endpoint = open_inference_endpoint(request, http_port, grpc_port)
         return KServeDeployment(
             host, process, endpoint, log, request=request, http_port=http_port, metrics_port=metrics_port
         )

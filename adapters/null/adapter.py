@@ -20,13 +20,14 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import PreparedRequest, RawGRPC, RawHTTP
+from tailrace.harness.contract.codecs import PreparedRequest, RawGRPC
 from tailrace.harness.contract.control import (
     HAPROXY_LAUNCH,
     TIMEOUT_S,
     ControlConnection,
     choose_ports,
     process_environment,
+    raw_endpoint,
 )
 from tailrace.harness.contract.exchange import exchange
 from tailrace.harness.errors import InputError
@@ -193,12 +194,11 @@ class Null(Adapter):
         log = request.workdir / "logs" / "server.log"
         process = host.spawn(self.name, command, env=environment, cwd=request.scratch, log=log, ports=(port,))
         spec = request.workload.spec
-        codec = (
-            RawHTTP(request.host, port, PATH + "{model}", spec.inputs, spec.outputs)
+        endpoint = (
+            raw_endpoint(request, port, PATH + "{model}")
             if request.protocol == "http"
-            else RawGRPC(f"/{SERVICE}/{{model}}", spec.inputs, spec.outputs)
+            else Endpoint("grpc", request.host, port, RawGRPC(f"/{SERVICE}/{{model}}", spec.inputs, spec.outputs))
         )
-        endpoint = Endpoint(request.protocol, request.host, port, codec)
         deployment = NullDeployment(host, process, endpoint, log)
         deployment.model = request.models[0]
         return deployment

@@ -14,7 +14,6 @@ that. The token guards the gRPC ports. Everything that takes requests listens on
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import secrets
@@ -43,17 +42,18 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import RawHTTP
 from tailrace.harness.contract.control import (
     TIMEOUT_S,
     ControlConnection,
     choose_ports,
     process_environment,
+    raw_endpoint,
+    recognised,
     socket_folder,
 )
 from tailrace.harness.contract.multiplexing import MIB, MemoryPlan, Policy
 from tailrace.harness.errors import DeployError, ServerError
-from tailrace.harness.processes import ProcessRef, descendants, free_ports, inner_pid, log_tail
+from tailrace.harness.processes import ProcessRef, free_ports, inner_pid, log_tail
 
 _TITLE = re.compile(r"ray::ServeReplica:(?P<model>[^:]+):(?P<deployment>[\w-]+)")
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
@@ -138,18 +138,7 @@ class RayServeDeployment(Deployment):
     def replicas(self) -> list[Replica]:
         """The replica processes, oldest first, by the title that Ray gives them. One that holds many models is called after
         their application."""
-        found = []
-        roots = [self.process, *self._node_processes]
-        for reference, process in itertools.chain.from_iterable(map(descendants, roots)):
-            try:
-                title = _TITLE.match(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-            if title:
-                model, stage = title["model"], title["deployment"]
-                name = model if stage == config.DEPLOYMENT else f"{model}-{stage}"
-                found.append(Replica(f"{name}-{reference.pid}", model, reference))
-        return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.name))
+        return recognised([self.process, *self._node_processes], _replica)
 
     def nodes(self) -> list[Node]:
         """The worker nodes that live; the only node when there is but one, which is head and worker."""
@@ -283,6 +272,14 @@ class RayServeDeployment(Deployment):
         return said["answer"]
 
 
+def _replica(reference: ProcessRef, process: psutil.Process) -> Replica | None:
+    if (title := _TITLE.match(" ".join(process.cmdline()))) is None:
+        return None
+    model, stage = title["model"], title["deployment"]
+    name = model if stage == config.DEPLOYMENT else f"{model}-{stage}"
+    return Replica(f"{name}-{reference.pid}", model, reference)
+
+
 class RayServe(Adapter):
     """The adapter."""
 
@@ -392,14 +389,11 @@ class RayServe(Adapter):
             # In containers the worker nodes share the network of this first one.
             ports=(*astuple(ports), *(node.metrics_port for node in worker_nodes)),
         )
-        inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         named = {} if request.memory is None else {config.MODEL_HEADER: "{model}"}
-        codec = RawHTTP(request.host, ports.http, config.ROUTE, inputs, outputs, named)
-        endpoint = Endpoint("http", request.host, ports.http, codec)
         return RayServeDeployment(
             host,
             process,
-            endpoint,
+            raw_endpoint(request, ports.http, config.ROUTE, named),
             log,
             request=request,
             ports=ports,

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
 from tailrace.adapters.reference.server.replica import PROCESS_NAME
@@ -35,19 +34,23 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import RawHTTP
-from tailrace.harness.contract.control import ControlConnection, agreed, choose_ports, process_environment
+from tailrace.harness.contract.control import (
+    BatchCounts,
+    OpenInferenceControl,
+    agreed,
+    choose_ports,
+    process_environment,
+    raw_endpoint,
+    recognised,
+)
 from tailrace.harness.contract.multiplexing import Policy
 from tailrace.harness.contract.workload import TensorSpec
-from tailrace.harness.processes import ProcessRef, descendants
+from tailrace.harness.processes import ProcessRef
 from tailrace.multiplexing import residency
 
 CONFIG = "server.json"
 SYSTEM = "system.json"
-_CANONICAL = (
-    *("queue_depth", "in_flight", "replicas", "requests_ok_total", "requests_failed_total"),
-    *("batches_total", "items_total"),
-)
+_CANONICAL = ("queue_depth", "in_flight", "replicas", "requests_ok_total", "requests_failed_total")
 _DEFAULT_PACE = {"averaged_over_s": 2.0, "up_after_s": 0.0, "down_after_s": 10.0}
 
 
@@ -89,37 +92,26 @@ class ReferenceDeployment(Deployment):
 
     def __init__(self, host: ProcessHost, process: ProcessRef, endpoint: Endpoint, log: Path) -> None:
         super().__init__(host, process, endpoint, log)
-        self._control = ControlConnection(Reference.name, endpoint.host, endpoint.port, log)
-        self._last_counts: dict[str, tuple[float, float]] = {}
+        self._control = OpenInferenceControl(Reference.name, endpoint.host, endpoint.port, log)
+        self._batches = BatchCounts()
 
     def claims_ready(self) -> bool:
         return self.health()
 
     def health(self) -> bool:
         """``/v2/health/ready``: 200 while every model has a replica that has loaded and is heard."""
-        return bool(self._control.says_ok("/v2/health/ready"))
+        return self._control.ready()
 
     def replicas(self) -> list[Replica]:
         """The replica processes that have loaded their model, oldest first."""
-        found = []
-        for reference, process in descendants(self.process):
-            try:
-                if process.name() == PROCESS_NAME:
-                    part = process.cmdline()[3]  # python -m server.replica MODEL[/STAGE] CONFIG DESCRIPTOR
-                    name = f"{part.replace('/', '-')}-{reference.pid}"
-                    found.append(Replica(name, part.partition("/")[0], reference))
-            except (psutil.Error, IndexError):
-                continue
-        return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.process.pid))
+        return recognised([self.process], _replica)
 
     def scrape(self) -> list[MetricSample]:
         """Its metrics per model, exact and of this moment. What is shed is in a counter of its own, and not among those that
         failed."""
         totals: dict[str, dict[str, float]] = {}
-        for family in text_string_to_metric_families(self._control.page("/metrics")):
-            for sample in family.samples:
-                if "model" not in sample.labels:
-                    continue  # of the memory that all models share
+        for _, sample in self._control.samples():
+            if "model" in sample.labels:  # others are of the memory that all models share
                 totals.setdefault(sample.labels["model"], {})[sample.name] = sample.value
         samples = []
         for model, total in totals.items():
@@ -127,13 +119,8 @@ class ReferenceDeployment(Deployment):
                 samples += _stage_samples(stage, total)
                 continue
             samples += [MetricSample(metric, total[metric], model) for metric in _CANONICAL if metric in total]
-            if "batches_total" not in total:
-                continue  # a pipeline, whose stages batch
-            items, batches = total["items_total"], total["batches_total"]
-            last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
-            if batches > last_batches:
-                samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
-            self._last_counts[model] = (items, batches)
+            if "batches_total" in total:  # not of a pipeline, whose stages batch
+                samples += self._batches.samples(model, batches=total["batches_total"], items=total["items_total"])
         return samples
 
     def applied(self) -> dict[str, object]:
@@ -142,15 +129,23 @@ class ReferenceDeployment(Deployment):
 
     def load_model(self, model: str) -> None:
         """Returns when as many replicas as a model has at first have loaded."""
-        self._control.command("POST", f"/v2/repository/models/{model}/load", timeout_s=Reference.start_timeout_s)
+        self._control.load(model, timeout_s=Reference.start_timeout_s)
 
     def unload_model(self, model: str) -> None:
         """Returns when what the model had to answer is answered, and its replicas have ended."""
-        self._control.command("POST", f"/v2/repository/models/{model}/unload", timeout_s=Reference.start_timeout_s)
+        self._control.unload(model, timeout_s=Reference.start_timeout_s)
 
     def scale(self, replicas: int) -> None:
         """Returns when so many replicas of every model have loaded; those to spare end when they are done."""
         self._control.command("POST", f"/v2/replicas/{replicas}", timeout_s=Reference.start_timeout_s)
+
+
+def _replica(reference: ProcessRef, process: psutil.Process) -> Replica | None:
+    command = process.cmdline()  # python -m server.replica MODEL[/STAGE] CONFIG DESCRIPTOR
+    if process.name() != PROCESS_NAME or len(command) < 4:
+        return None
+    part = command[3]
+    return Replica(f"{part.replace('/', '-')}-{reference.pid}", part.partition("/")[0], reference)
 
 
 def _stage_samples(stage: str, total: Mapping[str, float]) -> list[MetricSample]:
@@ -271,9 +266,7 @@ class Reference(Adapter):
             cwd=request.scratch,
             log=log,
         )
-        spec = request.workload.spec
-        codec = RawHTTP(request.host, port, "/v2/models/{model}/infer", spec.inputs, spec.outputs)
-        return ReferenceDeployment(host, process, Endpoint("http", request.host, port, codec), log)
+        return ReferenceDeployment(host, process, raw_endpoint(request, port, "/v2/models/{model}/infer"), log)
 
 
 def system_of(tuning: Tuning, options: Options) -> dict[str, Any]:

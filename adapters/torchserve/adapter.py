@@ -7,7 +7,6 @@ temporary folder of their own, where the workers' sockets are.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,9 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 from zipfile import ZipFile
 
-import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-from tailrace.adapters.torchserve import config
+from tailrace.adapters.torchserve import config, workers
 from tailrace.adapters.torchserve.java import find_java
 from tailrace.harness.contract.adapter import (
     Adapter,
@@ -37,28 +34,26 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import RawHTTP
 from tailrace.harness.contract.control import (
+    BatchCounts,
     ControlConnection,
     agreed,
     choose_ports,
     process_environment,
+    raw_endpoint,
+    recognised,
     socket_folder,
 )
 from tailrace.harness.contract.workload import StageSpec
 from tailrace.harness.errors import DeployError, ServerError
-from tailrace.harness.processes import ProcessRef, descendants, log_tail
+from tailrace.harness.processes import ProcessRef
 
-_WORKER = "model_service_worker.py"
-_SOCKET = re.compile(r"\.ts\.sock\.(\d+)$")
-_OUTPUT_LINES = 40
 _ANSWER_US = "ts_inference_latency_microseconds"
 """Of the frontend, by model: the time from the coming of requests to their answers."""
 _NO_TORCH = (
     "the workload needs no torch and TorchServe found none: a stand-in took its place, so cold starts, replacements and "
     "memory are lower than with torch, which every real model brings along"
 )
-_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b.*")
 
 # Run in the server's interpreter: where the frontend lies, where a Java may lie, and whether there is a torch.
 _PROBE = """
@@ -93,37 +88,6 @@ class _Installation:
         return cls(Path(found["ts"]).parent, java, found["torch"] is not None)
 
 
-class _Workers:
-    """What the workers of a server have printed, as its log tells it, and whether one was started again."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._read_bytes = log.stat().st_size if log.exists() else 0
-        self._output: list[str] = []
-
-    def failure(self) -> str | None:
-        """What they had printed when the first of them ended, with its exception; ``None`` while none has ended.
-
-        TorchServe itself only tries again, for five minutes.
-        """
-        for line in self._new_lines():
-            if " MODEL_LOG - " in line:
-                self._output.append(line.partition(" MODEL_LOG - ")[2])
-            elif " - Retry worker: " in line:
-                return "\n".join(self._output[-_OUTPUT_LINES:]) or log_tail(self._log)
-        return None
-
-    def _new_lines(self) -> Sequence[str]:
-        try:
-            with self._log.open("rb") as log:
-                log.seek(self._read_bytes)
-                whole_lines = log.read().rpartition(b"\n")[0]
-        except OSError:
-            return ()
-        self._read_bytes += len(whole_lines)
-        return whole_lines.decode("utf-8", "replace").splitlines()
-
-
 class TorchServeDeployment(Deployment):
     """A running TorchServe; control goes over its management address."""
 
@@ -149,8 +113,8 @@ class TorchServeDeployment(Deployment):
         self._unregistered = list(request.models) if request.stages else []
         """Workflows, which a server does not load by itself."""
         self._refused: ServerError | None = None
-        self._starting: _Workers | None = _Workers(log)
-        self._last_counts: dict[str, tuple[float, float]] = {}
+        self._starting: workers.Output | None = workers.Output(log)
+        self._batches = BatchCounts()
 
     def claims_ready(self) -> bool:
         """Whether the management interface says ``READY`` of every worker of every model.
@@ -180,28 +144,14 @@ class TorchServeDeployment(Deployment):
             raise DeployError(self._refused.message, remedy=f"read the log: {self.log}", detail=self._refused.detail)
         if self._starting is not None and (said := self._starting.failure()):
             raise DeployError(
-                f"a worker of torchserve did not come up: {_exception_in(said)}",
+                f"a worker of torchserve did not come up: {workers.exception_in(said)}",
                 remedy=f"read the log: {self.log}",
                 detail=said,
             )
 
     def replicas(self) -> list[Replica]:
-        """The worker processes, oldest first, named after their model and socket: a new one takes the name of a dead one.
-
-        Workers run in their model's folder. Their own children have the same command line and are not counted.
-        """
-        found = []
-        for reference, process in descendants(self.process):
-            try:
-                command = process.cmdline()
-                if process.ppid() != self.process.pid or not any(Path(word).name == _WORKER for word in command):
-                    continue
-                model = Path(process.cwd()).name
-            except psutil.Error:
-                continue
-            socket = next((match[1] for word in command if (match := _SOCKET.search(word))), reference.pid)
-            found.append(Replica(f"{model}-{socket}", model, reference))
-        return sorted(found, key=lambda replica: (replica.process.started_ticks, replica.name))
+        """The worker processes, oldest first."""
+        return recognised([self.process], partial(workers.replica, self.process))
 
     def scrape(self) -> list[MetricSample]:
         """What succeeded by the handler's own metric, the queue and the workers by the management interface, failures by
@@ -209,14 +159,13 @@ class TorchServeDeployment(Deployment):
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         answer_us: dict[str, float] = defaultdict(float)
         failed = 0.0
-        for family in text_string_to_metric_families(self._metrics.page("/metrics")):
-            for sample in family.samples:
-                if family.name == "BatchSize":
-                    totals[sample.labels["ModelName"]][sample.name] += sample.value
-                elif family.name in ("Requests4XX", "Requests5XX"):
-                    failed += sample.value
-                elif family.name == _ANSWER_US:
-                    answer_us[sample.labels["model_name"]] += sample.value
+        for name, sample in self._metrics.samples():
+            if name == "BatchSize":
+                totals[sample.labels["ModelName"]][sample.name] += sample.value
+            elif name in ("Requests4XX", "Requests5XX"):
+                failed += sample.value
+            elif name == _ANSWER_US:
+                answer_us[sample.labels["model_name"]] += sample.value
         samples = [MetricSample("requests_failed_total", failed)]
         if self._request.stages:
             return samples + self._workflow_samples(answer_us, totals)
@@ -230,13 +179,8 @@ class TorchServeDeployment(Deployment):
                 MetricSample("queue_depth", description["jobQueueStatus"]["pendingRequests"], model),
                 MetricSample("replicas", config.ready_workers(description), model),
                 MetricSample("requests_ok_total", items, model),
-                MetricSample("batches_total", batches, model),
-                MetricSample("items_total", items, model),
+                *self._batches.samples(model, batches=batches, items=items),
             ]
-            last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
-            if batches > last_batches:
-                samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
-            self._last_counts[model] = (items, batches)
         return samples
 
     def applied(self) -> dict[str, object]:
@@ -249,13 +193,13 @@ class TorchServeDeployment(Deployment):
         request = self._request
         if request.tuning.replicas is None:
             # Registered later, a model has no worker at all unless told.
-            workers = max((self._describe(other)["minWorkers"] for other in self._nodes()), default=1)
-            request = replace(request, tuning=request.tuning.model_copy(update={"replicas": workers}))
+            as_others = max((self._describe(other)["minWorkers"] for other in self._nodes()), default=1)
+            request = replace(request, tuning=request.tuning.model_copy(update={"replicas": as_others}))
         for path, text in config.model_files(request, model).items():
             file = request.workdir / "config" / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        printed = _Workers(self.log)
+        printed = workers.Output(self.log)
         if request.stages:
             self._register_workflow(model)
             if model not in self._models:
@@ -265,7 +209,7 @@ class TorchServeDeployment(Deployment):
             self._manage("POST", f"/models?url={quote(model)}&model_name={quote(model)}&synchronous=true")
         except ServerError as error:
             if said := printed.failure():
-                raise ServerError(f"{error.message.strip()}: {_exception_in(said)}", detail=said) from error
+                raise ServerError(f"{error.message.strip()}: {workers.exception_in(said)}", detail=said) from error
             raise
         self.wait_for(
             lambda: self._all_ready(self._describe(model)), f"load the model {model!r}", TorchServe.start_timeout_s
@@ -376,8 +320,8 @@ class TorchServeDeployment(Deployment):
 
     @staticmethod
     def _all_ready(description: Mapping[str, Any]) -> bool:
-        workers = len(description["workers"])
-        return workers >= max(1, description["minWorkers"]) and config.ready_workers(description) == workers
+        there = len(description["workers"])
+        return there >= max(1, description["minWorkers"]) and config.ready_workers(description) == there
 
     def _has_workers(self, model: str, count: int) -> bool:
         description = self._describe(model)
@@ -500,13 +444,11 @@ class TorchServe(Adapter):
             log=log,
             ports=tuple(ports.values()),
         )
-        inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
         path = "/wfpredict/{model}" if request.stages else "/predictions/{model}"
-        codec = RawHTTP(request.host, ports["inference"], path, inputs, outputs)
         deployment = TorchServeDeployment(
             host,
             process,
-            Endpoint("http", request.host, ports["inference"], codec),
+            raw_endpoint(request, ports["inference"], path),
             log,
             request=request,
             management_port=ports["management"],
@@ -516,12 +458,6 @@ class TorchServe(Adapter):
         if not installed.has_torch:
             deployment.notes.append(_NO_TORCH)
         return deployment
-
-
-def _exception_in(output: str) -> str:
-    """The first exception in what a worker has printed: those after it are what TorchServe made of it."""
-    lines = (line.strip() for line in output.splitlines())
-    return next((line for line in lines if _EXCEPTION.fullmatch(line)), "it ended without saying why")
 
 
 ADAPTER = TorchServe()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from tailrace.adapters.triton.config import (
@@ -41,16 +40,19 @@ from tailrace.harness.contract.adapter import (
     Tuning,
     WireProtocol,
 )
-from tailrace.harness.contract.codecs import OpenInferenceGRPC, OpenInferenceHTTP
 from tailrace.harness.contract.control import (
+    BatchCounts,
     ControlConnection,
+    OpenInferenceControl,
     agreed,
     choose_ports,
+    open_inference_endpoint,
     process_environment,
+    recognised,
 )
 from tailrace.harness.contract.workload import ArtifactKind
 from tailrace.harness.errors import DeployError, StorageError
-from tailrace.harness.processes import ProcessRef, descendants
+from tailrace.harness.processes import ProcessRef
 
 _STUB = "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lives on Linux
@@ -159,12 +161,12 @@ class TritonDeployment(Deployment):
     ) -> None:
         super().__init__(host, process, endpoint, log)
         self._request = request
-        self._control = ControlConnection("triton", endpoint.host, http_port, log)
+        self._control = OpenInferenceControl("triton", endpoint.host, http_port, log)
         self._metrics = ControlConnection("triton", endpoint.host, metrics_port, log)
         self._shared_memory_prefix = shared_memory_prefix
         self._models = list(request.models)
         self._found_environments = frozenset(_TEMPORARY.glob(_STUB_ENVIRONMENTS))
-        self._last_counts: dict[str, tuple[float, float]] = {}
+        self._batches = BatchCounts()
 
     def claims_ready(self) -> bool:
         """``/v2/health/ready`` and the ``ready`` of every loaded model."""
@@ -172,20 +174,11 @@ class TritonDeployment(Deployment):
 
     def health(self) -> bool:
         """``/v2/health/ready``: 200 from before the first model is loaded until the server ends, whatever its workers do."""
-        return bool(self._control.says_ok("/v2/health/ready"))
+        return self._control.ready()
 
     def replicas(self) -> list[Replica]:
         """The backend's worker processes, oldest first, named as Triton names its instances (``MODEL_0_1``)."""
-        workers = []
-        for reference, process in descendants(self.process):
-            try:
-                command = process.cmdline()
-            except psutil.Error:
-                continue
-            # STUB MODEL_REPOSITORY/MODEL/1/model.py REGION SIZE GROWTH PARENT BACKENDS CONTROL INSTANCE RUNTIME
-            if len(command) > 8 and Path(command[0]).name == _STUB:
-                workers.append(Replica(command[8], Path(command[1]).parts[-3], reference))
-        return sorted(workers, key=lambda worker: (worker.process.started_ticks, worker.name))
+        return recognised([self.process], _replica)
 
     def scrape(self) -> list[MetricSample]:
         """Triton's metrics per model.
@@ -194,30 +187,19 @@ class TritonDeployment(Deployment):
         Triton composes them, are models with counters of their own, and their batches are not the whole's.
         """
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for family in text_string_to_metric_families(self._metrics.page("/metrics")):
-            for sample in family.samples:
-                if (model := sample.labels.get("model")) is not None:  # summed over versions and failure reasons
-                    # The family's name, for the parser renames the samples of counters.
-                    totals[model][family.name] += sample.value
+        for name, sample in self._metrics.samples():
+            if (model := sample.labels.get("model")) is not None:  # summed over versions and failure reasons
+                totals[model][name] += sample.value
         samples = self._stage_samples(totals)
         for model, total in totals.items():
-            items, batches = total["nv_inference_count"], total["nv_inference_exec_count"]
             samples += [
                 MetricSample("queue_depth", total["nv_inference_pending_request_count"], model),
                 MetricSample("requests_ok_total", total["nv_inference_request_success"], model),
                 MetricSample("requests_failed_total", total["nv_inference_request_failure"], model),
             ]
-            if self._request.stages:
-                continue
-            samples += [
-                MetricSample("batches_total", batches, model),
-                MetricSample("items_total", items, model),
-            ]
-            last_items, last_batches = self._last_counts.get(model, (0.0, 0.0))
-            # Neither idle, nor counting anew after a reload, nor nothing but batches that failed, whose items do not count.
-            if batches > last_batches and items > last_items:
-                samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
-            self._last_counts[model] = (items, batches)
+            if not self._request.stages:
+                batches, items = total["nv_inference_exec_count"], total["nv_inference_count"]
+                samples += self._batches.samples(model, batches=batches, items=items)
         return samples
 
     def applied(self) -> dict[str, object]:
@@ -233,7 +215,7 @@ class TritonDeployment(Deployment):
             file.write_text(text, encoding="utf-8")
         _link_export(self._request, self.host, model)
         for part in parts(self._request, model):
-            self._control.command("POST", f"/v2/repository/models/{part}/load", timeout_s=Triton.start_timeout_s)
+            self._control.load(part, timeout_s=Triton.start_timeout_s)
         self.wait_for(partial(self._answers, model), f"load the model {model!r}", Triton.start_timeout_s)
         if model not in self._models:
             self._models.append(model)
@@ -243,8 +225,10 @@ class TritonDeployment(Deployment):
         if model in self._models:
             self._models.remove(model)
         for part in reversed(parts(self._request, model)):
-            self._control.command("POST", f"/v2/repository/models/{part}/unload", timeout_s=Triton.start_timeout_s)
-        self.wait_for(lambda: self._says_ready(model) is False, f"unload the model {model!r}", Triton.start_timeout_s)
+            self._control.unload(part, timeout_s=Triton.start_timeout_s)
+        self.wait_for(
+            lambda: self._control.model_ready(model) is False, f"unload the model {model!r}", Triton.start_timeout_s
+        )
 
     def scale(self, replicas: int) -> None:
         """Load every model again under its running configuration with another count of instances.
@@ -261,8 +245,7 @@ class TritonDeployment(Deployment):
                 for group in config["instance_group"]:
                     group["count"] = script_instances(request, replicas) if composes else replicas
                 body = json.dumps({"parameters": {"config": json.dumps(config)}}).encode()
-                path = f"/v2/repository/models/{part}/load"
-                self._control.command("POST", path, body=body, timeout_s=Triton.start_timeout_s)
+                self._control.load(part, body=body, timeout_s=Triton.start_timeout_s)
                 self.wait_for(partial(self._is_ready, part), f"load the model {part!r} again", Triton.start_timeout_s)
 
     def stop(self, grace_s: float = 10.0) -> None:
@@ -294,11 +277,15 @@ class TritonDeployment(Deployment):
         return all(map(self._is_ready, parts(self._request, model)))
 
     def _is_ready(self, model: str) -> bool:
-        return bool(self._says_ready(model))
+        return bool(self._control.model_ready(model))
 
-    def _says_ready(self, model: str) -> bool | None:
-        """What the server says of one model; ``None`` when it says nothing."""
-        return self._control.says_ok(f"/v2/models/{model}/ready")
+
+def _replica(reference: ProcessRef, process: psutil.Process) -> Replica | None:
+    # STUB MODEL_REPOSITORY/MODEL/1/model.py REGION SIZE GROWTH PARENT BACKENDS CONTROL INSTANCE RUNTIME
+    command = process.cmdline()
+    if len(command) < 9 or Path(command[0]).name != _STUB:
+        return None
+    return Replica(command[8], Path(command[1]).parts[-3], reference)
 
 
 def _link_export(request: DeployRequest, host: ProcessHost, model: str) -> None:
@@ -417,16 +404,10 @@ class Triton(Adapter):
             log=log,
             ports=(http_port, grpc_port, metrics_port),
         )
-        inputs, outputs = request.workload.spec.inputs, request.workload.spec.outputs
-        if request.protocol == "http":
-            codec = OpenInferenceHTTP(request.host, http_port, inputs, outputs)
-            endpoint = Endpoint("http", request.host, http_port, codec)
-        else:
-            endpoint = Endpoint("grpc", request.host, grpc_port, OpenInferenceGRPC(inputs, outputs))
         return TritonDeployment(
             host,
             process,
-            endpoint,
+            open_inference_endpoint(request, http_port, grpc_port),
             log,
             request=request,
             http_port=http_port,

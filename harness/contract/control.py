@@ -1,20 +1,29 @@
-"""What adapters share on the server's side: ports, the environment of a server process, a control connection over HTTP."""
+"""What adapters share on the server's side: ports, the environment of a server process, its endpoint, a control connection over
+HTTP, and what a server's processes and counters tell."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tailrace.harness.contract.adapter import Adapter, DeployRequest, ProcessHost
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from tailrace.harness.contract.adapter import Adapter, DeployRequest, Endpoint, MetricSample, ProcessHost
+from tailrace.harness.contract.codecs import OpenInferenceGRPC, OpenInferenceHTTP, RawHTTP
 from tailrace.harness.errors import DeployError, InputError, ServerError
-from tailrace.harness.processes import free_ports, log_tail
+from tailrace.harness.processes import ProcessRef, descendants, free_ports, log_tail
+
+T = TypeVar("T")
 
 TIMEOUT_S = 1.0
 """For health, configuration and metrics. A wedged server accepts the connection and then says nothing."""
@@ -77,6 +86,22 @@ def socket_folder(request: DeployRequest, host: ProcessHost, *, prefix: str, lon
     return folder
 
 
+def raw_endpoint(request: DeployRequest, port: int, path: str, headers: Mapping[str, str] | None = None) -> Endpoint:
+    """Raw tensors over HTTP. ``{model}`` in the path, and in the values of ``headers``, becomes the model's name."""
+    spec = request.workload.spec
+    codec = RawHTTP(request.host, port, path, spec.inputs, spec.outputs, headers or {})
+    return Endpoint("http", request.host, port, codec)
+
+
+def open_inference_endpoint(request: DeployRequest, http_port: int, grpc_port: int) -> Endpoint:
+    """The Open Inference Protocol, over what the request asks for."""
+    spec = request.workload.spec
+    if request.protocol == "grpc":
+        return Endpoint("grpc", request.host, grpc_port, OpenInferenceGRPC(spec.inputs, spec.outputs))
+    codec = OpenInferenceHTTP(request.host, http_port, spec.inputs, spec.outputs)
+    return Endpoint("http", request.host, http_port, codec)
+
+
 @dataclass(frozen=True)
 class ControlConnection:
     """A server's management interface over HTTP: each question on a connection of its own."""
@@ -118,6 +143,13 @@ class ControlConnection:
             raise OSError(f"{self.host}:{self.port}{path} answers {status}")
         return body.decode("utf-8", "replace")
 
+    def samples(self, path: str = "/metrics") -> Iterator[tuple[str, Sample]]:
+        """The samples of a page of Prometheus metrics, each after the name of its family, for the parser renames those of
+        counters. Raises ``OSError`` when the page cannot be had."""
+        for family in text_string_to_metric_families(self.page(path)):
+            for sample in family.samples:
+                yield family.name, sample
+
     def command(self, method: str, path: str, *, body: bytes | None = None, timeout_s: float = TIMEOUT_S) -> bytes:
         """The body of a 2xx answer. Raises :class:`ServerError` with what the server says otherwise."""
         try:
@@ -140,6 +172,54 @@ class ControlConnection:
             return json.loads(said)
         except ValueError as error:
             raise ServerError(f"{self.adapter} answers GET {path} with what is no JSON: {said[:200]!r}") from error
+
+
+class OpenInferenceControl(ControlConnection):
+    """Of a server that is managed by the paths of the Open Inference Protocol."""
+
+    def ready(self) -> bool:
+        """Whether ``/v2/health/ready`` is answered with 200."""
+        return bool(self.says_ok("/v2/health/ready"))
+
+    def model_ready(self, model: str) -> bool | None:
+        """What the server says of one model; ``None`` when it says nothing."""
+        return self.says_ok(f"/v2/models/{model}/ready")
+
+    def load(self, model: str, *, timeout_s: float, body: bytes | None = None) -> None:
+        """Raises :class:`ServerError` with what the server says when it cannot."""
+        self.command("POST", f"/v2/repository/models/{model}/load", body=body, timeout_s=timeout_s)
+
+    def unload(self, model: str, *, timeout_s: float) -> None:
+        """Raises :class:`ServerError` with what the server says when it cannot."""
+        self.command("POST", f"/v2/repository/models/{model}/unload", timeout_s=timeout_s)
+
+
+class BatchCounts:
+    """A server's counters of batches and of the items in them, and the mean size of batches since they were last read."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, float]] = {}
+
+    def samples(self, model: str, *, batches: float, items: float) -> list[MetricSample]:
+        """The counters of a model as metrics; with ``batch_size`` where a batch has been done since."""
+        last_batches, last_items = self._last.get(model, (0.0, 0.0))
+        self._last[model] = batches, items
+        samples = [MetricSample("batches_total", batches, model), MetricSample("items_total", items, model)]
+        # Neither idle, nor counting anew after a reload, nor nothing but batches that failed, whose items may not count.
+        if batches > last_batches and items > last_items:
+            samples.append(MetricSample("batch_size", (items - last_items) / (batches - last_batches), model))
+        return samples
+
+
+def recognised(roots: Iterable[ProcessRef], told: Callable[[ProcessRef, psutil.Process], T | None]) -> list[T]:
+    """What is told of the processes in some trees, oldest first; ``None`` is told of what is not looked for. A process that ends
+    meanwhile is left out."""
+    found: list[tuple[ProcessRef, T]] = []
+    for reference, process in (each for root in roots for each in descendants(root)):
+        with contextlib.suppress(psutil.Error):
+            if (one := told(reference, process)) is not None:
+                found.append((reference, one))
+    return [one for _, one in sorted(found, key=lambda pair: (pair[0].started_ticks, pair[0].pid))]
 
 
 def agreed(reports: Iterable[Mapping[str, object]]) -> dict[str, object]:

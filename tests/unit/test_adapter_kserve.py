@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tailrace.adapters.kserve import adapter as module
 from tailrace.adapters.kserve.adapter import ADAPTER, KServeDeployment
 from tailrace.adapters.kserve.config import Options
+from tailrace.harness.contract import control
 from tailrace.harness.contract.adapter import AXES, Autoscale, DeployRequest, ServerEnvironment, Tuning
 from tailrace.harness.contract.control import ControlConnection
 from tailrace.harness.contract.workload import PreparedWorkload, Slo, TensorSpec, WorkloadSpec
@@ -230,7 +230,7 @@ def test_workers_are_the_processes_that_have_loaded(tmp_path: Path, monkeypatch:
         (young, Process("python")),
         (old, Process("kserve-serving")),
     ]
-    monkeypatch.setattr(module, "descendants", lambda _root: iter(family))
+    monkeypatch.setattr(control, "descendants", lambda _root: iter(family))
     monkeypatch.setattr(ControlConnection, "says_ok", lambda *_args: True)
     assert deployment.applied() == {"replicas": 1}
     assert not deployment.claims_ready(), "the other worker still loads"
