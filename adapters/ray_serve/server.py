@@ -15,9 +15,7 @@ import asyncio
 import importlib.util
 import json
 import math
-import re
 import signal
-import socketserver
 import sys
 import threading
 import time
@@ -25,21 +23,22 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray import serve
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from starlette.responses import Response  # type: ignore[import-not-found]  # comes with ray[serve]
 
-_DEPLOYMENT = "Model"
-_REPLICA_ANSWER_S = 10.0
+if TYPE_CHECKING:
+    from tailrace.adapters.ray_serve import applications
+else:
+    import applications  # the file beside this one
+
 _POLL_S = 0.05
 _Item = dict[str, NDArray[Any]]
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _Replica(ABC):
@@ -289,171 +288,22 @@ def _stacked(items: list[_Item], names: list[str]) -> _Item:
     return {name: np.stack([item[name] for item in items]) for name in names}
 
 
-_model: Any = serve.deployment(name=_DEPLOYMENT)(Model)
-_pipeline: Any = serve.deployment(name=_DEPLOYMENT)(Pipeline)
+_model: Any = serve.deployment(name=applications.DEPLOYMENT)(Model)
+_pipeline: Any = serve.deployment(name=applications.DEPLOYMENT)(Pipeline)
 _stage: Any = serve.deployment(Stage)
 
 
-def application(args: dict[str, Any], options: Callable[[str], dict[str, Any]] = lambda name: {}) -> serve.Application:
+def application(args: dict[str, Any], options: applications.Options = lambda name: {}) -> serve.Application:
     """Ray Serve's «application builder»: what the ``import_path`` of the rendered configuration names. ``options`` are those of
     each deployment by its name."""
     if "models_per_replica" in args:
-        many: Any = serve.deployment(name=_DEPLOYMENT)(_multiplexed(args["models_per_replica"]))
-        return many.options(**options(_DEPLOYMENT)).bind(args)
+        many: Any = serve.deployment(name=applications.DEPLOYMENT)(_multiplexed(args["models_per_replica"]))
+        return many.options(**options(applications.DEPLOYMENT)).bind(args)
     if "stages" not in args:
-        return _model.options(**options(_DEPLOYMENT)).bind(args)
+        return _model.options(**options(applications.DEPLOYMENT)).bind(args)
     names = [stage["name"] for stage in args["stages"]]
     stages = [_stage.options(name=name, **options(name)).bind(args, name) for name in names]
-    return _pipeline.options(**options(_DEPLOYMENT)).bind(args, *stages)
-
-
-def _on_device(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """The deployments of an application whose replicas compute on its device."""
-    if "stages" not in one["args"]:
-        return list(one["deployments"])
-    names = {stage["name"] for stage in one["args"]["stages"] if stage["on_device"]}
-    return [deployment for deployment in one["deployments"] if deployment["name"] in names]
-
-
-class _Server:
-    """What the control socket can ask for."""
-
-    def __init__(self, config: dict[str, Any], nodes: int) -> None:
-        self._nodes = nodes
-        self._applications = config["applications"]
-        self._logging = config["logging_config"]
-
-    def run_all(self) -> None:
-        """Deploy every application; returns when Serve says that all run. Raises ``RuntimeError`` when one cannot."""
-        _run(
-            [
-                serve.RunTarget(self._target(one), name=one["name"], route_prefix=one["route_prefix"])
-                for one in self._applications
-            ]
-        )
-
-    def load(self, request: dict[str, Any]) -> None:
-        one = request["application"]
-        try:
-            _run([serve.RunTarget(self._target(one), name=one["name"], route_prefix=one["route_prefix"])])
-        except RuntimeError:
-            serve.delete(one["name"], _blocking=False)  # or Serve would go on trying
-            raise
-        self._applications = [*(other for other in self._applications if other["name"] != one["name"]), one]
-
-    def scale(self, request: dict[str, Any]) -> None:
-        """Deploy all that runs with another number of replicas, and no autoscaler to change it."""
-        deployments = [deployment for one in self._applications for deployment in one["deployments"]]
-        if self._nodes > 1:
-            self._limit_per_node(deployments, request["replicas"])
-        for deployment in deployments:
-            deployment.pop("autoscaling_config", None)
-            deployment["num_replicas"] = request["replicas"] * self._nodes
-        self.run_all()
-
-    def _limit_per_node(self, deployments: list[dict[str, Any]], most: int) -> None:
-        """Set how many replicas a node may hold, for which Serve replaces all replicas, one after the other."""
-        raised = any(most > deployment["max_replicas_per_node"] for deployment in deployments)
-        for deployment in deployments:
-            deployment["max_replicas_per_node"] = most
-        if raised:
-            # Before there are more: those find no room beside replicas that fill a node by the old limit, and Serve
-            # replaces none of these while others are missing.
-            self.run_all()
-
-    def unload(self, request: dict[str, Any]) -> None:
-        self._applications = [one for one in self._applications if one["name"] != request["model"]]
-        serve.delete(request["model"], _blocking=False)  # blocking waits for the connections to drain, 30 s and more
-
-    def whole(self, request: dict[str, Any]) -> list[int] | None:
-        """The pids of all replicas, if by what Ray knows no node is missing, and by what Serve knows no replica."""
-        if _joined() != self._nodes:
-            return None
-        details = _get_global_client().get_serve_details()["applications"]
-        deployments = [
-            details[one["name"]]["deployments"][deployment["name"]]
-            for one in self._applications
-            for deployment in one["deployments"]
-        ]
-        if any(deployment["status"] != "HEALTHY" for deployment in deployments):
-            return None
-        return [
-            replica["pid"]
-            for deployment in deployments
-            for replica in deployment["replicas"]
-            if replica["state"] == "RUNNING"
-        ]
-
-    def report(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What Serve's controller and the replicas say of themselves."""
-        details = _get_global_client().get_serve_details()
-        applications = {}
-        tuned = {one["name"]: [deployment["name"] for deployment in _on_device(one)] for one in self._applications}
-        for name, one in details["applications"].items():
-            deployment = one["deployments"][next(iter(tuned.get(name, [])), _DEPLOYMENT)]
-            applications[name] = {
-                "deployment_config": deployment["deployment_config"],
-                "running": sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
-                "batching": serve.get_app_handle(name).batching.remote().result(timeout_s=_REPLICA_ANSWER_S),
-            }
-        return {"http_options": details["http_options"], "applications": applications}
-
-    def _target(self, one: dict[str, Any]) -> serve.Application:
-        deployments = {deployment["name"]: deployment for deployment in one["deployments"]}
-        return application(one["args"], lambda name: self._options(deployments[name]))
-
-    def _options(self, deployment: dict[str, Any]) -> dict[str, Any]:
-        options = {key: value for key, value in deployment.items() if key != "name"}
-        # One version for good, as `serve deploy` has it: by serve.run() alone every deployment would be of another version,
-        # and a change of num_replicas replace all replicas, one after the other. But a change of the limit per node, which
-        # does so in any case, Serve takes no notice of if the version stays.
-        options |= {"version": str(options.get("max_replicas_per_node", 1)), "_internal": True}
-        return {**options, "logging_config": self._logging}
-
-
-def _run(targets: list[serve.RunTarget]) -> None:
-    """Deploy and wait; a failure is told with what the model said, which Serve's own error leaves out."""
-    try:
-        serve.run_many(targets)
-    except RuntimeError as error:
-        names = {target.name for target in targets}
-        said = [
-            f"{name}: {deployment.message}"
-            for name, status in serve.status().applications.items()
-            for deployment in status.deployments.values()
-            if name in names and deployment.message
-        ]
-        raise RuntimeError("\n".join([str(error).strip(), *said])) from error
-
-
-def _joined() -> int:
-    """How many worker nodes live, by what the head knows."""
-    return len([node for node in ray.nodes() if node["Alive"]]) - 1
-
-
-def _answer(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
-    actions = {
-        "load": server.load,
-        "unload": server.unload,
-        "scale": server.scale,
-        "report": server.report,
-        "whole": server.whole,
-    }
-    try:
-        return {"answer": actions[request["do"]](request)}
-    except Exception as error:
-        return {"error": _COLOUR.sub("", str(error) or repr(error))}
-
-
-def _control(path: str, server: _Server) -> socketserver.ThreadingUnixStreamServer:
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            answer = _answer(server, json.loads(self.rfile.readline()))
-            self.wfile.write(json.dumps(answer, default=str).encode() + b"\n")
-
-    control = socketserver.ThreadingUnixStreamServer(path, Handler)
-    control.daemon_threads = True
-    return control
+    return _pipeline.options(**options(applications.DEPLOYMENT)).bind(args, *stages)
 
 
 def _tell_address(path: Path) -> None:
@@ -491,16 +341,16 @@ def main() -> NoReturn:
             # Not before Serve's proxy is up: Serve kills and restarts one that is not within seconds, as it would not be
             # beside nodes that start.
             _tell_address(arguments.head)
-            while _joined() < nodes:
+            while applications.joined() < nodes:
                 time.sleep(_POLL_S)
-        server = _Server(config, nodes)
-        server.run_all()
-        with _control(arguments.control, server) as control:
+        running = applications.Applications(config, nodes, application)
+        running.run_all()
+        with applications.control_socket(arguments.control, running) as control:
             threading.Thread(target=control.serve_forever, daemon=True).start()
             print("all applications run", flush=True)  # noqa: T201 - stdout is the server's log
             threading.Event().wait()  # until Ray's own handler of SIGTERM raises SystemExit
     except Exception:
-        print(_COLOUR.sub("", traceback.format_exc()), flush=True)  # noqa: T201 - stdout is the server's log
+        print(applications.without_colour(traceback.format_exc()), flush=True)  # noqa: T201 - stdout is the server's log
         status = 1
     except SystemExit:
         pass
