@@ -195,10 +195,7 @@ class TorchServeDeployment(Deployment):
             # Registered later, a model has no worker at all unless told.
             as_others = max((self._describe(other)["minWorkers"] for other in self._nodes()), default=1)
             request = replace(request, tuning=request.tuning.model_copy(update={"replicas": as_others}))
-        for path, text in config.model_files(request, model).items():
-            file = request.workdir / "config" / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+        request.write_config(config.model_files(request, model))
         printed = workers.Output(self.log)
         if request.stages:
             self._register_workflow(model)

@@ -209,10 +209,7 @@ class TritonDeployment(Deployment):
 
     def load_model(self, model: str) -> None:
         """Write the model's folder if it has none, load it, and wait until its ``ready`` says so."""
-        for path, text in model_files(self._request, model).items():
-            file = self._request.workdir / "config" / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+        self._request.write_config(model_files(self._request, model))
         _link_export(self._request, self.host, model)
         for part in parts(self._request, model):
             self._control.load(part, timeout_s=Triton.start_timeout_s)

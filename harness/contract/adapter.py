@@ -37,7 +37,6 @@ from tailrace.harness.contract.multiplexing import MemoryPlan, Policy
 from tailrace.harness.contract.process_host import Containers, ProcessHost
 from tailrace.harness.contract.tuning import Autoscale, NoOptions, Tuning
 from tailrace.harness.contract.workload import ArtifactKind
-from tailrace.harness.errors import StorageError
 
 __all__ = [
     "AXES",
@@ -220,13 +219,7 @@ class Adapter(ABC):
     def start(self, request: DeployRequest, host: ProcessHost) -> Deployment:
         """Write the rendered configuration below ``workdir/config``, and deploy. Raises :class:`StorageError` when it cannot
         be written, and what ``deploy`` raises."""
-        for name, text in self.render(request).items():
-            path = request.workdir / "config" / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise StorageError.of(path, error) from error
+        request.write_config(self.render(request))
         return self.deploy(request, host)
 
     def health_check(self, protocol: WireProtocol) -> HealthCheck | None:

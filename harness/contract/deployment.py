@@ -16,7 +16,7 @@ from tailrace.harness.contract.multiplexing import MemoryPlan
 from tailrace.harness.contract.process_host import ProcessHost
 from tailrace.harness.contract.tuning import Tuning
 from tailrace.harness.contract.workload import ArtifactKind, PreparedWorkload, StageSpec
-from tailrace.harness.errors import DeployError, ServerError
+from tailrace.harness.errors import DeployError, ServerError, StorageError
 from tailrace.harness.processes import ProcessRef, log_tail
 
 _POLL_S = 0.02
@@ -66,6 +66,16 @@ class DeployRequest:
         """The address that a server has to listen on for its ports to be reached on ``host``: in a container all of its
         own, since they are published on ``host`` and nowhere else."""
         return "0.0.0.0" if self.environment.image else self.host  # noqa: S104 - inside a container
+
+    def write_config(self, files: Mapping[str, str]) -> None:
+        """Write rendered files: path below ``workdir/config`` → text. Raises :class:`StorageError`."""
+        for name, text in files.items():
+            path = self.workdir / "config" / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise StorageError.of(path, error) from error
 
 
 @dataclass(frozen=True)
