@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ending import leave
+from tailrace.harness.cgroups import cpu_root
+from tailrace.harness.cgroups import refusal as cgroup_refusal
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.processes import ProcessRef
 from tailrace.harness.records.store import RunFolder
-from tailrace.harness.servers.cgroups import cpu_root
-from tailrace.harness.servers.cgroups import refusal as cgroup_refusal
 
 MARKER = "TAILRACE_CHAOS"
 """An environment variable that everything a run starts inherits."""

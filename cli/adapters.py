@@ -24,7 +24,7 @@ def adapters(
     What was seen comes from the contract suite (`nox -s contract`), run on this machine.
     """
     from tailrace.harness.contract.observations import observations_of
-    from tailrace.harness.run.faults import fault_matrix
+    from tailrace.harness.plan.fault_kinds import fault_matrix
     from tailrace.harness.run.registry import all_adapters, get_adapter
 
     chosen = [get_adapter(name) for name in names] if names else list(all_adapters().values())
@@ -72,12 +72,12 @@ def _lines(adapter: Adapter, observed: Mapping[str, Any] | None) -> Iterator[tup
 
 def _faults(matrix: Mapping[str, Mapping[str, str | None]]) -> Iterator[Part]:
     """Kinds of faults against adapters; reasons below the table."""
-    from tailrace.harness.plan.fault_kinds import FAULT_KINDS
+    from tailrace.harness.plan.fault_kinds import fault_kinds
 
     reasons: list[str] = []
     rows: list[list[str | Text]] = []
-    for kind, fault in FAULT_KINDS.items():
-        parameters = ", ".join(f"{name} ({value:g})" for name, value in fault.defaults.items())
+    for kind, fault in fault_kinds().items():
+        parameters = ", ".join(f"{name} ({value:g})" for name, value in fault.parameters().items())
         row: list[str | Text] = [kind, fault.does + (f": {parameters}" if parameters else "")]
         for name, refusals in matrix.items():
             if (reason := refusals[kind]) is not None:

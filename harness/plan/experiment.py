@@ -13,7 +13,7 @@ from tailrace.harness.contract.adapter import Tuning, WireProtocol
 from tailrace.harness.contract.multiplexing import Multiplexing
 from tailrace.harness.contract.popularity import Models
 from tailrace.harness.contract.workload import ArtifactKind, Composition, Device, Precision, Slo
-from tailrace.harness.plan.fault_choices import Faults, FaultSchedule
+from tailrace.harness.plan.faults import Faults, FaultSchedule
 from tailrace.harness.plan.keys import Strict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

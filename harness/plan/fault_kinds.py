@@ -1,81 +1,64 @@
-"""The kinds of faults: what each does, to what, and with which parameters."""
+"""The kinds of faults: every module of the package ``faults``, and every installed entry point of ``tailrace.faults``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 
-Scope = Literal["replica", "node", "link", "cluster", "model"]
+from tailrace import faults
+from tailrace.harness.contract.adapter import Adapter, Tuning
+from tailrace.harness.contract.fault import Circumstances, Fault
+from tailrace.harness.errors import InputError
+from tailrace.harness.plan.plugins import found
 
-
-@dataclass(frozen=True)
-class FaultKind:
-    """One kind of fault."""
-
-    does: str
-    scope: Scope
-    """What it hits: a replica, a node, the connections to a node, all nodes one after the other, or the loading of a model into
-    a memory that all models share."""
-    needs: tuple[str, ...] = ()
-    """Capabilities of the adapter without which it cannot be done."""
-    defaults: Mapping[str, float] = field(default_factory=dict)
-    """Its parameters in an experiment, with what they are when left out. ``duration_s`` among them: it lasts and is healed."""
-    contained: bool = False
-    """Whether it is done by the container engine, and so to containers alone."""
+ENTRY_POINT_GROUP = "tailrace.faults"
 
 
-FAULT_KINDS: Mapping[str, FaultKind] = {
-    "kill_replica": FaultKind("SIGKILL of one worker process of the model", "replica", ("replicas",)),
-    "kill_node": FaultKind("SIGKILL of a server and all that it started, at once", "node"),
-    "pause_replica": FaultKind(
-        "SIGSTOP of one worker process of the model, then SIGCONT", "replica", ("replicas",), {"duration_s": 5}
-    ),
-    "pause_node": FaultKind("SIGSTOP of a server and all that it started, then SIGCONT", "node", (), {"duration_s": 5}),
-    "slow_node": FaultKind(
-        "a CPU quota for a server and all that it started, by control group",
-        "node",
-        (),
-        {"duration_s": 10, "cpus": 0.2},
-    ),
-    "memory_limit": FaultKind(
-        "a node's container may use less memory than before; what asks for more is killed by the kernel",
-        "node",
-        (),
-        {"duration_s": 10, "memory_mb": 512},
-        contained=True,
-    ),
-    "disconnect_node": FaultKind(
-        "a node's container is taken off its network, then put back: connections end, and new ones are refused",
-        "node",
-        (),
-        {"duration_s": 5},
-        contained=True,
-    ),
-    "partition": FaultKind(
-        "nothing passes between a node and those who ask it; connections stay open, and what was sent arrives in the end",
-        "link",
-        (),
-        {"duration_s": 5},
-    ),
-    "latency": FaultKind(
-        "every round trip to a node takes longer", "link", (), {"duration_s": 10, "round_trip_ms": 50}
-    ),
-    "packet_loss": FaultKind(
-        "a share of what is sent to and from a node stalls, as a lost segment waits to be sent again",
-        "link",
-        (),
-        {"duration_s": 10, "share": 0.05, "stall_ms": 200},
-    ),
-    "reset": FaultKind(
-        "all connections to a node are reset; with a duration, new ones too while it lasts",
-        "link",
-        (),
-        {"duration_s": 0},
-    ),
-    "rolling_restart": FaultKind("every node in turn is ended in order and started again", "cluster"),
-    "model_reload": FaultKind("a node unloads its model and loads it again", "node", ("load_model", "unload_model")),
-    "kill_loading": FaultKind("SIGKILL of the process that loads a model, at the first load from then on", "model"),
-    "load_failure": FaultKind("every load of one model fails", "model", (), {"duration_s": 10}),
-}
-"""By name, in the order of docs and matrices."""
+@cache
+def fault_kinds() -> dict[str, type[Fault]]:
+    """Every kind by name, in the order of docs and matrices. Raises :class:`InputError` naming the one that breaks the
+    interface."""
+    kinds: dict[str, type[Fault]] = {}
+    ours = [
+        (f"faults/{path.name}", f"{faults.__name__}.{path.stem}")
+        for path in sorted(Path(faults.__path__[0]).glob("*.py"))
+        if path.stem != "__init__"
+    ]
+    for where, fault in found("fault", ENTRY_POINT_GROUP, "FAULT", ours):
+        if not (isinstance(fault, type) and issubclass(fault, Fault)):
+            raise InputError(
+                f"{where}: FAULT must be a subclass of tailrace.harness.contract.fault.Fault, not {fault!r}"
+            )
+        for name in ("kind", "does", "scope"):
+            if not hasattr(fault, name):
+                raise InputError(f"{where}: {fault.__name__} does not say its {name}")
+        if fault.kind in kinds:
+            raise InputError(f"{where}: a fault called {fault.kind!r} exists already", remedy="give it another name")
+        if inspect.isabstract(fault):
+            raise InputError(f"{where}: {fault.__name__} has no apply")
+        if any(field.is_required() for field in fault.model_fields.values()):
+            raise InputError(f"{where}: every parameter must have a default")
+        if "duration_s" in fault.model_fields and fault.undo is Fault.undo:
+            raise InputError(f"{where}: what has a duration_s must be undone")
+        kinds[fault.kind] = fault
+    return dict(sorted(kinds.items(), key=lambda item: (item[1].order, item[0])))
+
+
+def refusal(kind: str, at: Circumstances) -> str | None:
+    """Why a fault cannot be done there; ``None`` when it can."""
+    fault = fault_kinds()[kind]
+    missing = [name for name in fault.needs if name not in at.adapter.capabilities()]
+    if missing:
+        return f"its adapter does not have the capability `{'`, `'.join(missing)}`"
+    return fault.refusal(at) or at.adapter.fault_refusals(at.tuning).get(kind)
+
+
+def fault_matrix(adapters: Iterable[Adapter]) -> dict[str, dict[str, str | None]]:
+    """Adapter → kind → why it cannot be done to two nodes of it, processes of this machine, ``None`` where it can."""
+    tuning = Tuning(replicas=1)
+    return {
+        adapter.name: {kind: refusal(kind, Circumstances(adapter, tuning, nodes=2)) for kind in fault_kinds()}
+        for adapter in adapters
+    }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tailrace.harness.contract.adapter import Adapter
 from tailrace.harness.errors import InputError, nearest
@@ -25,7 +26,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[
         location = ".".join(map(str, written)) or "(the whole)"
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
-            known = list(place.model_fields) if place is not None else []
+            known = list(problem.get("ctx", {}).get("known") or (place.model_fields if place is not None else ()))
             near = nearest(key, known)
             hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
             sentences.append(f"{where}: unknown key `{location}`; {hint}")
@@ -34,6 +35,13 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> list[
             shown = "" if problem["type"] == "missing" else f" (got {problem['input']!r:.80})"
             sentences.append(f"{where}: `{location}`: {reason}{shown}")
     return sentences
+
+
+def unknown_keys(unknown: Mapping[str, object], known: Iterable[str]) -> ValidationError:
+    """The error for keys that a validator does not know, of a model whose class allows any."""
+    kind = PydanticCustomError("extra_forbidden", "Extra inputs are not permitted", {"known": list(known)})
+    errors = [InitErrorDetails(type=kind, loc=(key,), input=value) for key, value in unknown.items()]
+    return ValidationError.from_exception_data("keys", errors)
 
 
 def validated_options(adapter: Adapter, given: Mapping[str, Any]) -> BaseModel:

@@ -8,17 +8,17 @@ import numpy as np
 import psutil
 
 from tailrace.harness.contract.adapter import Adapter, Tuning
+from tailrace.harness.contract.fault import Circumstances
 from tailrace.harness.contract.popularity import draw
 from tailrace.harness.contract.workload import Device, WorkloadSpec
 from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import page_cache_refusal, raise_file_limit
 from tailrace.harness.plan.experiment import Experiment, ScalerChoice
-from tailrace.harness.plan.fault_choices import FaultSchedule
-from tailrace.harness.plan.fault_kinds import FAULT_KINDS
+from tailrace.harness.plan.fault_kinds import fault_kinds, refusal
+from tailrace.harness.plan.faults import FaultSchedule
 from tailrace.harness.plan.resolved import ResolvedCell
 from tailrace.harness.plan.schedule import most_at_once
-from tailrace.harness.run.faults import refusal
 from tailrace.harness.run.resolve import Contestant
 from tailrace.traces.trace import Trace
 
@@ -138,16 +138,16 @@ def _check_replicas(experiment: Experiment) -> None:
 def check_faults(adapter: Adapter, cell: ResolvedCell) -> None:
     """Each fault of a cell can be done to its servers, and what it is aimed at exists. Raises :class:`InputError`."""
     scenario = cell.scenario
+    circumstances = Circumstances(
+        adapter,
+        cell.tuning,
+        cell.nodes,
+        containers=cell.environment == "docker",
+        multiplexed=cell.memory is not None,
+    )
     for kind in scenario.fault_kinds:
-        reason = refusal(
-            kind,
-            adapter,
-            cell.tuning,
-            cell.nodes,
-            containers=cell.environment == "docker",
-            multiplexed=cell.memory is not None,
-        )
-        if cell.artifact != "python" and FAULT_KINDS[kind].scope == "replica":
+        reason = refusal(kind, circumstances)
+        if cell.artifact != "python" and fault_kinds()[kind].scope == "replica":
             reason = f"replicas of `artifact: {cell.artifact}` are no processes of their own, but part of the server's"
         if reason:
             raise InputError(
@@ -162,7 +162,7 @@ def check_faults(adapter: Adapter, cell: ResolvedCell) -> None:
         known, what = {
             "replica": ((cell.tuning.replicas or 0) * cell.nodes, "replicas"),
             "model": (len(cell.models), "models"),
-        }.get(FAULT_KINDS[fault.kind].scope, (cell.nodes, "nodes"))
+        }.get(fault_kinds()[fault.kind].scope, (cell.nodes, "nodes"))
         if known and fault.target >= known:
             raise InputError(
                 f"`scenarios.{scenario.name}`: {fault.kind}: target {fault.target} does not exist, there are {known} "
@@ -202,7 +202,7 @@ def _unscalable_nodes(scaler: ScalerChoice, nodes: int, adapter: Adapter, tuning
     if nodes != scaler.max:
         return f"`nodes` is {nodes}, and must be the scaler's `max`, {scaler.max}"
     if scaler.cold_start == "model":
-        return refusal("model_reload", adapter, tuning, nodes)
+        return refusal("model_reload", Circumstances(adapter, tuning, nodes))
     return page_cache_refusal() if scaler.cold_start == "page-cache" else None
 
 

@@ -22,15 +22,16 @@ from tailrace import __version__
 from tailrace.harness.analysis.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
 from tailrace.harness.contract.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
 from tailrace.harness.contract.exchange import Answer, check_answer, exchange
+from tailrace.harness.contract.fault import Circumstances
 from tailrace.harness.contract.pipeline import pipeline_environment
 from tailrace.harness.contract.workload import Device, Precision, PreparedWorkload
 from tailrace.harness.errors import DeployError, InputError, ServerError, StorageError, TailraceError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
+from tailrace.harness.plan.fault_kinds import refusal
 from tailrace.harness.plan.keys import validated_options
 from tailrace.harness.processes import log_tail, port_open
 from tailrace.harness.records.store import ending, make_new_folder, now, write_json
-from tailrace.harness.run.faults import refusal
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.registry import get_adapter
 from tailrace.harness.run.resolve import Contestant
@@ -207,7 +208,7 @@ def _contestant(name: str, options: Mapping[str, Any], tuning: Tuning, mode: Mod
     protocol = adapter.protocols[0]
     if refusals := adapter.refusals(tuning, validated, protocol):
         raise InputError("\n".join(refusals.values()), remedy=f"leave {name} out")
-    if mode == "model" and (reason := refusal("model_reload", adapter, tuning, nodes=1)):
+    if mode == "model" and (reason := refusal("model_reload", Circumstances(adapter, tuning, nodes=1))):
         raise InputError(
             f"{name} can do no `load_model` by itself: {reason}",
             remedy=f"leave {name} out, or use --mode process",

@@ -10,10 +10,10 @@ from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.plan.cells import Cell, TrialPlan, cells, interleave
 from tailrace.harness.plan.experiment import Experiment, Scenario
+from tailrace.harness.plan.faults import PlannedFault, plan_faults
 from tailrace.harness.plan.prices import price_per_hour
 from tailrace.harness.plan.resolved import ResolvedCell
 from tailrace.harness.run.checks import check_faults, check_machine, check_scaler, check_traffic, check_workload
-from tailrace.harness.run.faults import PlannedFault, plan_faults
 from tailrace.harness.run.resolve import Contestant, contestant, resolve
 from tailrace.traces.catalogue import load as load_trace
 from tailrace.traces.trace import Trace, compress_time, rescale, window, with_tail

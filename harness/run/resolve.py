@@ -12,9 +12,9 @@ from tailrace.harness.contract.workload import Device, WorkloadSpec
 from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.plan.experiment import Experiment, Scenario
+from tailrace.harness.plan.faults import link_faults
 from tailrace.harness.plan.keys import validated_options
 from tailrace.harness.plan.resolved import ResolvedCell
-from tailrace.harness.run.faults import link_faults
 from tailrace.harness.run.registry import get_adapter
 
 

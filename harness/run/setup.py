@@ -12,9 +12,9 @@ from tailrace.harness.contract.workload import PreparedWorkload
 from tailrace.harness.errors import InputError
 from tailrace.harness.plan.cells import TrialPlan
 from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.plan.faults import PlannedFault
 from tailrace.harness.plan.resolved import ResolvedCell
 from tailrace.harness.plan.schedule import WARMUP_GAP_S, Schedule, build_schedule
-from tailrace.harness.run.faults import PlannedFault
 from tailrace.harness.run.preflight import Checked, faults_of
 from tailrace.harness.run.prepare import prepare, sharing_memory
 from tailrace.harness.run.registry import get_adapter

@@ -52,8 +52,8 @@ from tailrace.harness.run.collectors import (
     SharedMemory,
     StageClocks,
 )
-from tailrace.harness.run.faults import Nemesis
 from tailrace.harness.run.gpu_collectors import DCGM_PORT, DcgmExporter, NvidiaGpus
+from tailrace.harness.run.nemesis import Nemesis
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.setup import TrialSetup
 from tailrace.harness.run.wedge import SILENCE_S, WedgeWatch

@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from tailrace.harness.contract.adapter import (
     NODE_NAME,
     Adapter,
+    Containers,
     Deployment,
     DeployRequest,
     Endpoint,
@@ -34,6 +36,7 @@ from tailrace.harness.plan.experiment import ColdStart
 from tailrace.harness.processes import ProcessRef, free_ports, log_tail, port_open
 from tailrace.harness.records.store import EventLog
 from tailrace.harness.servers.balancer import Backend, BackendState, Balancer
+from tailrace.harness.servers.device_memory import fail_loads, loaders
 from tailrace.harness.servers.emulated_device import DEVICE_FOLDER
 from tailrace.harness.servers.links import Link, Links
 from tailrace.harness.servers.node_metrics import NodeMetrics
@@ -194,6 +197,11 @@ class Cluster(Deployment):
             return {int(node.name.rpartition("-")[2]): node.process for node in self._members[0].nodes()}
         return {index: member.process for index, member in list(self._members.items()) if member.process.alive()}
 
+    @property
+    def containers(self) -> Containers:
+        """The host of nodes that are containers."""
+        return cast(Containers, self.host)
+
     def nodes(self) -> list[Node]:
         return [Node(self.node_name(index), process) for index, process in sorted(self.living().items())]
 
@@ -350,6 +358,14 @@ class Cluster(Deployment):
         """The models that share a memory, loaded or not, the most popular at the trace's beginning first; none where it holds
         them all."""
         return [] if self._memory is None else list(self._memory.sizes)
+
+    def loading(self) -> list[tuple[str, ProcessRef]]:
+        """Which of them are being loaded at this moment, and by which process of this cluster."""
+        return loaders(self.device_folder, self.trees)
+
+    def fail_loads(self, model: str, *, failing: bool) -> None:
+        """Let every load of a model fail from now on, or succeed again."""
+        fail_loads(self.device_folder, model, failing=failing)
 
     # -- links ---------------------------------------------------------------------------------------------------
 

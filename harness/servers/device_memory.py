@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tailrace.harness.contract.multiplexing import MemoryPlan
+from tailrace.harness.processes import ProcessRef, descendants
 
 LOADS = "loads.jsonl"
 
@@ -54,6 +56,16 @@ def loads_under_way(folder: Path) -> list[tuple[str, int]]:
         if told["what"] == "begun":
             begun[load] = None
     return list(begun)
+
+
+def loaders(folder: Path, roots: Callable[[], Iterable[ProcessRef]]) -> list[tuple[str, ProcessRef]]:
+    """The models that are being loaded at this moment, each with the process that does it, of those that descend from
+    ``roots``. Processes that have died in a load are told of, too, but are no longer among these."""
+    if not loads_under_way(folder):
+        return []
+    alive = {ref.pid: ref for root in roots() for ref, _ in descendants(root)}
+    # Looking through processes takes a while, in which a load may have ended.
+    return [(model, alive[pid]) for model, pid in loads_under_way(folder) if pid in alive]
 
 
 def fail_loads(folder: Path, model: str, *, failing: bool) -> None:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
+from tailrace.harness.cgroups import CpuGroup, is_group
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.processes import ProcessRef
-from tailrace.harness.servers.cgroups import CpuGroup, is_group
 
 if TYPE_CHECKING:
     from tailrace.harness.servers.engine import Engine

@@ -23,11 +23,11 @@ import psutil
 import pytest
 
 from tailrace.harness.analysis.metrics import measured
+from tailrace.harness.cgroups import refusal as cgroup_refusal
 from tailrace.harness.errors import EngineError
 from tailrace.harness.folders import cache_folder
 from tailrace.harness.records.schema import Outcome
 from tailrace.harness.records.store import RunFolder, TrialFolder
-from tailrace.harness.servers.cgroups import refusal as cgroup_refusal
 from tailrace.harness.servers.engine import RUN, Engine
 from tailrace.harness.servers.environments import exclusive
 from tests.conftest import tailrace, wait_until

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tailrace.harness.analysis.metrics import measured
+from tailrace.harness.cgroups import cpu_root, refusal
 from tailrace.harness.records.store import RunFolder, TrialFolder
-from tailrace.harness.servers.cgroups import cpu_root, refusal
 from tests.conftest import tailrace, wait_until
 
 pytestmark = pytest.mark.e2e

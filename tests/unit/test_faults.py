@@ -18,16 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.harness.contract.adapter import Replica, Tuning
+from tailrace.harness.contract.fault import Circumstances
 from tailrace.harness.errors import InputError
 from tailrace.harness.plan.experiment import Experiment
-from tailrace.harness.plan.fault_choices import FaultChoice, FaultSchedule
-from tailrace.harness.plan.fault_kinds import FAULT_KINDS
+from tailrace.harness.plan.fault_kinds import fault_kinds, refusal
+from tailrace.harness.plan.faults import FaultChoice, FaultSchedule, PlannedFault, plan_faults
 from tailrace.harness.processes import ProcessRef
 from tailrace.harness.records.store import EventLog
-from tailrace.harness.run.faults import Nemesis, PlannedFault, plan_faults, refusal
+from tailrace.harness.run.nemesis import Nemesis
 from tailrace.harness.run.preflight import check
 from tailrace.harness.run.registry import all_adapters, get_adapter
-from tailrace.harness.servers.device_memory import LOADS, loads_under_way
+from tailrace.harness.servers.device_memory import LOADS, fail_loads, loaders, loads_under_way
 from tests.conftest import wait_until
 
 
@@ -44,7 +45,7 @@ def test_a_fault_without_a_time_comes_where_the_trace_suggests_it_else_two_third
 def test_faults_are_ordered_and_know_all_their_parameters() -> None:
     late, early = {"kind": "latency", "at_s": 9, "round_trip_ms": 80}, {"kind": "pause_node", "at_s": 2}
     first, second = planned(late, early)
-    assert (first.kind, first.duration_s) == ("pause_node", FAULT_KINDS["pause_node"].defaults["duration_s"])
+    assert (first.kind, first.duration_s) == ("pause_node", fault_kinds()["pause_node"].parameters()["duration_s"])
     assert second.parameters == {"duration_s": 10, "round_trip_ms": 80}
 
 
@@ -91,23 +92,27 @@ def test_a_schedule_refuses_what_none_of_its_kinds_has() -> None:
 def test_every_framework_can_have_the_faults_that_are_mandatory() -> None:
     for name in ("triton", "ray_serve", "torchserve", "kserve", "reference"):
         for kind in ("kill_replica", "kill_node", "pause_replica", "pause_node", "latency", "reset"):
-            assert refusal(kind, get_adapter(name), Tuning(replicas=2), 2) is None
+            assert refusal(kind, Circumstances(get_adapter(name), Tuning(replicas=2), 2)) is None
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailrace.harness.run.faults.cgroup_refusal", lambda: "a CPU quota needs a control group")
-    assert refusal("slow_node", get_adapter("triton"), Tuning(), 2) == "a CPU quota needs a control group"
-    assert "nodes: 2" in str(refusal("rolling_restart", get_adapter("triton"), Tuning(), 1))
-    assert "one worker" in str(refusal("model_reload", get_adapter("kserve"), Tuning(replicas=2), 2))
-    assert refusal("model_reload", get_adapter("kserve"), Tuning(replicas=1), 2) is None
-    assert "`load_model`" in str(refusal("model_reload", get_adapter("null"), Tuning(), 2))
+    monkeypatch.setattr("tailrace.harness.cgroups.refusal", lambda: "a CPU quota needs a control group")
+    assert (
+        refusal("slow_node", Circumstances(get_adapter("triton"), Tuning(), 2)) == "a CPU quota needs a control group"
+    )
+    assert "nodes: 2" in str(refusal("rolling_restart", Circumstances(get_adapter("triton"), Tuning(), 1)))
+    assert "one worker" in str(refusal("model_reload", Circumstances(get_adapter("kserve"), Tuning(replicas=2), 2)))
+    assert refusal("model_reload", Circumstances(get_adapter("kserve"), Tuning(replicas=1), 2)) is None
+    assert "`load_model`" in str(refusal("model_reload", Circumstances(get_adapter("null"), Tuning(), 2)))
     triton, ray_serve = get_adapter("triton"), get_adapter("ray_serve")
     for kind in ("memory_limit", "disconnect_node"):
-        assert "`environment: docker`" in str(refusal(kind, triton, Tuning(), 2))
-        assert refusal(kind, triton, Tuning(), 2, containers=True) is None
-        assert refusal(kind, ray_serve, Tuning(), 1, containers=True) is None
-    assert "share one address" in str(refusal("disconnect_node", ray_serve, Tuning(), 2, containers=True))
-    assert refusal("slow_node", triton, Tuning(), 2, containers=True) is None, (
+        assert "`environment: docker`" in str(refusal(kind, Circumstances(triton, Tuning(), 2)))
+        assert refusal(kind, Circumstances(triton, Tuning(), 2, containers=True)) is None
+        assert refusal(kind, Circumstances(ray_serve, Tuning(), 1, containers=True)) is None
+    assert "share one address" in str(
+        refusal("disconnect_node", Circumstances(ray_serve, Tuning(), 2, containers=True))
+    )
+    assert refusal("slow_node", Circumstances(triton, Tuning(), 2, containers=True)) is None, (
         "the engine has control groups of its own"
     )
 
@@ -115,10 +120,12 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_faults_of_loading_need_models_that_come_and_go() -> None:
     reference = get_adapter("reference")
     for kind in ("kill_loading", "load_failure"):
-        assert "needs `multiplexing`" in str(refusal(kind, reference, Tuning(replicas=1), 1))
-        assert refusal(kind, reference, Tuning(replicas=1), 1, multiplexed=True) is None
-    assert "pids" in str(refusal("kill_loading", reference, Tuning(), 1, multiplexed=True, containers=True))
-    assert "its policy" in str(refusal("model_reload", reference, Tuning(), 1, multiplexed=True))
+        assert "needs `multiplexing`" in str(refusal(kind, Circumstances(reference, Tuning(replicas=1), 1)))
+        assert refusal(kind, Circumstances(reference, Tuning(replicas=1), 1, multiplexed=True)) is None
+    assert "pids" in str(
+        refusal("kill_loading", Circumstances(reference, Tuning(), 1, multiplexed=True, containers=True))
+    )
+    assert "its policy" in str(refusal("model_reload", Circumstances(reference, Tuning(), 1, multiplexed=True)))
 
 
 MULTIPLEXED = {
@@ -144,7 +151,7 @@ def test_what_cannot_be_done_to_models_is_known_before_the_start(changes: dict[s
 
 def test_fault_refusals_of_adapters_name_known_kinds() -> None:
     for adapter in all_adapters().values():
-        assert set(adapter.fault_refusals(Tuning(replicas=3))) <= set(FAULT_KINDS)
+        assert set(adapter.fault_refusals(Tuning(replicas=3))) <= set(fault_kinds())
 
 
 class FakeCluster:
@@ -197,6 +204,16 @@ class FakeCluster:
 
     def member(self, _index: int) -> Any:
         return SimpleNamespace(unload_model=self._record("unload", None), load_model=self._record("load", None))
+
+    @property
+    def containers(self) -> Any:
+        return self.host
+
+    def loading(self) -> list[tuple[str, ProcessRef]]:
+        return loaders(self.device_folder, self.trees)
+
+    def fail_loads(self, model: str, *, failing: bool) -> None:
+        fail_loads(self.device_folder, model, failing=failing)
 
     def restart(self, index: int, *, stopped: Any) -> None:
         self.did.append(("restart", index))

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tailrace.harness.cgroups import cpu_root, refusal
 from tailrace.harness.errors import DeployError
 from tailrace.harness.processes import ProcessRef
-from tailrace.harness.servers.cgroups import cpu_root, refusal
 from tailrace.harness.servers.guardian import Guardian, sweep
 
 # A server that daemonises: it starts a grandchild in a session of its own and a child that ignores SIGTERM.

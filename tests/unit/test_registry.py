@@ -15,6 +15,7 @@ import pytest
 from tailrace.adapters.null.adapter import Null
 from tailrace.harness.contract.adapter import Tuning
 from tailrace.harness.errors import InputError
+from tailrace.harness.plan import plugins
 from tailrace.harness.run import registry
 from tailrace.harness.run.former_names import FORMER
 
@@ -33,7 +34,7 @@ def declare(monkeypatch: pytest.MonkeyPatch, adapter: Any, value: str = "third_p
     module.ADAPTER = adapter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "third_party", module)
     point = EntryPoint(name="third", value=value, group=registry.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
 
 
 class Third(Null):
@@ -100,7 +101,7 @@ def former(folder: Path, package: str, monkeypatch: pytest.MonkeyPatch, adapter:
     # As where people work; in the repository, `harness` is a folder that a path of "" finds.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "harness").is_dir()])
     point = EntryPoint(name="old", value=f"{package}:ADAPTER", group=registry.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
 
 
 def test_an_adapter_with_the_former_imports_is_loaded_with_a_warning(

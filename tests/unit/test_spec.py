@@ -27,7 +27,7 @@ from tailrace.harness.plan.experiment import (
     TraceChoice,
     Warmup,
 )
-from tailrace.harness.plan.fault_choices import FaultChoice, FaultSchedule
+from tailrace.harness.plan.faults import FaultChoice, FaultSchedule
 from tailrace.harness.plan.loading import builtin_experiments, load_experiment
 
 ROOT = Path(__file__).parents[2]
