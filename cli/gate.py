@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -13,22 +12,15 @@ import typer
 from rich.text import Text
 
 from tailrace.cli.options import BASELINES, Baselines
-from tailrace.cli.show import Points, Sheet, sheet, show
-from tailrace.harness.errors import EXIT_INVALID, InputError
+from tailrace.cli.show import Points, Sheet, note, sheet, show
+from tailrace.harness.errors import InputError, StorageError
 from tailrace.harness.quantities import figure
 
 if TYPE_CHECKING:
-    from tailrace.gate.decision import Beside, Decision, Finding, GateVerdict, Planned
+    from tailrace.gate.decision import Beside, GateVerdict, Planned
     from tailrace.gate.ratios import Against
     from tailrace.gate.rules import Rule
 
-EXIT_CODES: dict[GateVerdict, int] = {"pass": 0, "invalid": EXIT_INVALID, "fail": 4, "inconclusive": 5}
-WORDS: dict[GateVerdict, str] = {
-    "pass": "pass",
-    "fail": "REGRESSION",
-    "inconclusive": "inconclusive",
-    "invalid": "INVALID",
-}
 STYLES: dict[GateVerdict, str] = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "invalid": "bold red"}
 
 
@@ -84,7 +76,9 @@ def gate(
     from tailrace.gate.baselines import find
     from tailrace.gate.decision import decide
     from tailrace.gate.decision import plan as planned
+    from tailrace.gate.judgement import COLUMNS, WORDS, Judgement, keep
     from tailrace.gate.rules import DEFAULT_RULES, parse_rules
+    from tailrace.harness.records.store import RunFolder
 
     rules = parse_rules(rule or DEFAULT_RULES)
     if plan:
@@ -111,9 +105,17 @@ def gate(
     taken = decision.verdict
     if taken == "inconclusive" and inconclusive is not None:
         taken = "pass" if inconclusive is Taken.PASS else "fail"
-    _show_decision(form, baseline, candidate, decision, taken)
-    if code := EXIT_CODES[taken]:
-        raise typer.Exit(code)
+    judgement = Judgement.of(baseline, candidate, decision, taken)
+    if (Path(candidate) / "manifest.json").is_file():
+        try:
+            keep(judgement, RunFolder.open(Path(candidate)))
+        except StorageError as error:
+            note(f"the run's report will not show this: {error.message}")
+    title = Text(f"{WORDS[judgement.verdict]}: {candidate} against {baseline}", style=STYLES[judgement.verdict])
+    table = sheet(judgement.findings, COLUMNS, words=2)
+    show(form, judgement.model_dump(), [title, table, Points(judgement.points)])
+    if judgement.exit_code:
+        raise typer.Exit(judgement.exit_code)
 
 
 def compare(
@@ -149,40 +151,6 @@ def compare(
 # ---------------------------------------------------------------- what is told
 
 
-def _show_decision(form: GateFormat, baseline: str, candidate: str, decision: Decision, taken: GateVerdict) -> None:
-    """``taken`` is what the verdict is taken for, which makes the exit code."""
-    content = {
-        "baseline": baseline,
-        "candidate": candidate,
-        "verdict": decision.verdict,
-        "exit_code": EXIT_CODES[taken],
-        "findings": [_finding(finding) for finding in decision.findings],
-        "allowed": decision.allowed,
-        "changed": decision.changed,
-        "notes": decision.notes,
-    }
-    columns: dict[str, Callable[[Finding], str]] = {
-        "cell": lambda finding: finding.cell,
-        "rule": lambda finding: str(finding.rule),
-        "candidate ÷ baseline": lambda finding: figure(finding.against.ratio, ".3f"),
-        "95 % interval": lambda finding: _interval(finding.against) or figure(None),
-        "noise": lambda finding: _noise(finding.against.noise),
-        "trials": lambda finding: "{1} against {0}".format(*finding.trials),
-        "arrivals": lambda finding: {True: "the same", False: "others", None: "–"}[finding.against.paired],
-        "verdict": lambda finding: WORDS[finding.verdict],
-    }
-    title = Text(f"{WORDS[decision.verdict]}: {candidate} against {baseline}", style=STYLES[decision.verdict])
-    lines = [f"taken for a {taken}: --inconclusive {taken}"] if taken != decision.verdict else []
-    lines += [
-        f"{finding.cell}, {finding.rule}: {finding.reason}{_settled(finding)}"
-        for finding in decision.findings
-        if finding.reason is not None
-    ]
-    lines += [f"changed: {line}" for line in decision.changed]
-    lines += [f"different conditions, allowed: {line}" for line in decision.allowed]
-    show(form, content, [title, sheet(decision.findings, columns, words=2), Points([*lines, *decision.notes])])
-
-
 def _show_side_by_side(
     form: GateFormat, first: str, rows: Sequence[Beside], told: Sequence[str], figures: Sequence[str]
 ) -> None:
@@ -215,51 +183,20 @@ def _show_side_by_side(
 
 
 def _with_interval(found: Against) -> str:
-    return f"{figure(found.ratio, '.3f')} {_interval(found)}".rstrip()
+    from tailrace.gate.judgement import interval_words
 
-
-def _interval(found: Against) -> str:
-    return "" if found.interval is None else f"[{', '.join(figure(end, '.3f') for end in found.interval)}]"
-
-
-def _settled(finding: Finding) -> str:
-    """What would settle it, where the ratio is known."""
-    ratio = finding.against.ratio
-    if ratio is None:
-        return ""
-    count = "more than a thousand" if finding.trials_needed is None else f"about {finding.trials_needed}"
-    return f"; {count} trials of each run would settle it, if the ratio is {ratio:.3f}"
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    found = finding.against
-    return {
-        "cell": finding.cell,
-        **_rule(finding.rule),
-        "verdict": finding.verdict,
-        "ratio": found.ratio,
-        "interval": found.interval,
-        "noise": found.noise,
-        "paired": found.paired,
-        "method": found.method,
-        "baseline_trials": finding.trials[0],
-        "candidate_trials": finding.trials[1],
-        "reason": finding.reason,
-        "trials_needed": finding.trials_needed,
-    }
+    return f"{figure(found.ratio, '.3f')} {interval_words(found.interval)}".rstrip()
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
     return {"rule": str(rule), "figure": rule.figure, "bound": rule.bound}
 
 
-def _noise(value: float | None) -> str:
-    return figure(None if value is None else math.expm1(value), ".1%")
-
-
 def _show_plan(
     form: GateFormat, baseline: str, again: str | None, planned: Sequence[Planned], effect: float, power: float
 ) -> None:
+    from tailrace.gate.judgement import noise_words
+
     content = {
         "baseline": baseline,
         "again": again,
@@ -288,7 +225,7 @@ def _show_plan(
         "cell": lambda row: row.cell,
         "rule": lambda row: str(row.rule),
         "trials": lambda row: str(row.trials),
-        "noise": lambda row: _noise(row.noise),
+        "noise": lambda row: noise_words(row.noise),
         f"catch {effect - 1:.0%} with as many": lambda row: figure(row.power_now, ".0%"),
         f"trials to catch it at {power:.0%}": lambda row: count(row, row.to_catch),
         "to pass without change": lambda row: count(row, row.to_pass),

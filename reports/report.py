@@ -29,6 +29,7 @@ from tailrace.reports.figures.memory import headroom, memory_curves
 from tailrace.reports.figures.recovery import recovery_curves
 from tailrace.reports.figures.tail import latency
 from tailrace.reports.figures.timeline import timelines
+from tailrace.reports.gate import GATE_HEADINGS, gated
 from tailrace.reports.multiplexing import MULTIPLEXING_HEADINGS, PREDICTION_HEADINGS, multiplexing, words
 from tailrace.reports.page import render, write_page
 from tailrace.reports.pipelines import PRICE_HEADINGS, STAGE_HEADINGS, pipelines
@@ -75,6 +76,8 @@ def build(runs: Sequence[RunFolder]) -> str:
         answers=answers(views),
         verdict=verdict(views),
         differences=conditions(views),
+        gated=gated(views),
+        gate_headings=GATE_HEADINGS,
         defaults=defaults(cells),
         pipelines=pipelines(cells),
         price_headings=PRICE_HEADINGS,

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from tailrace.gate.baselines import of_run
+from tailrace.gate.decision import decide
+from tailrace.gate.judgement import Judgement, keep
+from tailrace.gate.rules import parse_rules
 from tailrace.harness.records.store import RunFolder
 from tailrace.reports.report import write
 from tests.synthetic import SCRIPT, make_run
@@ -69,7 +73,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
             span_s=30,
             peak_rate=4,
         ),
+        "gated": _judged(folder),
     }
+
+
+def _judged(folder: Path) -> RunFolder:
+    """A run beside which the gate left a regression."""
+    cells: dict[str, Any] = {"adapters": ("triton",), "scenarios": ("no-fault",), "trials": 3, "span_s": 12}
+    before, run = (make_run(folder / f"gated-{seed}", seed=seed, **cells) for seed in (7, 8))
+    decision = decide(of_run(before), of_run(run), parse_rules(["p50_ms <= 0.02", "p50_ms <= 50"]))
+    keep(Judgement.of("main", "gated", decision, decision.verdict), run)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +247,27 @@ def test_its_colours_follow_the_reader(driver: Any, pages: dict[str, Path]) -> N
         )
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert all(light != dark for light, dark in zip(*seen, strict=True))
+
+
+def test_the_gates_word_is_found_from_the_top(driver: Any, pages: dict[str, Path]) -> None:
+    open_page(driver, pages["compare"])
+    assert driver.find_elements("css selector", "#gate, nav a[href='#gate']") == []
+    open_page(driver, pages["gated"])
+    driver.find_element("css selector", "nav a[href='#gate']").click()
+    section = driver.find_element("css selector", "#gate")
+    top = driver.execute_script("return arguments[0].getBoundingClientRect().top", section)
+    assert 0 <= top < 200
+    assert section.find_element("css selector", ".banner .badge").text == "REGRESSION"
+    assert "against main." in section.text
+    last = [row.text.split()[-1] for row in section.find_elements("css selector", "tbody tr")]
+    assert last == ["REGRESSION", "pass"]
+    colours = driver.execute_script(
+        "const colour = (name) => { const p = document.createElement('p'); p.style.color = name;"
+        " document.body.append(p); const found = getComputedStyle(p).color; p.remove(); return found; };"
+        "return [getComputedStyle(document.querySelector('#gate .badge')).color, colour('var(--alarm)')]"
+    )
+    assert colours[0] == colours[1]
+    assert_silent(driver)
 
 
 def test_it_prints(driver: Any, pages: dict[str, Path]) -> None:
