@@ -1,7 +1,8 @@
 """When a batch starts, and on which replica: the simulator's mechanisms under the simulator's names (docs/mechanisms.md).
 
 Nothing here knows a clock, a socket or a process: the time is told, and what is decided is returned. So the same code
-serves here and is held against the simulator, event by event, in a test. Times are seconds.
+serves here and is held against the simulator, event by event, in a test. Why the simulator has them a second time is said in
+``simulator/event_loop.py``. Times are seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How many replicas there should be: the simulator's two scalers under its names, and one that goes by the SLO.
 
 They only say how many more or fewer; :class:`server.model.Model` starts and ends processes, and a cold start takes as long as
-it takes. Like the queues they know no clock. Times are seconds.
+it takes. Like the queues they know no clock, and stand in ``simulator/event_loop.py`` a second time. Times are seconds.
 """
 
 from __future__ import annotations
