@@ -10,7 +10,9 @@ both. The server's work is on requests that can be withdrawn, replicas that leav
 standard library alone; what is compiled here are loops over arrays of whole numbers, a hundred times as fast. The few
 expressions that both could share would need a file of their own, and Numba keeps a compiled function until *its own* file
 changes: a policy that was changed there would be served and not simulated. Without that cache every command that simulates
-would compile for ten seconds first. For the same reason all compiled functions stand in this one file.
+would compile for ten seconds first.
+
+Long because for the same reason all compiled functions stand in one file.
 """
 
 from __future__ import annotations

@@ -231,20 +231,11 @@ class _GuardianServer:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
                 os.kill(pid, signal.SIGCONT)  # a paused process cannot act on SIGTERM
-        deadline = time.monotonic() + request["grace_s"]
-        while time.monotonic() < deadline and _alive(keeper):
-            time.sleep(0.01)
+        gone = _gone(keeper, request["grace_s"])
         killed = sorted({child.name() for child in _named(children(keeper))})
-        if _alive(keeper):
-            os.kill(keeper, signal.SIGUSR1)
-            deadline = time.monotonic() + _KILL_PATIENCE_S + 5
-            while time.monotonic() < deadline and _alive(keeper):
-                time.sleep(0.01)
-        if _alive(keeper):
+        if not gone and not _end_keeper(keeper):
             return {"error": f"processes that SIGKILL does not end: {killed}"}
-        del self._keepers[key]
-        self._stopped.add(key)
-        self._write_ledger()
+        self._forget(key)
         return {"killed": killed}
 
     def _kill_tree(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -252,16 +243,15 @@ class _GuardianServer:
         keeper = self._keepers.get(key)
         if keeper is None or not _alive(keeper):
             return {"killed": False}
-        os.kill(keeper, signal.SIGUSR1)
-        deadline = time.monotonic() + _KILL_PATIENCE_S + 5
-        while _alive(keeper):
-            if time.monotonic() > deadline:
-                return {"error": "processes that SIGKILL does not end"}
-            time.sleep(0.002)
+        if not _end_keeper(keeper):
+            return {"error": "processes that SIGKILL does not end"}
+        self._forget(key)
+        return {"killed": True}
+
+    def _forget(self, key: tuple[int, int]) -> None:
         del self._keepers[key]
         self._stopped.add(key)
         self._write_ledger()
-        return {"killed": True}
 
     def _signal_tree(self, request: dict[str, Any]) -> dict[str, Any]:
         keeper = self._keepers.get((request["pid"], request["started_ticks"]))
@@ -341,6 +331,22 @@ def _alive(child: int) -> bool:
         return os.waitpid(child, os.WNOHANG)[0] == 0
     except ChildProcessError:
         return False
+
+
+def _gone(child: int, within_s: float) -> bool:
+    """Wait until a child of ours has ended; False when it takes longer."""
+    deadline = time.monotonic() + within_s
+    while _alive(child):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def _end_keeper(keeper: int) -> bool:
+    """Have a keeper end its whole tree at once; False when that does not work."""
+    os.kill(keeper, signal.SIGUSR1)
+    return _gone(keeper, _KILL_PATIENCE_S + 5)
 
 
 def main(argv: Sequence[str]) -> None:
