@@ -14,6 +14,8 @@ from tailrace.harness.errors import InputError
 from tailrace.harness.plan.plugins import found
 
 ENTRY_POINT_GROUP = "tailrace.faults"
+TAKEN = ("kind", "at_s", "target", "rate", "kinds", "injected_s", "healed_s", "pid")
+"""What stands beside parameters in experiments and records."""
 
 
 @cache
@@ -38,10 +40,15 @@ def fault_kinds() -> dict[str, type[Fault]]:
             raise InputError(f"{where}: a fault called {fault.kind!r} exists already", remedy="give it another name")
         if inspect.isabstract(fault):
             raise InputError(f"{where}: {fault.__name__} has no apply")
-        if any(field.is_required() for field in fault.model_fields.values()):
-            raise InputError(f"{where}: every parameter must have a default")
-        if "duration_s" in fault.model_fields and fault.undo is Fault.undo:
-            raise InputError(f"{where}: what has a duration_s must be undone")
+        for name, default in fault.parameters().items():
+            if name in TAKEN:
+                raise InputError(
+                    f"{where}: {name} says something else of every fault", remedy="name the parameter otherwise"
+                )
+            if not isinstance(default, int | float):
+                raise InputError(f"{where}: {name} must be a number, and have a default")
+        if "duration_s" in fault.model_fields and (fault.errand or fault.undo is Fault.undo):
+            raise InputError(f"{where}: what has a duration_s must be undone, and is no errand")
         kinds[fault.kind] = fault
     return dict(sorted(kinds.items(), key=lambda item: (item[1].order, item[0])))
 

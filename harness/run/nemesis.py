@@ -207,6 +207,8 @@ class Nemesis(threading.Thread):
                     injection.fault.undo(injection.hit)
         except TailraceError as error:  # what cannot be healed ends with the guardian
             failure = error.message
+        except Exception as error:  # somebody's module may raise anything, and others are to be healed all the same
+            failure = f"{type(error).__name__}: {error}"
         self._tell_end(injection, failure)
 
     # -- what is told --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tailrace.harness.plan import plugins
 from tailrace.harness.plan.cells import cells
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.fault_kinds import ENTRY_POINT_GROUP, fault_kinds
-from tailrace.harness.plan.faults import FaultSchedule, plan_faults
+from tailrace.harness.plan.faults import FaultChoice, FaultSchedule, plan_faults
 from tailrace.harness.plan.loading import load_experiment
 from tailrace.harness.run.preflight import check
 from tests.unit.test_faults import FakeCluster, inject
@@ -105,6 +105,18 @@ def test_a_new_kind_is_one_file(declared: Any, tmp_path: Path) -> None:
     assert "left (0.5)" in shown
 
 
+def test_what_fails_to_heal_is_told_and_others_are_healed(declared: Any, tmp_path: Path) -> None:
+    declared(BROWNOUT.replace("limit_cpus(hit.process, None)", "no_such_thing()"))
+    given = [
+        {"kind": "brownout", "target": 0, "duration_s": 0.1},
+        {"kind": "pause_node", "target": 1, "duration_s": 0.3},
+    ]
+    choices = [FaultChoice.model_validate({**fault, "at_s": 0}) for fault in given]
+    nemesis = inject(tmp_path, FakeCluster(), plan_faults(choices, span_s=5, suggested_at_s=None, seed=1), for_s=0.6)
+    assert [told["healed_s"] is None for told in nemesis.done] == [True, False]
+    assert "AttributeError" in (tmp_path / "events.jsonl").read_text()
+
+
 def test_a_new_kind_changes_the_hash_of_no_experiment(declared: Any) -> None:
     before = load_experiment("faults").sha256
     assert before == "6796bd7362a729ed324d447e7ce4721a3281a081cfabe71e11bdb3dc04383e47", "as manifests have held it"
@@ -127,7 +139,9 @@ def test_a_schedule_gives_each_kind_its_own_parameters(declared: Any) -> None:
         ("FAULT = 3", ":FAULT", "FAULT must be a subclass"),
         (BROWNOUT, ":NOPE", "FAULT must be a subclass"),
         (BROWNOUT.replace('"brownout"', '"latency"'), ":FAULT", "a fault called 'latency' exists already"),
-        (BROWNOUT.replace("default=0.5, ", ""), ":FAULT", "every parameter must have a default"),
+        (BROWNOUT.replace("default=0.5, ", ""), ":FAULT", "left must be a number, and have a default"),
+        (BROWNOUT.replace("left: float", "target: float"), ":FAULT", "target says something else of every fault"),
+        (BROWNOUT.replace('scope = "node"', 'scope = "node"\n    errand = True'), ":FAULT", "is no errand"),
         (BROWNOUT.replace("def undo", "def heal"), ":FAULT", "what has a duration_s must be undone"),
         (BROWNOUT.replace("def apply", "def do"), ":FAULT", "apply"),
         (BROWNOUT.replace('    scope = "node"\n', ""), ":FAULT", "scope"),
