@@ -176,3 +176,35 @@ def test_the_package_itself_imports_nothing() -> None:
     assert not list(imported(ROOT / "tailrace" / "__init__.py"))
     for name in ("harness", "adapters", "workloads", "multiplexing"):
         assert not list(imported(ROOT / name / "__init__.py")), name
+
+
+# docs/architecture.md
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_drawing_has_the_floors_of_the_contract() -> None:
+    """A floor of the drawing is a layer, with the rooms in it; the modules of ``harness`` itself are one room there."""
+    (whole,) = (contract for contract in CONTRACTS if contract["name"] == "Rooms look down")
+    floors = []
+    for layer in whole["layers"]:
+        rooms = [name.removeprefix("tailrace.").replace(".", "/") for name in re.split(r" *[|:] *", layer)]
+        floors.append(list(dict.fromkeys(room if (ROOT / room).is_dir() else "harness" for room in rooms)))
+    (drawing,) = re.findall(r"```mermaid\n(.*?)```", ARCHITECTURE, flags=re.DOTALL)
+    drawn = re.findall(r"subgraph (\w+) .*?\n(.*?)\n    end", drawing, flags=re.DOTALL)
+    assert [re.findall(r'\["(?:\d · )?(.+?)"\]', rooms) for _, rooms in drawn] == floors
+    assert " --> ".join(name for name, _ in drawn) in drawing, "the arrows go down, floor by floor"
+
+
+def test_every_path_that_the_architecture_names_exists() -> None:
+    paths = [name for name in re.findall(r"`([\w*./-]+)`", ARCHITECTURE) if "/" in name or name.endswith(".py")]
+    assert len(paths) > 25
+    for path in paths:
+        assert list(ROOT.glob(path)) or list(ROOT.glob(f"adapters/*/{path}")), path
+
+
+def test_the_architecture_tells_what_to_touch_for_each_thing_that_is_added() -> None:
+    told = dict(re.findall(r"^\| ([a-z ]+) \| `([\w/]+)/` \|", ARCHITECTURE, flags=re.MULTILINE))
+    things = {"adapter", "workload", "trace", "fault", "collector", "verdict", "figure", "command", "trial feature"}
+    assert set(told) == things
