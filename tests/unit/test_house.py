@@ -154,10 +154,10 @@ SERVED = [
 
 @pytest.mark.parametrize("pattern", SERVED)
 def test_what_servers_import_is_in_their_own_environment(pattern: str) -> None:
-    """The standard library, numpy, what the lock file beside it holds, and files that are on the server's path."""
+    """The standard library, numpy, what the lock file beside it holds, and files beside it, which import no more."""
     files = sorted(ROOT.glob(pattern))
     assert files
-    for file in files:
+    for file in files:  # which grow by those beside them
         folder = file.parent.parent if file.parent.name == "server" else file.parent
         locked = {
             line.split("==")[0]
@@ -167,9 +167,14 @@ def test_what_servers_import_is_in_their_own_environment(pattern: str) -> None:
         }
         for name in imported(file, for_type_checkers=False):
             top = name.split(".")[0]
-            beside = top == "residency"  # of many models: the reference server finds that one file on its path
-            known = top in sys.stdlib_module_names or top == "numpy" or beside
-            assert known or PROVIDED.get(top, top).replace("_", "-") in locked, f"{file} imports {name}"
+            if top in sys.stdlib_module_names or top == "numpy":
+                continue
+            # Of many models: the reference server has this one file on its path besides.
+            beside = ROOT / "multiplexing" / "residency.py" if top == "residency" else file.with_name(f"{top}.py")
+            if beside.is_file():
+                files += [beside] if beside not in files else []
+            else:
+                assert PROVIDED.get(top, top).replace("_", "-") in locked, f"{file} imports {name}"
 
 
 def test_the_package_itself_imports_nothing() -> None:
@@ -198,10 +203,10 @@ def test_the_drawing_has_the_floors_of_the_contract() -> None:
 
 
 def test_every_path_that_the_architecture_names_exists() -> None:
-    paths = [name for name in re.findall(r"`([\w*./-]+)`", ARCHITECTURE) if "/" in name or name.endswith(".py")]
+    paths = [name for name in re.findall(r"`([\w*./-]+)`", ARCHITECTURE) if "/" in name]
     assert len(paths) > 25
     for path in paths:
-        assert list(ROOT.glob(path)) or list(ROOT.glob(f"adapters/*/{path}")), path
+        assert list(ROOT.glob(path)), path
 
 
 def test_the_architecture_tells_what_to_touch_for_each_thing_that_is_added() -> None:
