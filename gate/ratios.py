@@ -11,8 +11,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 from tailrace.gate.baselines import SavedTrial
-from tailrace.harness.analysis.comparison import MIN_TRIALS, Method, paired_ratio
+from tailrace.harness.analysis.comparison import MIN_TRIALS, paired_ratio
 from tailrace.harness.analysis.metrics import Floats
+from tailrace.harness.records.summary import Method
 
 Trials = Sequence[SavedTrial]
 

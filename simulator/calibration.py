@@ -22,6 +22,7 @@ from tailrace.harness.analysis.summary import summarise_trial
 from tailrace.harness.errors import InputError
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.harness.records.summary import TrialSummary
 from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
 from tailrace.simulator.system import Batching, Router, Service, System, WindowOpens, load_system
 
@@ -40,7 +41,7 @@ class Trial:
     arrivals_ns: Ints
     response_ms: Floats
     span_ns: int
-    figures: dict[str, Any]
+    figures: TrialSummary
     """As in ``summary.json``."""
     samples: Samples
     told: System | None = None

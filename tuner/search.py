@@ -24,6 +24,7 @@ from tailrace.harness.analysis.summary import jsonable, summarise
 from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
 from tailrace.harness.plan.cells import TrialPlan
 from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import RunSummary, TrialSummary
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_or_go_on
@@ -44,7 +45,7 @@ class Step:
     name: str
     settings: Settings | None
     """``None``: the framework's defaults."""
-    figures: dict[str, Any]
+    figures: TrialSummary
     """Its trial, as in ``summary.json``."""
     predicted_p99_ms: float | None = None
     control: bool = False
@@ -149,7 +150,7 @@ class Search:
 
     def _summary(
         self, folder: Path, candidates: list[tuple[str, Settings | None]], trials: int, observer: Observer
-    ) -> dict[str, Any]:
+    ) -> RunSummary:
         """The summary of a run of these settings: the one that is there, or gone on with, or a new one."""
         scenarios = [
             {"name": name, "tuning": "defaults" if settings is None else tuning(settings, self.base["devices"])}

@@ -7,7 +7,9 @@ from typing import Any
 
 from tailrace.harness.analysis.metrics import NS_PER_S, Measured, recovery
 from tailrace.harness.quantities import milliseconds
+from tailrace.harness.records.facts import Fault
 from tailrace.harness.records.schema import OUTCOME_NAMES, Outcome
+from tailrace.harness.records.summary import Accounting, Aftermath, TrialSummary, WithoutFault
 
 _COMING_BACK = {
     "node-spawned": "spawned_s",
@@ -20,18 +22,12 @@ _COMING_BACK = {
 
 
 def aftermath(
-    fault: Mapping[str, Any], trace: Measured, events: Sequence[Mapping[str, Any]], span_s: float, slo_ms: float
-) -> dict[str, Any]:
-    """An injected fault as the trial tells it, and what came of it; times in seconds, those of ``detected_s``,
-    ``marked_down_s``, ``replica_born_s`` and ``came_back`` from the fault on.
-
-    ``detected_s`` is when anybody knew: the first client whose request had failed, or the load balancer that took the
-    node out. ``came_back`` holds the cold start of a node that was started again. What was not injected has ``recovery``
-    ``None`` alone.
-    """
-    if fault.get("injected_s") is None:
-        return {**fault, "recovery": None}
-    at_s = float(fault["injected_s"])
+    fault: Fault, trace: Measured, events: Sequence[Mapping[str, Any]], span_s: float, slo_ms: float
+) -> Aftermath:
+    """An injected fault as the trial tells it, and what came of it."""
+    if fault.injected_s is None:
+        return Aftermath.model_validate({**fault.dump(), "recovery": None})
+    at_s = fault.injected_s
     found = recovery(trace, span_s, slo_ms, at_s)
     after = [event for event in events if event.get("t_ns", -1) / NS_PER_S >= at_s]
     marked_down = _first(after, "balancer-down", at_s, node=_node(fault))
@@ -41,19 +37,21 @@ def aftermath(
         for event, key in _COMING_BACK.items()
         if (time_s := _first(after, event, at_s, node=_node(fault))) is not None
     }
-    return {
-        **fault,
-        "recovery": vars(found),
-        "detected_s": min(noticed, default=None),
-        "marked_down_s": marked_down,
-        "replica_born_s": _first(after, "replica-born", at_s, node=_node(fault)),
-        "came_back": came_back if "spawned_s" in came_back else {},
-    }
+    return Aftermath.model_validate(
+        {
+            **fault.dump(),
+            "recovery": found,
+            "detected_s": min(noticed, default=None),
+            "marked_down_s": marked_down,
+            "replica_born_s": _first(after, "replica-born", at_s, node=_node(fault)),
+            "came_back": came_back if "spawned_s" in came_back else {},
+        }
+    )
 
 
-def _node(fault: Mapping[str, Any]) -> str | None:
+def _node(fault: Fault) -> str | None:
     """The node that a fault was done to, where its target names one."""
-    target = str(fault.get("target") or "")
+    target = fault.target or ""
     return target.partition("/")[0] if target.startswith("node-") else None
 
 
@@ -67,7 +65,7 @@ def _first(events: Sequence[Mapping[str, Any]], name: str, at_s: float, node: st
 
 def accounting(
     trace: Measured, warmup: Measured, *, executed: float | None, server_ok: float | None, probes: int
-) -> dict[str, Any]:
+) -> Accounting:
     """Whether every arrival has one outcome, and how the client's counts stand beside the servers'; warm-up included.
 
     ``executed`` is how many items the devices computed, where that is counted; ``server_ok`` how many requests the servers
@@ -82,29 +80,26 @@ def accounting(
     ok, dropped = outcomes["ok"], outcomes["dropped"]
     failed = arrivals - ok - dropped
     surplus = None if executed is None else round(executed) - probes - ok
-    return {
-        "arrivals": arrivals,
-        "outcomes": outcomes,
-        "closed": sum(outcomes.values()) == arrivals,
-        "executed": None if executed is None else round(executed) - probes,
-        "unanswered_work": surplus,
-        "done_twice": None if surplus is None else max(0, surplus - failed),
-        "server_ok": None if server_ok is None else round(server_ok),
-        "server_ok_less_client_ok": None if server_ok is None else round(server_ok) - probes - ok,
-    }
+    return Accounting(
+        arrivals=arrivals,
+        outcomes=outcomes,
+        closed=sum(outcomes.values()) == arrivals,
+        executed=None if executed is None else round(executed) - probes,
+        unanswered_work=surplus,
+        done_twice=None if surplus is None else max(0, surplus - failed),
+        server_ok=None if server_ok is None else round(server_ok),
+        server_ok_less_client_ok=None if server_ok is None else round(server_ok) - probes - ok,
+    )
 
 
-_ALIKE = ("adapter", "number", "tuning", "composition", "protocol", "mean_rate")
-_ALIKE_IN_MEMORY = ("policy", "pinned", "memory_mb")
-
-
-def _conditions(trial: Mapping[str, Any]) -> list[Any]:
+def _conditions(trial: TrialSummary) -> tuple[Any, ...]:
     """What two trials have to share for one to show what a fault did to the other."""
-    memory = trial.get("multiplexing") or {}
-    return [*(trial.get(key) for key in _ALIKE), *(memory.get(key) for key in _ALIKE_IN_MEMORY)]
+    memory = trial.multiplexing
+    shared = None if memory is None else (memory.policy, memory.pinned, memory.memory_mb)
+    return trial.adapter, trial.number, trial.tuning, trial.composition, trial.protocol, trial.mean_rate, shared
 
 
-def pair(trials: Sequence[dict[str, Any]]) -> None:
+def pair(trials: Sequence[TrialSummary]) -> None:
     """Set beside every trial with faults the one that met the same arrivals without: same framework, seed,
     rate, tuning, composition, and memory of its models."""
     for trial in trials:
@@ -112,35 +107,41 @@ def pair(trials: Sequence[dict[str, Any]]) -> None:
             (
                 other
                 for other in trials
-                if trial["faults"]
-                and not other["faults"]
+                if trial.faults
+                and not other.faults
                 and _conditions(other) == _conditions(trial)
-                and other["state"] == trial["state"] == "done"
+                and other.state == trial.state == "done"
             ),
             None,
         )
-        trial["without_fault"] = (
+        trial.without_fault = (
             None
             if calm is None
-            else {key: calm[key] for key in ("trial", "slo_attainment", "goodput_rps", "p99_ms", "ok")}
+            else WithoutFault(
+                trial=calm.trial,
+                slo_attainment=calm.slo_attainment,
+                goodput_rps=calm.goodput_rps,
+                p99_ms=calm.p99_ms,
+                ok=calm.ok,
+            )
         )
 
 
-def fault_sentence(fault: Mapping[str, Any]) -> str:
+def fault_sentence(fault: Aftermath) -> str:
     """What a fault did, in one sentence."""
-    recovery = fault["recovery"]
+    recovery = fault.recovery
     if recovery is None:
-        return f"{fault['kind']} at {fault['at_s']:g} s hit nothing (see events.jsonl)"
-    back = recovery["recovery_s"]
+        return f"{fault.kind} at {fault.at_s:g} s hit nothing (see events.jsonl)"
+    back = recovery.recovery_s
     if back is None:
         told = "attainment did not come back"
     elif back == 0:
         told = "attainment held"
     else:
         told = f"attainment back after {back:g} s"
-    if recovery["relapse_s"]:
-        told += f" (and low again in {recovery['relapse_s']} later seconds)"
+    if recovery.relapse_s:
+        told += f" (and low again in {recovery.relapse_s} later seconds)"
     return (
-        f"{fault['kind']} at {fault['injected_s']:.2f} s: {told}; from then on {recovery['lost']} of the requests failed; "
-        f"p99 until recovery {milliseconds(recovery['outage_p99_ms'])} ms"
+        f"{fault.kind} at {recovery.at_s:.2f} s: {told}; from then on {recovery.lost} of the requests failed; "
+        f"p99 until recovery {milliseconds(recovery.outage_p99_ms)} ms"
     )

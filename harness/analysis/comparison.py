@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
 from scipy.stats import bootstrap
 
 from tailrace.harness.analysis.metrics import Floats
+from tailrace.harness.records.summary import CellSummary, Comparison, Method, TrialSummary
 
 MIN_TRIALS = 3
 """From fewer there is no interval."""
@@ -27,7 +27,6 @@ RESAMPLES = 9_999
 _SEED = 20_230_611
 """Of the resampling, so that the same records give the same interval."""
 
-Method = Literal["t", "bootstrap"]
 Pairs = Sequence[tuple[float | None, float | None]]
 
 
@@ -119,10 +118,10 @@ def paired_ratio(pairs: Pairs) -> Ratio | None:
     return Ratio(across.centre, across.ends, len(ratios), across.method)
 
 
-def blocks(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], key: str) -> Pairs:
-    """The figure ``key`` of the trials that both have, by number."""
-    other = {trial["number"]: trial for trial in second}
-    return [(trial[key], other[trial["number"]][key]) for trial in first if trial["number"] in other]
+def blocks(first: Sequence[TrialSummary], second: Sequence[TrialSummary], name: str) -> Pairs:
+    """The figure of that name of the trials that both have, by number."""
+    other = {trial.number: trial for trial in second}
+    return [(trial.figure(name), other[trial.number].figure(name)) for trial in first if trial.number in other]
 
 
 SAME = "no difference shown"
@@ -138,26 +137,7 @@ the better side of it, and the word for the worse. Of a latency the lower side i
 HIGHER_IS_BETTER = frozenset({"goodput_rps_per_device"})
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One figure of one cell against that of another adapter under the same scenario."""
-
-    scenario: str
-    first: str
-    second: str
-    """The adapters; the ratio is that of the first to the second."""
-    figure: str
-    ratio: float | None
-    interval: tuple[float, float] | None
-    blocks: int
-    method: Method | None
-    verdict: str
-    """One of the words of :data:`FIGURES`, said of the first; :data:`SAME`; or :data:`NOT_COMPARED`."""
-    reason: str | None
-    """Why there is no verdict, or no interval."""
-
-
-def comparisons(cells: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+def comparisons(cells: Sequence[CellSummary], trials: Sequence[TrialSummary]) -> list[Comparison]:
     """Every figure of every two cells of different adapters under the same scenario, in the order of the cells.
 
     A cell with an INVALID trial is not compared: to leave out the trials that went wrong would choose the good ones. Each
@@ -165,25 +145,21 @@ def comparisons(cells: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str
     """
     made = []
     for one, other in itertools.combinations(cells, 2):
-        if one["scenario"] == other["scenario"] and one["adapter"] != other["adapter"]:
-            members = [
-                [t for t in trials if t["cell"] == cell["cell"] and t["state"] == "done"] for cell in (one, other)
-            ]
-            invalid = [str(cell["adapter"]) for cell in (one, other) if cell["verdict"] == "INVALID"]
+        if one.scenario == other.scenario and one.adapter != other.adapter:
+            members = [[t for t in trials if t.cell == cell.cell and t.state == "done"] for cell in (one, other)]
+            invalid = [cell.adapter for cell in (one, other) if cell.verdict == "INVALID"]
             for figure in FIGURES:
                 made.append(_compare(one, other, figure, blocks(members[0], members[1], figure), invalid))
     return made
 
 
-def _compare(
-    one: Mapping[str, Any], other: Mapping[str, Any], figure: str, pairs: Pairs, invalid: Sequence[str]
-) -> Comparison:
+def _compare(one: CellSummary, other: CellSummary, figure: str, pairs: Pairs, invalid: Sequence[str]) -> Comparison:
     ratio = None if invalid else paired_ratio(pairs)
     verdict, reason = _verdict(figure, ratio, pairs, invalid)
     return Comparison(
-        scenario=str(one["scenario"]),
-        first=str(one["adapter"]),
-        second=str(other["adapter"]),
+        scenario=one.scenario,
+        first=one.adapter,
+        second=other.adapter,
         figure=figure,
         ratio=None if ratio is None else ratio.value,
         interval=None if ratio is None else ratio.ends,

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from scipy.special import bdtr
 
 from tailrace.harness.plan.schedule import Phase
+from tailrace.harness.records.record import Ends
 from tailrace.harness.records.schema import OUTCOME_NAMES, PHASE_NAMES, Outcome
+from tailrace.harness.records.summary import Recovery
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -170,9 +172,9 @@ class Percentile:
     more_needed: int
 
     @property
-    def ends(self) -> list[float] | None:
+    def ends(self) -> Ends | None:
         """Both ends of the interval; ``None`` unless both exist."""
-        return None if self.low is None or self.high is None else [self.low, self.high]
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 def claim_percentile(values: Floats, q: float, confidence: float = 0.95) -> Percentile:
@@ -219,30 +221,6 @@ def series(records: Measured, span_s: float, slo_ms: float) -> Series:
         p50_ms=np.array([percentile(values, 0.50) for values in by_second]),
         p99_ms=np.array([percentile(values, 0.99) for values in by_second]),
     )
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What one fault cost. ``recovery_s`` is 0 when attainment never fell below the threshold, and ``None`` when it did
-    not come back before the trace ended."""
-
-    at_s: float
-    baseline_attainment: float | None
-    dip_attainment: float
-    recovery_s: float | None
-    relapse_s: int
-    """Seconds after the recovery in which attainment was below the threshold again."""
-    lost: int
-    """Arrivals under way at the fault, or after it to the end of the trace, that were not answered with success."""
-    lost_by_outcome: dict[str, int]
-    """The same by outcome, those that occurred; a ``timeout`` is indeterminate, its effect on the server unknown."""
-    first_failure_s: float | None
-    """From the fault until the first of them was known to its client; ``None`` when none was lost."""
-    baseline_goodput_rps: float | None
-    dip_goodput_rps: float
-    """Of the 1-second bin with the fewest good answers between fault and recovery (or the end)."""
-    outage_p99_ms: float
-    """Nearest-rank p99 of the arrivals between fault and recovery (or the end); +∞ where it falls among failures."""
 
 
 RECOVERY_MARGIN = 0.05

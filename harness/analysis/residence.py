@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from tailrace.harness.analysis.across import mean, percentile_across
 from tailrace.harness.analysis.metrics import NS_PER_S, Measured, claim_percentile
 from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.contract.multiplexing import MIB
-
-Summary = dict[str, Any]
+from tailrace.harness.records.facts import TrialFacts
+from tailrace.harness.records.record import Ends
+from tailrace.harness.records.summary import Meeting, Multiplexing, TrialSummary
 
 
 class Met(IntEnum):
@@ -106,15 +108,15 @@ def _copies(events: Iterable[Mapping[str, Any]]) -> dict[str, tuple[NDArray[np.i
 
 
 def residence(
-    facts: Mapping[str, Any],
+    facts: TrialFacts,
     trace: Measured,
     models: Sequence[str],
     events: Sequence[Mapping[str, Any]],
     samples: Samples,
     span_s: float,
-) -> Summary | None:
+) -> Multiplexing | None:
     """The figures of a trial whose models shared a limited memory; ``None`` for any other."""
-    memory = facts.get("memory")
+    memory = facts.memory
     if memory is None:
         return None
     response = trace.response_ms()
@@ -124,74 +126,86 @@ def residence(
     whole = [load for load in loads if load[3]]
     t_s, free = samples.series("memory", "memory_free_bytes")
     free = free[(t_s >= 0) & (t_s <= span_s)] / MIB
-    return {
-        "policy": memory["policy"],
-        "pinned": len(memory["pinned"]),
-        "memory_mb": memory["budget_bytes"] / MIB,
-        "controlled": memory["controlled"],
-        "models": len(memory["sizes"]),
-        "loads": len(whole),
-        "evictions": sum(event["event"] == "model-gone" for event in within),
-        "load_failures": len(loads) - len(whole),
-        "refused": sum(event["event"] == "model-refused" for event in within),
-        "reload_mb": sum(load[4] for load in whole) / MIB,
-        "load_p50_s": float(np.median([(load[2] - load[1]) / NS_PER_S for load in whole])) if whole else None,
-        **{kind.name.lower(): _kind(how == kind, trace, response) for kind in Met},
-        "headroom_min_mb": float(free.min()) if len(free) else None,
-        "headroom_mean_mb": float(free.mean()) if len(free) else None,
-        "resident_mean": samples.mean("memory", "models_resident", span_s),
-    }
+    return Multiplexing(
+        policy=memory.policy,
+        pinned=len(memory.pinned),
+        memory_mb=memory.budget_bytes / MIB,
+        controlled=memory.controlled,
+        models=len(memory.sizes),
+        loads=len(whole),
+        evictions=sum(event["event"] == "model-gone" for event in within),
+        load_failures=len(loads) - len(whole),
+        refused=sum(event["event"] == "model-refused" for event in within),
+        reload_mb=sum(load[4] for load in whole) / MIB,
+        load_p50_s=float(np.median([(load[2] - load[1]) / NS_PER_S for load in whole])) if whole else None,
+        hot=_meeting(how == Met.HOT, trace, response),
+        warm=_meeting(how == Met.WARM, trace, response),
+        cold=_meeting(how == Met.COLD, trace, response),
+        headroom_min_mb=float(free.min()) if len(free) else None,
+        headroom_mean_mb=float(free.mean()) if len(free) else None,
+        resident_mean=samples.mean("memory", "models_resident", span_s),
+    )
 
 
-def _kind(chosen: NDArray[np.bool_], trace: Measured, response: NDArray[np.float64]) -> Summary:
+def _meeting(chosen: NDArray[np.bool_], trace: Measured, response: NDArray[np.float64]) -> Meeting:
     p50, p99 = (claim_percentile(response[chosen], q) for q in (0.50, 0.99))
     requests = int(np.count_nonzero(chosen))
-    return {
-        "requests": requests,
-        **_share(requests, len(trace)),
-        "p50_ms": p50.value,
-        "p50_ci_ms": p50.ends,
-        "p99_ms": p99.value,
-        "p99_ci_ms": p99.ends,
-        "failed": int(np.count_nonzero(chosen & ~trace.ok)),
-    }
+    share, ends = _share(requests, len(trace))
+    return Meeting(
+        requests=requests,
+        share=share,
+        share_ci=ends,
+        p50_ms=p50.value,
+        p50_ci_ms=p50.ends,
+        p99_ms=p99.value,
+        p99_ci_ms=p99.ends,
+        failed=int(np.count_nonzero(chosen & ~trace.ok)),
+    )
 
 
-def _share(count: int, of: int) -> Summary:
+def _share(count: int, of: int) -> tuple[float | None, Ends | None]:
     """With Wilson's interval, which treats requests as independent."""
     if not of:
-        return {"share": None, "share_ci": None}
+        return None, None
     ends = binomtest(count, of).proportion_ci(method="wilson")
-    return {"share": count / of, "share_ci": [float(ends.low), float(ends.high)]}
+    return count / of, (float(ends.low), float(ends.high))
 
 
-def residence_across(
-    members: Sequence[Summary], percentiles: Callable[[Sequence[Summary], str, str], Summary]
-) -> Summary | None:
-    """The figures of a cell over its trials: counts add up, and ``percentiles(kinds, key, interval_key)`` says what becomes of
-    those."""
-    told: list[Summary] = [trial["multiplexing"] for trial in members if trial["multiplexing"] is not None]
+def residence_across(members: Sequence[TrialSummary]) -> Multiplexing | None:
+    """The figures of a cell over its trials: counts add up."""
+    told = [trial.multiplexing for trial in members if trial.multiplexing is not None]
     if not told:
         return None
-    cell: Summary = {key: told[0][key] for key in ("policy", "pinned", "memory_mb", "controlled", "models")}
-    cell |= {
-        key: sum(one[key] for one in told) for key in ("loads", "evictions", "load_failures", "refused", "reload_mb")
-    }
-    for key in ("load_p50_s", "headroom_mean_mb", "resident_mean"):
-        known = [one[key] for one in told if one[key] is not None]
-        cell[key] = float(np.mean(known)) if known else None
-    cell["headroom_min_mb"] = min(
-        (one["headroom_min_mb"] for one in told if one["headroom_min_mb"] is not None), default=None
+    first, arrivals = told[0], sum(trial.arrivals for trial in members)
+    return Multiplexing(
+        policy=first.policy,
+        pinned=first.pinned,
+        memory_mb=first.memory_mb,
+        controlled=first.controlled,
+        models=first.models,
+        loads=sum(one.loads for one in told),
+        evictions=sum(one.evictions for one in told),
+        load_failures=sum(one.load_failures for one in told),
+        refused=sum(one.refused for one in told),
+        reload_mb=sum(one.reload_mb for one in told),
+        load_p50_s=mean(one.load_p50_s for one in told),
+        hot=_meetings([one.hot for one in told], arrivals),
+        warm=_meetings([one.warm for one in told], arrivals),
+        cold=_meetings([one.cold for one in told], arrivals),
+        headroom_min_mb=min((one.headroom_min_mb for one in told if one.headroom_min_mb is not None), default=None),
+        headroom_mean_mb=mean(one.headroom_mean_mb for one in told),
+        resident_mean=mean(one.resident_mean for one in told),
     )
-    arrivals = sum(trial["arrivals"] for trial in members)
-    for kind in (kind.name.lower() for kind in Met):
-        kinds = [one[kind] for one in told]
-        requests = sum(one["requests"] for one in kinds)
-        cell[kind] = {
-            "requests": requests,
-            **_share(requests, arrivals),
-            **percentiles(kinds, "p50_ms", "p50_ci_ms"),
-            **percentiles(kinds, "p99_ms", "p99_ci_ms"),
-            "failed": sum(one["failed"] for one in kinds),
-        }
-    return cell
+
+
+def _meetings(kinds: Sequence[Meeting], arrivals: int) -> Meeting:
+    requests = sum(one.requests for one in kinds)
+    share, ends = _share(requests, arrivals)
+    return Meeting(
+        requests=requests,
+        share=share,
+        share_ci=ends,
+        **percentile_across(kinds, "p50_ms"),
+        **percentile_across(kinds, "p99_ms"),
+        failed=sum(one.failed for one in kinds),
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +12,9 @@ from tailrace.harness.analysis.metrics import NS_PER_S, Measured, percentile
 from tailrace.harness.analysis.steadiness import Steadiness
 from tailrace.harness.contract.multiplexing import MIB
 from tailrace.harness.plan.schedule import most_at_once
-from tailrace.harness.records.probe import contradiction, is_wedged
+from tailrace.harness.records.facts import LoadGeneratorFacts, Outputs, TrialError, TrialFacts
 from tailrace.harness.records.schema import Outcome
-
-Verdict = Literal["VALID", "INVALID", "UNKNOWN"]
+from tailrace.harness.records.summary import GpuFigures, Reason, ResourceUse, Verdict
 
 STEAL_LIMIT = 0.05
 """Mean share of CPU time stolen by the hypervisor above which a host is noisy."""
@@ -35,29 +33,19 @@ OTHER_GPU_MEMORY_LIMIT = 256 << 20
 """Bytes of its memory that they may hold: what a desktop takes, but less than a CUDA context with a model in it."""
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why a trial is not simply VALID: a stable code, a sentence with the numbers, and a remedy."""
-
-    code: str
-    text: str
-    remedy: str
-    effect: Literal["INVALID", "UNKNOWN"]
-
-
 def judge(
-    facts: Mapping[str, Any],
+    facts: TrialFacts,
     trace: Measured,
     warmup: Measured,
-    host: Mapping[str, float | None],
+    host: ResourceUse,
     steady: Steadiness | None = None,
     ruler: Mapping[str, Any] | None = None,
-    gpus: Sequence[Mapping[str, Any]] = (),
+    gpus: Sequence[GpuFigures] = (),
 ) -> tuple[Verdict, list[Reason]]:
     """The verdict on one trial.
 
-    ``facts`` is the trial's ``trial.json``; ``host`` holds ``steal`` and ``outside_load`` as mean shares and
-    ``frequency_change`` (``None``: not known); ``steady`` is what :func:`steadiness` found; ``ruler`` is
+    ``facts`` is the trial's ``trial.json``; ``host`` says how noisy the machine was;
+    ``steady`` is what :func:`steadiness` found; ``ruler`` is
     the run's calibration of the generator with this trial's protocol (:func:`calibrate`); ``gpus`` are the
     figures of each (:func:`gpu_figures`). What an injected fault does to a server is a result, never a
     reason.
@@ -78,25 +66,25 @@ def judge(
 
 
 def _invalid(code: str, text: str, remedy: str) -> Reason:
-    return Reason(code, text, remedy, "INVALID")
+    return Reason(code=code, text=text, remedy=remedy, effect="INVALID")
 
 
-def _completeness(facts: Mapping[str, Any]) -> list[Reason]:
-    if facts["state"] == "done":
+def _unknown(code: str, text: str, remedy: str) -> Reason:
+    return Reason(code=code, text=text, remedy=remedy, effect="UNKNOWN")
+
+
+def _completeness(facts: TrialFacts) -> list[Reason]:
+    if facts.state == "done":
         return []
-    error = facts.get("error") or {}
-    told = error.get("message", "the harness was stopped before the trial ended")
-    return [
-        _invalid(
-            "incomplete", f"the trial did not finish ({facts['state']}): {told}", error.get("remedy") or "run it again"
-        )
-    ]
+    error = facts.error or TrialError(message="the harness was stopped before the trial ended")
+    text = f"the trial did not finish ({facts.state}): {error.message}"
+    return [_invalid("incomplete", text, error.remedy or "run it again")]
 
 
-def _generator(facts: Mapping[str, Any], trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
+def _generator(facts: TrialFacts, trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
     reasons = []
-    generator = facts.get("load_generator") or {}
-    if lost := [worker["lost"] for worker in generator.get("workers") or () if worker["lost"]]:
+    generator = facts.load_generator or LoadGeneratorFacts()
+    if lost := [worker.lost for worker in generator.workers if worker.lost]:
         reasons.append(
             _invalid("worker-lost", "; ".join(lost), "look at that machine, and at load-generator.log; run it again")
         )
@@ -109,7 +97,7 @@ def _generator(facts: Mapping[str, Any], trace: Measured, ruler: Mapping[str, An
             )
         )
     # The generator's own lateness: the send lag also holds the wait for a connection, which is the server's.
-    p99, limit = generator.get("start_lag_p99_ms"), tolerated_ms(trace)
+    p99, limit = generator.start_lag_p99_ms, tolerated_ms(trace)
     if p99 is not None and p99 > limit:
         reasons.append(
             _invalid(
@@ -133,9 +121,7 @@ def _proven(trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
     """Whether this run's own calibration has shown that the generator can send what it was asked to."""
     if "ceiling_rps" not in ruler:
         why = ruler.get("error") or "the run holds no calibration of this protocol"
-        return [
-            Reason("not-calibrated", f"what the generator can send was not measured: {why}", "run it again", "UNKNOWN")
-        ]
+        return [_unknown("not-calibrated", f"what the generator can send was not measured: {why}", "run it again")]
     peak, ceiling = float(most_at_once(trace.intended_ns, 1.0)), ruler["ceiling_rps"] or 0.0
     if peak <= ceiling:
         return []
@@ -148,48 +134,42 @@ def _proven(trace: Measured, ruler: Mapping[str, Any]) -> list[Reason]:
     ]
 
 
-def _clocks(facts: Mapping[str, Any], trace: Measured) -> list[Reason]:
+def _clocks(facts: TrialFacts, trace: Measured) -> list[Reason]:
     """Whether the instants of workers on other machines can be set beside each other and beside the faults."""
     # One that did not live to its end has nothing to say of its clock, and is told elsewhere.
-    workers = [w for w in (facts.get("load_generator") or {}).get("workers") or () if w["cpu_s"] is not None]
-    uncertain = [w["clock_uncertainty_ms"] for w in workers]
+    workers = [worker for worker in (facts.load_generator or LoadGeneratorFacts()).workers if worker.cpu_s is not None]
+    known = [worker.clock_uncertainty_ms for worker in workers if worker.clock_uncertainty_ms is not None]
     limit = tolerated_ms(trace)
-    if any(value is None for value in uncertain):
+    if len(known) < len(workers):
         text = "a load worker's clock could not be read again after the replay"
-    elif max(uncertain, default=0.0) > limit:
+    elif max(known, default=0.0) > limit:
         text = (
-            f"a load worker's clock is known to {max(uncertain):.2f} ms only, more than {limit:.2f} ms (the larger of 1 ms "
+            f"a load worker's clock is known to {max(known):.2f} ms only, more than {limit:.2f} ms (the larger of 1 ms "
             "and a tenth of the median response time)"
         )
     else:
         return []
-    return [
-        Reason(
-            "clock-uncertain",
-            text,
-            "use a faster network to the load workers on other machines, or fewer of them",
-            "UNKNOWN",
-        )
-    ]
+    remedy = "use a faster network to the load workers on other machines, or fewer of them"
+    return [_unknown("clock-uncertain", text, remedy)]
 
 
-def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list[Reason]:
+def _server(facts: TrialFacts, trace: Measured, warmup: Measured) -> list[Reason]:
     reasons = []
-    outputs = facts.get("outputs") or {}
-    if wrong := outputs.get("mismatched", 0):
+    outputs = facts.outputs or Outputs()
+    if outputs.mismatched:
         reasons.append(
             _invalid(
                 "output-mismatch",
-                f"{wrong} of {outputs['checked']} checked answers differ from the reference"
-                + (f": {outputs['example']}" if outputs.get("example") else ""),
+                f"{outputs.mismatched} of {outputs.checked} checked answers differ from the reference"
+                + (f": {outputs.example}" if outputs.example else ""),
                 "the server does not run the same model, or mixes requests up: do not compare it",
             )
         )
-    elif trace.ok.any() and outputs and not outputs["checked"]:
+    elif trace.ok.any() and facts.outputs and not outputs.checked:
         reasons.append(
             _invalid("outputs-unchecked", "no answer of the run was compared with the reference", "run it again")
         )
-    if facts["state"] == "done" and not len(trace):
+    if facts.state == "done" and not len(trace):
         reasons.append(
             _invalid("nothing-measured", "the trace had no arrivals", "choose a trace or a window with some")
         )
@@ -201,17 +181,16 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
         reasons.append(
             _invalid("never-warm", f"none of {len(warmup)} warm-up requests was answered", "lengthen warmup.duration_s")
         )
-    if missing := facts.get("not_applied"):
+    if facts.not_applied:
         reasons.append(
             _invalid(
                 "configuration-not-applied",
-                "the server reports other settings than were asked for: " + "; ".join(missing),
+                "the server reports other settings than were asked for: " + "; ".join(facts.not_applied),
                 "read server/config in the trial's folder, and the server's log",
             )
         )
-    injected = sum(fault["injected_s"] is not None for fault in facts.get("faults") or [])
-    planned = facts.get("planned_faults", 0)
-    if facts["state"] == "done" and injected < planned:
+    injected, planned = len(facts.injected), facts.planned_faults
+    if facts.state == "done" and injected < planned:
         reasons.append(
             _invalid(
                 "fault-missed",
@@ -219,24 +198,24 @@ def _server(facts: Mapping[str, Any], trace: Measured, warmup: Measured) -> list
                 "choose a target that exists at that time",
             )
         )
-    probe = facts.get("final_probe")
-    if probe and not injected:
-        if not probe["process_alive"] or facts.get("node_deaths"):
+    probe = facts.final_probe
+    if probe is not None and not injected:
+        if not probe.process_alive or facts.node_deaths:
             reasons.append(
                 _invalid("server-died", "the server's main process ended during the trial", "read the server's log")
             )
-        elif is_wedged(probe):
-            text = f"in the end {contradiction(probe)}"
+        elif probe.wedged:
+            text = f"in the end {probe.contradiction}"
             reasons.append(_invalid("wedged", text, "read the server's log; report it upstream"))
     return reasons
 
 
-def expects_steady(facts: Mapping[str, Any]) -> bool:
+def expects_steady(facts: TrialFacts) -> bool:
     """Whether nothing about the load or the server was meant to change: no transient trace, no injected fault."""
-    return not facts.get("transient") and not any(f["injected_s"] is not None for f in facts.get("faults") or [])
+    return not facts.transient and not facts.injected
 
 
-def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Reason]:
+def _host(facts: TrialFacts, host: ResourceUse) -> list[Reason]:
     """Noise of the machine, by the mean over the trace.
 
     Frequency: only a fall counts, for governors raise it when load comes; and only under load that is meant to be the
@@ -244,60 +223,59 @@ def _host(facts: Mapping[str, Any], host: Mapping[str, float | None]) -> list[Re
     whatever the cores do: no fall can be seen there, and steal, where it is told, says more.
     """
     texts = []
-    steal, outside = host.get("steal"), host.get("outside_load")
+    steal, outside, change = host.steal, host.outside_load, host.frequency_change
     if steal is not None and np.isfinite(steal) and steal > STEAL_LIMIT:
         texts.append(f"the hypervisor took {steal:.1%} of the CPU time")
     if outside is not None and np.isfinite(outside) and outside > OUTSIDE_LOAD_LIMIT:
         texts.append(f"processes outside the trial used {outside:.1%} of the CPU")
-    change = host.get("frequency_change")
     if change is not None and change < -FREQUENCY_LIMIT and expects_steady(facts):
         texts.append(f"the CPU frequency fell by {-change:.0%} from the first half of the trace to the second")
     if not texts:
         return []
-    return [Reason("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials", "UNKNOWN")]
+    return [_unknown("noisy-host", "; ".join(texts), "stop other load and run again, or use more trials")]
 
 
-def _gpus(gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
+def _gpus(gpus: Sequence[GpuFigures]) -> list[Reason]:
     """What makes figures of a GPU those of its cooling, its power limit or its neighbours."""
     reasons = []
-    if lost := [gpu["gpu"] for gpu in gpus if gpu["lost"]]:
+    if lost := [gpu.gpu for gpu in gpus if gpu.lost]:
         remedy = "look for «Xid» in dmesg; reset it (nvidia-smi -r), or restart the machine"
         reasons.append(_invalid("gpu-lost", f"the driver lost {', '.join(lost)} during the trial", remedy))
-    if throttled := [gpu for gpu in gpus if (gpu["throttled"] or 0.0) > THROTTLED_LIMIT]:
+    if throttled := [gpu for gpu in gpus if (gpu.throttled or 0.0) > THROTTLED_LIMIT]:
         texts = [
-            f"{gpu['gpu']} for {gpu['throttled']:.0%} of the trace ("
-            + ", ".join(f"{kind} {gpu[f'throttled_{kind}']:.0%}" for kind in _COOLING if gpu[f"throttled_{kind}"])
+            f"{gpu.gpu} for {gpu.throttled:.0%} of the trace ("
+            + ", ".join(f"{kind} {share:.0%}" for kind, share in _throttled(gpu).items())
             + ")"
             for gpu in throttled
         ]
-        remedies = [remedy for kind, remedy in _COOLING.items() if any(gpu[f"throttled_{kind}"] for gpu in throttled)]
+        remedies = [remedy for kind, remedy in _COOLING.items() if any(kind in _throttled(gpu) for gpu in throttled)]
         text = f"clocks were held down: {'; '.join(texts)}"
-        reasons.append(Reason("gpu-throttled", text, "; ".join(remedies), "UNKNOWN"))
+        reasons.append(_unknown("gpu-throttled", text, "; ".join(remedies)))
     if shared := [text for text in map(_others_on, gpus) if text]:
         remedy = "end them (nvidia-smi lists them), or choose another GPU by CUDA_VISIBLE_DEVICES"
-        reasons.append(Reason("gpu-shared", "; ".join(shared), remedy, "UNKNOWN"))
+        reasons.append(_unknown("gpu-shared", "; ".join(shared), remedy))
     return reasons
 
 
-def _shared_memory(facts: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]]) -> list[Reason]:
+def _shared_memory(facts: TrialFacts, gpus: Sequence[GpuFigures]) -> list[Reason]:
     """What makes figures of models that share a GPU's memory those of more memory than is said."""
-    if not facts.get("memory"):
+    if facts.memory is None:
         return []
-    budget_bytes = facts["memory"]["budget_bytes"]
+    budget_bytes = facts.memory.budget_bytes
     reasons = []
-    told = [gpu["server_memory_bytes"] for gpu in gpus]
+    told = [gpu.server_memory_bytes for gpu in gpus]
     taken = max((held for held in told if held is not None), default=0.0)
     if None in told:
         text = "the driver does not tell what the server's processes hold of the GPU's memory, which its models share"
         reasons.append(
-            Reason("memory-untold", text, "run where it does: some containers and some MIG drivers do not", "UNKNOWN")
+            _unknown("memory-untold", text, "run where it does: some containers and some MIG drivers do not")
         )
     if taken > budget_bytes:
         text = f"the server's processes held up to {taken / MIB:,.0f} MiB of the GPU, not {budget_bytes / MIB:,.0f} MiB"
         remedy = (
             "let models.size_mb be what a loaded copy holds, the context of its process included, or raise memory_mb"
         )
-        reasons.append(Reason("memory-exceeded", text, remedy, "UNKNOWN"))
+        reasons.append(_unknown("memory-exceeded", text, remedy))
     return reasons
 
 
@@ -308,20 +286,26 @@ _COOLING = {
 }
 
 
-def _others_on(gpu: Mapping[str, Any]) -> str | None:
+def _throttled(gpu: GpuFigures) -> dict[str, float]:
+    """For which share of the readings its clocks were held down, by what did it."""
+    by = {"thermal": gpu.throttled_thermal, "power": gpu.throttled_power, "hardware": gpu.throttled_hardware}
+    return {kind: share for kind, share in by.items() if share}
+
+
+def _others_on(gpu: GpuFigures) -> str | None:
     """What processes that are not the server's had of a GPU, if that is too much."""
-    memory, use, count = gpu["other_memory_bytes"], gpu["other_utilization"], gpu["other_processes"] or 0
+    memory, use, count = gpu.other_memory_bytes, gpu.other_utilization, gpu.other_processes or 0
     had = []
     if (use or 0.0) > OTHER_GPU_USE_LIMIT:
-        had.append(f"used {use:.0%} of {gpu['gpu']}")
+        had.append(f"used {use:.0%} of {gpu.gpu}")
     if (memory or 0.0) > OTHER_GPU_MEMORY_LIMIT:
-        had.append(f"held {memory / 2**30:.1f} GiB of {gpu['gpu']}")
+        had.append(f"held {(memory or 0.0) / 2**30:.1f} GiB of {gpu.gpu}")
     if count and memory is None:
-        had.append(f"were {count:.0f} on {gpu['gpu']} (of which the driver tells no memory)")
+        had.append(f"were {count:.0f} on {gpu.gpu} (of which the driver tells no memory)")
     return f"processes outside the trial {' and '.join(had)}" if had else None
 
 
-def _steadiness(facts: Mapping[str, Any], warmup: Measured, steady: Steadiness | None) -> list[Reason]:
+def _steadiness(facts: TrialFacts, warmup: Measured, steady: Steadiness | None) -> list[Reason]:
     """Whether the figures would be others had the trace begun later or lasted longer."""
     if steady is None or not expects_steady(facts):
         return []
@@ -346,7 +330,7 @@ def _steadiness(facts: Mapping[str, Any], warmup: Measured, steady: Steadiness |
         remedies.append(_OVERLOAD if grew else _LONGER)
     if not texts:
         return []
-    return [Reason("not-steady", "; ".join(texts), "; ".join(dict.fromkeys(remedies)), "UNKNOWN")]
+    return [_unknown("not-steady", "; ".join(texts), "; ".join(dict.fromkeys(remedies)))]
 
 
 _OVERLOAD = "lower the rate if the server cannot keep up with it, else find in its log what grows or fails"

@@ -23,6 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tailrace.harness.errors import InputError, StorageError, TailraceError
+from tailrace.harness.records.facts import TrialFacts
 from tailrace.harness.records.schema import REQUEST_SCHEMA, SAMPLE_SCHEMA
 from tailrace.harness.records.tables import read_table
 
@@ -90,12 +91,12 @@ class TrialFolder:
     @property
     def done(self) -> bool:
         """Whether the trial has run to its end; one that failed or was cut off has not."""
-        return self.facts_path.is_file() and self.facts["state"] == "done"
+        return self.facts_path.is_file() and self.facts.state == "done"
 
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do: the trial is done, or whoever watched it had seen enough."""
-        return self.facts_path.is_file() and self.facts["state"] in ("done", "pruned")
+        return self.facts_path.is_file() and self.facts.settled
 
     @property
     def server(self) -> Path:
@@ -103,9 +104,13 @@ class TrialFolder:
         return self.folder / "server"
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
-        """``trial.json``."""
-        return _read_json(self.facts_path)
+    def facts(self) -> TrialFacts:
+        """``trial.json``. Raises :class:`StorageError` for a file that is damaged."""
+        return TrialFacts.load(_read_json(self.facts_path), self.facts_path)
+
+    def write(self, facts: TrialFacts) -> None:
+        """Write ``trial.json``. Raises :class:`StorageError` when the disk refuses."""
+        write_json(self.facts_path, facts.dump())
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
@@ -115,7 +120,7 @@ class TrialFolder:
         """
         path = self.folder / "events.jsonl"
         events: list[dict[str, Any]] = []
-        epoch = self.facts.get("epoch_mono_ns")
+        epoch = self.facts.epoch_mono_ns
         if not path.exists():
             return events
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tailrace.harness.plan.cells import TrialPlan
+    from tailrace.harness.records.summary import TrialSummary
     from tailrace.harness.replay.driver import Progress
 
 
@@ -24,5 +25,5 @@ class Observer:
     def progress(self, plan: TrialPlan, progress: Progress) -> None:
         """The load generator's live figures. A :class:`TrialPrunedError` that is raised here ends the trial, in order."""
 
-    def trial_ends(self, plan: TrialPlan, summary: dict[str, Any]) -> None:
+    def trial_ends(self, plan: TrialPlan, summary: TrialSummary) -> None:
         """A trial is over and analysed."""

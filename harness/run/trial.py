@@ -33,7 +33,7 @@ from tailrace.harness.plan.experiment import Client
 from tailrace.harness.plan.resolved import ResolvedCell
 from tailrace.harness.plan.schedule import Phase
 from tailrace.harness.processes import descendants, log_tail
-from tailrace.harness.records.probe import Probe, contradiction
+from tailrace.harness.records.probe import Probe
 from tailrace.harness.records.store import EventLog, TrialFolder, write_json
 from tailrace.harness.records.tables import finish_table
 from tailrace.harness.replay.driver import LoadGenerator, Progress, ReplayResult, Workers
@@ -601,11 +601,11 @@ class Trial:
         Raises :class:`ServerError` when the trial was ended early because the server was wedged.
         """
         probe, answer = (self._wedged, None) if self._wedged is not None else self._ask_state(deployment)
-        self.facts["final_probe"] = dict(probe)
-        events.write("final-probe", **probe, answer=answer)
+        self.facts["final_probe"] = probe.dump()
+        events.write("final-probe", **probe.dump(), answer=answer)
         if self._wedged is not None:
             raise ServerError(
-                f"{self._setup.adapter.name} is wedged: {contradiction(probe)}, for {SILENCE_S:.0f} s and a probe; the "
+                f"{self._setup.adapter.name} is wedged: {probe.contradiction}, for {SILENCE_S:.0f} s and a probe; the "
                 "trial was ended",
                 remedy=f"read the log: {deployment.log}; report it upstream",
                 detail=log_tail(deployment.log),
@@ -625,7 +625,7 @@ class Trial:
         while (ready := deployment.claims_ready()) != answer.ok and answer.ok and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         alive = deployment.alive()
-        probe = {"process_alive": alive, "claims_ready": ready, "answers": answer.ok, "busy": busy}
+        probe = Probe(process_alive=alive, claims_ready=ready, answers=answer.ok, busy=busy)
         return probe, None if answer.ok else answer.text
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tailrace.harness.records.probe import Probe, is_wedged
+from tailrace.harness.records.probe import Probe
 from tailrace.harness.replay.driver import Progress
 
 SILENCE_S = 60.0
@@ -55,7 +55,7 @@ class WedgeWatch(threading.Thread):
             if silent_s < self._silence_s or self._failed == self._failed_before or self._excused():
                 continue
             probe = self._probe()
-            if is_wedged(probe) and not self._stopped.is_set():
+            if probe.wedged and not self._stopped.is_set():
                 self.found = probe
                 self._on_wedged()
                 return
