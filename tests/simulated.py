@@ -13,6 +13,7 @@ from tailrace.simulator.calibration import Trial
 from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
 from tailrace.simulator.system import Batching, Service, System
 from tailrace.traces import catalogue
+from tests.records import trial_summary
 
 TUNING = {"max_batch": 16, "batch_window_ms": 10, "replicas": 3}
 TRUE = System(
@@ -45,16 +46,16 @@ def measured_trial(system: System, seed: int, *, counters: bool = True, **figure
         arrivals_ns=trace.arrivals_ns,
         response_ms=simulated.response_ms(),
         span_ns=trace.span_ns,
-        figures={
-            "tuning": TUNING,
-            "devices": 3,
-            "device": "emulated",
-            "slo_ms": 120,
-            **told,
-            "utilization": simulated.busy_ns / (simulated.span_ns * 3),
-            "batch_size_mean": None,
-            "cold_start_phases_s": {"port_open_s": 2.0, "ready_s": 2.8, "first_answer_s": 2.9},
-            **figures,
-        },
+        figures=trial_summary(
+            **{
+                "tuning": TUNING,
+                "devices": 3,
+                "slo_ms": 120,
+                **{name: told[name] for name in ("p50_ms", "p99_ms", "goodput_rps", "slo_attainment")},
+                "utilization": simulated.busy_ns / (simulated.span_ns * 3),
+                "cold_start_phases_s": {"port_open_s": 2.0, "ready_s": 2.8, "first_answer_s": 2.9},
+                **figures,
+            }
+        ),
         samples=counted(simulated, system.service) if counters else Samples(SAMPLE_SCHEMA.empty_table()),
     )

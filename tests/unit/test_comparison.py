@@ -27,8 +27,10 @@ from tailrace.harness.analysis.comparison import (
     t_interval,
 )
 from tailrace.harness.analysis.summary import summarise
-from tailrace.harness.records.store import RunFolder, write_json
+from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import CellSummary, Comparison, RunSummary, TrialSummary
 from tailrace.reports.report import build
+from tests.records import cell_summary, change, trial_summary
 from tests.synthetic import make_run
 
 
@@ -94,25 +96,25 @@ def test_what_is_not_known_has_no_ratio() -> None:
 # ---------------------------------------------------------------- verdicts
 
 
-def cell(adapter: str, **changes: Any) -> dict[str, Any]:
-    return {"cell": f"{adapter}--calm", "adapter": adapter, "scenario": "calm", "verdict": "VALID", **changes}
+def cell(adapter: str, **changes: Any) -> CellSummary:
+    return cell_summary(**{"cell": f"{adapter}--calm", "adapter": adapter, **changes})
 
 
-def trials(adapter: str, p99: list[float | None], goodput: float = 100.0, state: str = "done") -> list[dict[str, Any]]:
+def trials(adapter: str, p99: list[float | None], goodput: float = 100.0, state: str = "done") -> list[TrialSummary]:
     return [
-        {
-            "cell": f"{adapter}--calm",
-            "number": number + 1,
-            "state": state,
-            "p99_ms": value,
-            "p50_ms": value,
-            "goodput_rps_per_device": goodput,
-        }
+        trial_summary(
+            cell=f"{adapter}--calm",
+            number=number + 1,
+            state=state,
+            p99_ms=value,
+            p50_ms=value,
+            goodput_rps_per_device=goodput,
+        )
         for number, value in enumerate(p99)
     ]
 
 
-def told(*members: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+def told(*members: list[TrialSummary], **changes: Any) -> dict[str, Comparison]:
     cells = [cell("a"), cell("b", **changes)]
     return {c.figure: c for c in comparisons(cells, [trial for group in members for trial in group])}
 
@@ -148,7 +150,7 @@ def test_two_blocks_show_nothing_and_say_why() -> None:
 
 def test_blocks_are_pairs_by_number_of_trials_that_finished() -> None:
     broken = trials("a", [10.0] * 5)
-    broken[1]["state"] = "failed"
+    broken[1].state = "failed"
     assert told(broken, trials("b", [20, 20, 20, 20]))["p99_ms"].blocks == 3
 
 
@@ -175,7 +177,7 @@ def test_only_other_adapters_under_the_same_scenario_are_compared() -> None:
 # ---------------------------------------------------------------- where they are read
 
 
-def _shown(summary: dict[str, Any], width: int = 200) -> str:
+def _shown(summary: RunSummary, width: int = 200) -> str:
     out = io.StringIO()
     read(Console(file=out, width=width), *summary_parts(summary))
     return out.getvalue()
@@ -184,10 +186,11 @@ def _shown(summary: dict[str, Any], width: int = 200) -> str:
 def test_terminal_and_report_tell_the_comparisons_of_the_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", scenarios=("no-fault",), trials=3, span_s=12)
     summary = summarise(run)
-    (p99,) = [c for c in summary["comparisons"] if c["figure"] == "p99_ms"]
-    (line,) = comparison_lines(summary["comparisons"])
+    (p99,) = [c for c in summary.comparisons if c.figure == "p99_ms"]
+    (line,) = comparison_lines(summary.comparisons)
     assert line.startswith("no-fault: triton ÷ ray_serve (3 blocks): p99 ")
-    assert f"{p99['ratio']:.3f} [{p99['interval'][0]:.3f}, {p99['interval'][1]:.3f}] {p99['verdict']}" in line
+    assert p99.interval is not None
+    assert f"{p99.ratio:.3f} [{p99.interval[0]:.3f}, {p99.interval[1]:.3f}] {p99.verdict}" in line
     assert line in _shown(summary)
     assert "optimistic" not in _shown(summary), "the intervals are over trials"
     page = build([run])
@@ -197,9 +200,7 @@ def test_terminal_and_report_tell_the_comparisons_of_the_summary(tmp_path: Path)
 def test_with_too_few_blocks_one_line_says_so_and_intervals_within_trials_are_called_optimistic(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", scenarios=("no-fault",), trials=1, span_s=12)
     summary = summarise(run)
-    assert comparison_lines(summary["comparisons"]) == [
-        "no adapter was shown to differ from another: fewer than 3 blocks"
-    ]
+    assert comparison_lines(summary.comparisons) == ["no adapter was shown to differ from another: fewer than 3 blocks"]
     shown = _shown(summary)
     assert "†" in shown and "as if arrivals were independent: optimistic" in shown
     assert '<span class="ends">[' in build([run])
@@ -209,7 +210,7 @@ def test_with_too_few_blocks_one_line_says_so_and_intervals_within_trials_are_ca
 
 def test_a_cell_with_an_invalid_trial_is_compared_with_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", scenarios=("no-fault",), trials=3, span_s=12)
-    victim = next(trial for trial in run.trials if trial.facts["adapter"] == "triton")
-    write_json(victim.facts_path, {**victim.facts, "outputs": {"checked": 9, "mismatched": 1, "example": None}})
+    victim = next(trial for trial in run.trials if trial.facts.adapter == "triton")
+    change(victim, outputs={"checked": 9, "mismatched": 1, "example": None})
     summary = summarise(RunFolder.open(run.folder))
-    assert {c["reason"] for c in summary["comparisons"]} == {"triton INVALID"}
+    assert {c.reason for c in summary.comparisons} == {"triton INVALID"}

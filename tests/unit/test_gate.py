@@ -29,6 +29,7 @@ from tailrace.harness.analysis.summary import summarise
 from tailrace.harness.errors import InputError
 from tailrace.harness.records.store import RunFolder, write_json
 from tests.conftest import tailrace
+from tests.records import change
 from tests.synthetic import make_run
 
 RULES = parse_rules(DEFAULT_RULES)
@@ -418,8 +419,8 @@ def test_a_saved_baseline_is_what_the_run_was_and_small(runs: Path, tmp_path: Pa
     assert path.stat().st_size < 20_000
     saved, fresh = load(path), of_run(run)
     assert saved.cells == fresh.cells
-    summary = summarise(run)["trials"][0]
-    trial = next(t for t in saved.cells[summary["cell"]].trials if t.number == summary["number"])
+    summary = summarise(run).trials[0]
+    trial = next(t for t in saved.cells[summary.cell].trials if t.number == summary.number)
     assert trial.figures == {key: summary[key] for key in FIGURES}
     assert trial.seed == run.manifest["trials"][0]["seed"]
     assert find("main", tmp_path / "baselines") == find(str(path), tmp_path) == saved
@@ -488,7 +489,7 @@ def test_what_a_run_measured_under_is_read_from_its_manifest(runs: Path) -> None
 def test_an_invalid_run_is_no_baseline_and_one_that_has_not_ended_is_not_judged(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3, span_s=12)
     last = run.trials[-1]
-    write_json(last.facts_path, {**last.facts, "state": "failed"})
+    change(last, state="failed")
     with pytest.raises(InputError, match=r"holds INVALID trials: triton--no-fault 3"):
         save(RunFolder.open(run.folder), "main", tmp_path)
     last.facts_path.unlink()

@@ -19,16 +19,18 @@ from hypothesis import strategies as st
 from tailrace.harness.analysis.gpu_figures import gpu_figures, gpus_power_w
 from tailrace.harness.analysis.metrics import Measured
 from tailrace.harness.analysis.samples import Samples
-from tailrace.harness.analysis.verdicts import Reason, judge
+from tailrace.harness.analysis.verdicts import judge
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.gpus import Gpu, gpus
 from tailrace.harness.machine import hardware
 from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
+from tailrace.harness.records.summary import Reason, ResourceUse
 from tailrace.harness.records.tables import finish_table, read_table
 from tailrace.harness.run.collectors import Reading, Sampler
 from tailrace.harness.run.gpu_collectors import DcgmExporter, NvidiaGpus
 from tailrace.harness.servers.devices import device_environment
 from tests.fake_nvml import LOST, UNSUPPORTED, FakeGpu, FakeNvml, install
+from tests.records import facts
 from tests.synthetic import calibration
 
 SPAN_S = 10.0
@@ -349,17 +351,17 @@ def test_the_energy_counter_is_believed_before_the_power_gauge(counted_w: float,
     rows = [(float(t), "gpu", "gpu-0", "power_w", gauge_w) for t in range(-1, 12)]
     counter = [(float(t), "gpu", "gpu-0", "energy_j_total", 5e4 + counted_w * t) for t in range(-1, 12)]
     (both,) = gpu_figures(samples_of(rows + counter), SPAN_S)
-    assert both["energy_j"] == pytest.approx(counted_w * SPAN_S)
-    assert both["energy_from"] == "counter"
+    assert both.energy_j == pytest.approx(counted_w * SPAN_S)
+    assert both.energy_from == "counter"
     (gauge,) = gpu_figures(samples_of(rows), SPAN_S)
-    assert gauge["energy_j"] == pytest.approx(gauge_w * SPAN_S)
-    assert gauge["energy_from"] == "power"
+    assert gauge.energy_j == pytest.approx(gauge_w * SPAN_S)
+    assert gauge.energy_from == "power"
     assert gpus_power_w([both, gauge], 2, SPAN_S) == pytest.approx(counted_w + gauge_w)
     (silent,) = gpu_figures(samples_of([(1.0, "gpu", "gpu-0", "utilization", 0.5)]), SPAN_S)
-    assert silent["energy_j"] is silent["energy_from"] is None
+    assert silent.energy_j is silent.energy_from is None
 
 
-def _verdict(rows: list[tuple[float, str, str, str, float]], **facts: Any) -> tuple[str, list[Reason]]:
+def _verdict(rows: list[tuple[float, str, str, str, float]], **told: Any) -> tuple[str, list[Reason]]:
     """Of a trial in which nothing else is amiss."""
     intended_ns = np.arange(500, dtype=np.int64) * 1_000_000
     sent_ns = intended_ns + 100_000
@@ -367,7 +369,7 @@ def _verdict(rows: list[tuple[float, str, str, str, float]], **facts: Any) -> tu
     trace = Measured(intended_ns, sent_ns, sent_ns, intended_ns + 50_000_000, outcome)
     nothing = Measured(*(array[:0] for array in (intended_ns, sent_ns, sent_ns, sent_ns, outcome)))
     figures = gpu_figures(samples_of(rows), SPAN_S)
-    return judge({"state": "done", **facts}, trace, nothing, {"steal": 0.0}, ruler=calibration(1000.0), gpus=figures)
+    return judge(facts(**told), trace, nothing, ResourceUse(steal=0.0), ruler=calibration(1000.0), gpus=figures)
 
 
 def _gauge(metric: str, readings: list[float], scope: str = "gpu-0") -> list[tuple[float, str, str, str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tailrace.reports.evidence import view
 from tailrace.simulator.calibration import read_trial
 from tailrace.traces.catalogue import load
 from tests.conftest import tailrace
+from tests.records import change
 from tests.synthetic import make_run
 
 
@@ -141,20 +141,19 @@ def served_two(tmp_path: Path) -> RunFolder:
         columns["done_ns"] = np.asarray(requests["done_ns"].to_numpy()) + late
         table = pa.table(columns, schema=requests.schema)
         pq.write_table(table, trial.folder / "requests.parquet")
-        facts = {**trial.facts, "models": ["m-00", "m-01"]}
-        (trial.folder / "trial.json").write_text(json.dumps(facts))
+        change(trial, models=["m-00", "m-01"])
     return RunFolder.open(run.folder)
 
 
 def test_each_model_has_figures_of_its_own(served_two: RunFolder) -> None:
     summary = summarise(served_two)
-    for figures in (*summary["trials"], *summary["cells"]):
-        fast, slow = figures["models"]
-        assert (fast["model"], slow["model"]) == ("m-00", "m-01")
-        assert fast["arrivals"] + slow["arrivals"] == figures["arrivals"]
-        assert fast["good"] + slow["good"] == figures["good"]
-        assert slow["p50_ms"] - fast["p50_ms"] > 400
-        assert slow["slo_attainment"] == 0 < fast["slo_attainment"]
+    for figures in (*summary.trials, *summary.cells):
+        fast, slow = figures.models
+        assert (fast.model, slow.model) == ("m-00", "m-01")
+        assert fast.arrivals + slow.arrivals == figures.arrivals
+        assert fast.good + slow.good == figures.good
+        assert slow.p50_ms - fast.p50_ms > 400
+        assert slow.slo_attainment == 0 < fast.slo_attainment
     rows = rows_by_model(view([served_two])[0].cells)
     assert [row[1:3] for row in rows] == [("m-00", "89.9\u202f%"), ("m-01", "10.0\u202f%")]
     with pytest.raises(InputError, match="had 2 models"):
@@ -166,6 +165,6 @@ def test_a_model_that_nobody_asked_for_claims_nothing(served_two: RunFolder) -> 
     assert requests is not None
     trace = measured(requests, models=("m-00", "m-01", "m-02"))
     idle = by_model(("m-00", "m-01", "m-02"), trace, 200.0)[2]
-    assert (idle["arrivals"], idle["p50_ms"], idle["p99_ms"]) == (0, None, None)
-    assert np.isnan(idle["slo_attainment"])
+    assert (idle.arrivals, idle.p50_ms, idle.p99_ms) == (0, None, None)
+    assert np.isnan(idle.slo_attainment)
     assert by_model((), replace(trace, model=None), 200.0) == []

@@ -18,6 +18,7 @@ from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
 from tailrace.harness.run.preflight import check
 from tests.fake_nvml import FakeGpu, install
+from tests.records import facts, trial_summary
 
 S = 1_000_000_000
 
@@ -164,7 +165,14 @@ def test_a_scenario_may_have_a_memory_of_its_own() -> None:
 
 def test_the_figures_of_a_trial_and_of_its_cell() -> None:
     told = trace((1, 1.9, 2.6, True), (1, 2.4, 2.6, True), (0, 3.0, 3.1, True), (0, 3.5, 9.0, False))
-    plan = {"policy": "lru", "pinned": ("a",), "budget_bytes": 3 * MIB, "sizes": {"a": 1, "b": 1}, "controlled": True}
+    plan = {
+        "policy": "lru",
+        "pinned": ["a"],
+        "at_start": ["a"],
+        "budget_bytes": 3 * MIB,
+        "sizes": {"a": 1, "b": 1},
+        "controlled": True,
+    }
     events = [
         *(
             event("begun", "b", -2.0, pid=5),
@@ -194,22 +202,22 @@ def test_the_figures_of_a_trial_and_of_its_cell() -> None:
         for metric, value in (("memory_free_bytes", mib), ("models_resident", 3 - mib / MIB))
     ]
     samples = Samples(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
-    figures = residence({"memory": plan}, told, ["a", "b"], events, samples, 10.0)
+    figures = residence(facts(memory=plan), told, ["a", "b"], events, samples, 10.0)
     assert figures is not None
     counted = ("loads", "evictions", "load_failures", "refused", "controlled", "pinned", "models", "memory_mb")
-    assert [figures[key] for key in counted] == [1, 1, 1, 1, True, 1, 2, 3]
-    assert figures["reload_mb"] == 100 / MIB
-    assert figures["load_p50_s"] == 0.5
-    assert (figures["headroom_min_mb"], figures["headroom_mean_mb"], figures["resident_mean"]) == (1, 1.5, 1.5)
-    assert [figures[kind]["requests"] for kind in ("cold", "warm", "hot")] == [1, 1, 2]
-    assert figures["cold"]["share"] == 0.25
-    low, high = figures["cold"]["share_ci"]
+    assert [getattr(figures, name) for name in counted] == [1, 1, 1, 1, True, 1, 2, 3]
+    assert figures.reload_mb == 100 / MIB
+    assert figures.load_p50_s == 0.5
+    assert (figures.headroom_min_mb, figures.headroom_mean_mb, figures.resident_mean) == (1, 1.5, 1.5)
+    assert [met.requests for met in (figures.cold, figures.warm, figures.hot)] == [1, 1, 2]
+    assert figures.cold.share == 0.25
+    assert figures.cold.share_ci is not None
+    low, high = figures.cold.share_ci
     assert (round(low, 4), round(high, 4)) == (0.0456, 0.6994), "Wilson's interval of 1 in 4"
-    assert [figures[kind]["failed"] for kind in ("cold", "warm", "hot")] == [0, 0, 1]
-    members = [{"multiplexing": figures, "arrivals": 4}] * 2
-    cell = residence_across(members, lambda kinds, key, ends: {key: len(kinds), ends: None})
+    assert [met.failed for met in (figures.cold, figures.warm, figures.hot)] == [0, 0, 1]
+    cell = residence_across([trial_summary(multiplexing=figures, arrivals=4)] * 2)
     assert cell is not None
-    assert [cell[key] for key in ("loads", "evictions", "load_failures", "refused")] == [2, 2, 2, 2]
-    assert (cell["load_p50_s"], cell["headroom_min_mb"], cell["cold"]["share"]) == (0.5, 1, 0.25)
-    assert residence_across([{"multiplexing": None, "arrivals": 4}], lambda kinds, key, ends: {}) is None
-    assert residence({}, told, ["a", "b"], events, samples, 10.0) is None
+    assert (cell.loads, cell.evictions, cell.load_failures, cell.refused) == (2, 2, 2, 2)
+    assert (cell.load_p50_s, cell.headroom_min_mb, cell.cold.share) == (0.5, 1, 0.25)
+    assert residence_across([trial_summary(arrivals=4)]) is None
+    assert residence(facts(), told, ["a", "b"], events, samples, 10.0) is None

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,29 +18,25 @@ from tailrace.cli.saturate import search
 from tailrace.cli.show import TableOrJson
 from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.records.summary import CellSummary
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_experiment
 from tailrace.tuner.objective import Objective
 from tailrace.tuner.saturation import STEPS_DOWN, find
 from tests.conftest import tailrace
+from tests.records import cell_summary
 
 OBJECTIVE = Objective(100)
 
 
-def saturating_at(point: float, *, noise: float = 0.0) -> Callable[[float], Mapping[str, Any]]:
+def saturating_at(point: float, *, noise: float = 0.0) -> Callable[[float], CellSummary]:
     """A p99 that rises with the rate and meets the objective at ``point``; with ``noise``, its interval is so wide."""
 
-    def measure(rate: float) -> Mapping[str, Any]:
+    def measure(rate: float) -> CellSummary:
         p99_ms = 100 * rate / point if rate < 3 * point else math.inf
         ends = [p99_ms * (1 - noise), p99_ms * (1 + noise)]
-        return {
-            "p99_ms": p99_ms,
-            "p99_ci_ms": ends,
-            "p99_ci_ms_source": "across-trials" if noise else "within-trial",
-            "slo_attainment": 1.0,
-            "arrivals": 1000,
-            "verdict": "VALID",
-        }
+        source = "across-trials" if noise else "within-trial"
+        return cell_summary(p99_ms=p99_ms, p99_ci_ms=ends, p99_ci_ms_source=source, slo_attainment=1.0, arrivals=1000)
 
     return measure
 
@@ -55,10 +52,11 @@ def test_an_experiment_may_ask_for_the_search(
         assert Experiment.model_validate(content).load is None, "each rate is a run without a search"
         return folder
 
-    def summarise(folder: Path) -> dict[str, Any]:
+    def summarise(folder: Path) -> SimpleNamespace:
         point = 300.0 if folder.parent.name == "triton--calm" else 150.0
         rate = float(folder.name.removeprefix("rate-"))
-        return {"cells": [{**saturating_at(point)(rate), "goodput_rps_per_device": rate, "verdict": verdict}]}
+        changes = {"goodput_rps_per_device": rate, "verdict": verdict}
+        return SimpleNamespace(cells=[saturating_at(point)(rate).model_copy(update=changes)])
 
     verdict = "VALID"
 
@@ -136,12 +134,12 @@ def test_everything_holds() -> None:
     ],
 )
 def test_where_a_load_says_nothing_what_was_found_until_then_stands(broken: dict[str, Any] | None, word: str) -> None:
-    def measure(rate: float) -> Mapping[str, Any]:
+    def measure(rate: float) -> CellSummary:
         if rate <= 100:
             return saturating_at(1000)(rate)
         if broken is None:
             raise TailraceError("the server did not come up")
-        return {**saturating_at(1000)(rate), **broken}
+        return saturating_at(1000)(rate).model_copy(update=broken)
 
     found = find(measure, 50, OBJECTIVE)
     assert (found.holds, found.fails, found.ended) == (100, None, "stopped")

@@ -10,6 +10,7 @@ import pytest
 
 from tailrace.harness.errors import InputError, StorageError
 from tailrace.harness.records.store import SCHEMA_VERSION, EventLog, RunFolder, write_json
+from tests.records import facts
 
 
 def test_a_folder_that_holds_anything_is_never_written_to(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_only_trials_that_began_are_listed_in_their_planned_order(tmp_path: Path
     run = RunFolder.create(tmp_path / "run", {"trials": [{"id": name} for name in ("c", "a", "b")]})
     for name in ("a", "c"):
         run.trial(name).folder.mkdir()
-        write_json(run.trial(name).facts_path, {"id": name})
+        run.trial(name).write(facts(id=name))
     assert [trial.id for trial in RunFolder.open(tmp_path / "run").trials] == ["c", "a"]
 
 
@@ -84,7 +85,7 @@ def test_a_trial_is_done_only_when_it_says_so(tmp_path: Path, state: str) -> Non
     run = RunFolder.create(tmp_path / "run", {"trials": [{"id": "a"}]})
     run.trial("a").folder.mkdir()
     assert not run.trial("a").done
-    write_json(run.trial("a").facts_path, {"state": state})
+    run.trial("a").write(facts(state=state))
     assert run.trial("a").done == (state == "done")
 
 

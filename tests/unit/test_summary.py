@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tailrace.harness.analysis.across import across
 from tailrace.harness.analysis.comparison import t_interval
 from tailrace.harness.analysis.gpu_figures import gpu_figures, gpus_power_w
 from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.analysis.summary import (
-    _across,
     goodput_per_dollar,
     goodput_per_joule,
     jsonable,
@@ -24,19 +24,20 @@ from tailrace.harness.analysis.summary import (
     write_summary,
 )
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
-from tailrace.harness.records.store import RunFolder, write_json
+from tailrace.harness.records.store import RunFolder
+from tests.records import change, trial_summary
 from tests.synthetic import make_run
 
 
 def test_counts_close_and_rates_follow_from_them(tmp_path: Path) -> None:
     summary = summarise(make_run(tmp_path / "run", fail_fraction=0.02))
-    for trial in summary["trials"]:
+    for trial in summary.trials:
         outcomes = ("ok", "errors", "shed", "timeouts", "connection_errors", "dropped")
-        assert sum(trial[key] for key in outcomes) == trial["arrivals"] > 0
-        assert trial["goodput_rps"] == pytest.approx(trial["good"] / trial["span_s"])
-        assert trial["goodput_rps_per_device"] == pytest.approx(trial["goodput_rps"] / trial["devices"])
-        assert trial["slo_attainment"] == pytest.approx(trial["good"] / trial["arrivals"])
-        assert trial["good"] <= trial["ok"]
+        assert sum(trial.figure(key) or 0 for key in outcomes) == trial.arrivals > 0
+        assert trial.goodput_rps == pytest.approx(trial.good / trial.span_s)
+        assert trial.goodput_rps_per_device == pytest.approx(trial.goodput_rps / trial.devices)
+        assert trial.slo_attainment == pytest.approx(trial.good / trial.arrivals)
+        assert trial.good <= trial.ok
 
 
 @given(st.floats(0, 1e5), st.integers(1, 16), st.floats(0.01, 1e3), st.floats(1, 1e4))
@@ -82,83 +83,86 @@ def test_dollars_and_joules_are_told_where_price_and_power_are_known(tmp_path: P
         fail_fraction=0.001,
         device="cuda",
     )
-    (cell,) = summarise(run)["cells"]
-    assert cell["goodput_per_dollar"] is cell["goodput_per_dollar_ci"] is cell["device_price_per_hour"] is None
+    (cell,) = summarise(run).cells
+    assert cell.goodput_per_dollar is cell.goodput_per_dollar_ci is cell.device_price_per_hour is None
     for trial in run.trials:
-        write_json(trial.facts_path, {**trial.facts, "device_price_per_hour": 2.5})
+        change(trial, device_price_per_hour=2.5)
     summary = summarise(RunFolder.open(run.folder))
-    (cell,) = summary["cells"]
-    assert cell["device_price_per_hour"] == 2.5
-    assert cell["goodput_per_dollar"] == pytest.approx(cell["goodput_rps_per_device"] * 3600 / 2.5)
-    ends = [end * 3600 / 2.5 for end in cell["goodput_rps_per_device_ci"]]
-    assert cell["goodput_per_dollar_ci"] == pytest.approx(ends)
-    for trial in summary["trials"]:
-        both_w = 2 * trial["gpu_power_w"]  # two GPUs, of which the mean is kept
-        assert trial["goodput_per_joule"] == pytest.approx(trial["goodput_rps"] / both_w)
-    low, high = cell["goodput_per_joule_ci"]
-    assert low < cell["goodput_per_joule"] < high
+    (cell,) = summary.cells
+    assert cell.device_price_per_hour == 2.5
+    assert cell.goodput_per_dollar == pytest.approx(cell.goodput_rps_per_device * 3600 / 2.5)
+    ends = [end * 3600 / 2.5 for end in cell.goodput_rps_per_device_ci]
+    assert cell.goodput_per_dollar_ci == pytest.approx(ends)
+    for trial in summary.trials:
+        both_w = 2 * trial.gpu_power_w  # two GPUs, of which the mean is kept
+        assert trial.goodput_per_joule == pytest.approx(trial.goodput_rps / both_w)
+    assert cell.goodput_per_joule is not None and cell.goodput_per_joule_ci is not None
+    low, high = cell.goodput_per_joule_ci
+    assert low < cell.goodput_per_joule < high
     for key in ("goodput_per_dollar", "goodput_per_joule", "slo_attainment"):
-        assert cell[key] == pytest.approx(np.mean([trial[key] for trial in summary["trials"]]))
-    low, high = cell["slo_attainment_ci"]
-    assert low < cell["slo_attainment"] < high <= 1
+        assert cell.figure(key) == pytest.approx(np.mean([trial.figure(key) for trial in summary.trials]))
+    assert cell.slo_attainment is not None and cell.slo_attainment_ci is not None
+    low, high = cell.slo_attainment_ci
+    assert low < cell.slo_attainment < high <= 1
 
 
 def test_no_interval_of_a_rate_goes_below_nothing() -> None:
-    trials = [{"goodput": 0.0}, {"goodput": 0.0}, {"goodput": 0.4}]
-    told = _across(trials, "goodput", "ci", log=False)
-    assert told["goodput"] == pytest.approx(0.4 / 3)
+    trials = [trial_summary(goodput_rps=rate) for rate in (0.0, 0.0, 0.4)]
+    told = across(trials, "goodput_rps", "ci", log=False)
+    assert told["goodput_rps"] == pytest.approx(0.4 / 3)
     assert told["ci"][0] == 0
     assert told["ci"][1] > 0.4
 
 
 def test_without_a_gpu_nothing_is_said_per_joule(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3, span_s=12)
-    (cell,) = summarise(run)["cells"]
-    assert cell["goodput_per_joule"] is cell["goodput_per_joule_ci"] is None
+    (cell,) = summarise(run).cells
+    assert cell.goodput_per_joule is cell.goodput_per_joule_ci is None
 
 
 def test_a_killed_run_is_summarised_as_far_as_it_went(tmp_path: Path) -> None:
     summary = summarise(make_run(tmp_path / "run", variant="killed"))
-    assert summary["verdict"] == "INVALID"
-    broken = [trial for trial in summary["trials"] if trial["state"] != "done"]
+    assert summary.verdict == "INVALID"
+    broken = [trial for trial in summary.trials if trial.state != "done"]
     assert broken
-    assert all("incomplete" in [reason["code"] for reason in trial["reasons"]] for trial in broken)
+    assert all("incomplete" in [reason.code for reason in trial.reasons] for trial in broken)
 
 
 @pytest.mark.parametrize("variant", ["empty", "one-request"])
 def test_odd_traces_are_summarised_without_inventing_a_percentile(tmp_path: Path, variant: str) -> None:
     summary = write_summary(make_run(tmp_path / "run", variant=variant))
-    for trial in summary["trials"]:
-        assert trial["p99_ms"] is None
-        assert trial["p99_more_needed"] == 368 - trial["arrivals"]
+    for trial in summary.trials:
+        assert trial.p99_ms is None
+        assert trial.p99_more_needed == 368 - trial.arrivals
     told = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert told["trials"][0]["p99_ms"] is None
 
 
 def test_a_trial_that_failed_dooms_its_cell_but_is_no_repetition(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=3)
-    whole = summarise(run)["cells"][0]
+    whole = summarise(run).cells[0]
     victim = run.trials[0]
-    write_json(victim.facts_path, {**victim.facts, "state": "failed", "error": {"message": "it did not come up"}})
+    change(victim, state="failed", error={"message": "it did not come up"})
     (victim.folder / "requests.parquet").unlink()
     run.__dict__.clear()
     run.__init__(tmp_path / "run")  # type: ignore[misc]
-    cell = summarise(run)["cells"][0]
-    assert cell["verdict"] == "INVALID"
-    assert cell["trials"] == 3
-    assert cell["offered_rps"] == pytest.approx(whole["offered_rps"], rel=0.1), "not a third less"
-    assert cell["arrivals"] < whole["arrivals"]
-    assert cell["goodput_rps_per_device_ci"] is None, "two repetitions have no t interval"
+    cell = summarise(run).cells[0]
+    assert cell.verdict == "INVALID"
+    assert cell.trials == 3
+    assert cell.offered_rps == pytest.approx(whole.offered_rps, rel=0.1), "not a third less"
+    assert cell.arrivals < whole.arrivals
+    assert cell.goodput_rps_per_device_ci is None, "two repetitions have no t interval"
 
 
 def test_a_steady_state_is_judged_where_one_is_meant(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",))
-    (trial,) = summarise(run)["trials"]
-    assert 1 < trial["effective_arrivals"] < trial["arrivals"]
-    assert trial["warmup_detected_s"] is trial["drift"] is trial["failure_drift"] is None, "a surge is never steady"
-    write_json(run.trials[0].facts_path, {**run.trials[0].facts, "transient": False})
-    (judged,) = summarise(RunFolder.open(run.folder))["trials"]
-    assert all(math.isfinite(judged[key]) for key in ("warmup_detected_s", "drift", "failure_drift"))
+    (trial,) = summarise(run).trials
+    assert 1 < trial.effective_arrivals < trial.arrivals
+    assert trial.warmup_detected_s is trial.drift is trial.failure_drift is None, "a surge is never steady"
+    change(run.trials[0], transient=False)
+    (judged,) = summarise(RunFolder.open(run.folder)).trials
+    assert None not in (judged.warmup_detected_s, judged.drift, judged.failure_drift)
+    assert all(math.isfinite(judged.figure(key) or 0) for key in ("warmup_detected_s", "drift", "failure_drift"))
 
 
 def test_the_frequency_is_compared_between_the_halves_of_the_trace() -> None:
@@ -199,9 +203,9 @@ def test_t_interval_is_the_textbooks() -> None:
 def test_of_two_trials_the_worse_percentile_stands_for_the_cell(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",), scenarios=("no-fault",), trials=2)
     summary = summarise(run)
-    (cell,) = summary["cells"]
-    assert cell["p99_ms"] == max(trial["p99_ms"] for trial in summary["trials"])
-    assert cell["p99_ci_ms_source"] == "within-trial"
+    (cell,) = summary.cells
+    assert cell.p99_ms == max(trial.p99_ms for trial in summary.trials)
+    assert cell.p99_ci_ms_source == "within-trial"
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tailrace.tuner.objective import Objective, parse_objective
 from tailrace.tuner.pareto import Pick, choose, choose_scaled
 from tailrace.tuner.search import Found, Search, Step, told
 from tests.conftest import tailrace
+from tests.records import cell_summary, trial_summary
 from tests.simulated import TRUE, measured_trial
 
 OBJECTIVE = Objective(120)
@@ -136,7 +138,7 @@ class MadeUp:
         monkeypatch.setattr(Search, "_keep_configuration", lambda *_: None)
         monkeypatch.setattr(RunFolder, "open", lambda folder: folder)
 
-    def run(self, folder: Path, content: Mapping[str, Any], observer: Observer) -> dict[str, Any]:
+    def run(self, folder: Path, content: Mapping[str, Any], observer: Observer) -> SimpleNamespace:
         if folder.name == self.broken:
             raise TailraceError("the server did not come up")
         if folder.name not in self.asked:
@@ -153,26 +155,27 @@ class MadeUp:
                 try:
                     observer.progress(plan, at_the_end(figures))
                 except TrialPrunedError as error:
-                    state, reasons = "pruned", [{"code": "incomplete", "text": error.message}]
-                trials.append(
-                    {
-                        **figures,
-                        "number": number,
-                        "scenario": scenario["name"],
-                        "state": state,
-                        "verdict": "INVALID" if reasons else "VALID",
-                        "reasons": reasons,
-                        "goodput_rps_per_device": figures["goodput_rps"] / 3,
-                        "utilization": figures["utilisation"],
-                        "batch_size_mean": figures["mean_batch"],
-                    }
-                )
+                    state, reasons = (
+                        "pruned",
+                        [{"code": "incomplete", "text": error.message, "remedy": "", "effect": "INVALID"}],
+                    )
+                told = {
+                    "p50_ms": figures["p50_ms"],
+                    "p99_ms": figures["p99_ms"],
+                    "slo_attainment": figures["slo_attainment"],
+                    "goodput_rps_per_device": figures["goodput_rps"] / 3,
+                    "utilization": figures["utilisation"],
+                    "batch_size_mean": figures["mean_batch"],
+                    "scenario": scenario["name"],
+                    "verdict": "INVALID" if reasons else "VALID",
+                }
+                trials.append((told, trial_summary(**told, number=number, state=state, reasons=reasons)))
         cells = [
-            {**max(of, key=lambda trial: trial["p99_ms"]), "trials": len(of), "p99_ci_ms": None}
+            cell_summary(**max(of, key=lambda told: told["p99_ms"]), trials=len(of))
             for scenario in content["scenarios"]
-            if (of := [trial for trial in trials if trial["scenario"] == scenario["name"]])
+            if (of := [told for told, _ in trials if told["scenario"] == scenario["name"]])
         ]
-        return {"trials": trials, "cells": cells}
+        return SimpleNamespace(trials=[trial for _, trial in trials], cells=cells)
 
 
 def at_the_end(figures: Mapping[str, float]) -> Progress:
@@ -263,13 +266,13 @@ class TestTheSearch:
 
 
 def test_words_when_nothing_holds() -> None:
-    step = Step("defaults", None, {"p99_ms": 500.0, "slo_attainment": 0.1})
+    step = Step("defaults", None, trial_summary(p99_ms=500.0, slo_attainment=0.1))
     assert sentences(Found(steps=[step]), OBJECTIVE) == ["No setting that was tried keeps p99 ≤ 120 ms."]
 
 
 def test_a_control_that_beats_all_is_a_miss_of_the_simulator() -> None:
     def step(name: str, p99_ms: float, *, control: bool = False) -> Step:
-        figures = {"p99_ms": p99_ms, "slo_attainment": 0.9}
+        figures = trial_summary(p99_ms=p99_ms, slo_attainment=0.9)
         return Step(name, {"max_batch": 4}, figures, predicted_p99_ms=50.0, control=control)
 
     found = Found(steps=[step("picked", 150), step("control", 110, control=True)], skipped=9)

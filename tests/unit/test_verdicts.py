@@ -11,11 +11,13 @@ import pytest
 
 from tailrace.harness.analysis.metrics import Measured
 from tailrace.harness.analysis.steadiness import Steadiness
-from tailrace.harness.analysis.verdicts import Reason, judge
+from tailrace.harness.analysis.verdicts import judge
 from tailrace.harness.records.schema import Outcome
+from tailrace.harness.records.summary import Reason, ResourceUse
+from tests.records import facts
 from tests.synthetic import calibration
 
-QUIET = {"steal": 0.0, "outside_load": 0.0}
+QUIET = ResourceUse(steal=0.0, outside_load=0.0)
 PROVEN = calibration(1000.0)
 
 
@@ -34,9 +36,10 @@ NOTHING = records(0)
 
 
 def codes(
-    facts: dict[str, Any], trace: Measured, warmup: Measured = NOTHING, **host: float | None
+    told: dict[str, Any], trace: Measured, warmup: Measured = NOTHING, **host: float | None
 ) -> tuple[str, list[str]]:
-    verdict, reasons = judge({"state": "done", **facts}, trace, warmup, {**QUIET, **host}, ruler=PROVEN)
+    noise = QUIET.model_copy(update=host)
+    verdict, reasons = judge(facts(**told), trace, warmup, noise, ruler=PROVEN)
     assert all(reason.text and reason.remedy for reason in reasons)
     return verdict, [reason.code for reason in reasons]
 
@@ -64,13 +67,13 @@ def test_one_dropped_arrival_is_one_too_many() -> None:
 def test_the_generators_lateness_is_judged_against_the_larger_of_1_ms_and_a_tenth_of_the_median(
     response_ms: float, lag_ms: float, expected: list[str]
 ) -> None:
-    facts = {"load_generator": {"start_lag_p99_ms": lag_ms}}
-    assert codes(facts, records(response_ms=response_ms))[1] == expected
+    told = {"load_generator": {"start_lag_p99_ms": lag_ms}}
+    assert codes(told, records(response_ms=response_ms))[1] == expected
 
 
 def test_waiting_for_a_connection_is_the_servers_doing() -> None:
-    facts = {"load_generator": {"start_lag_p99_ms": 0.1}}
-    assert codes(facts, records(response_ms=3000, lag_ms=2000)) == ("VALID", [])
+    told = {"load_generator": {"start_lag_p99_ms": 0.1}}
+    assert codes(told, records(response_ms=3000, lag_ms=2000)) == ("VALID", [])
 
 
 def test_failures_that_take_long_do_not_excuse_a_late_generator() -> None:
@@ -81,8 +84,8 @@ def test_failures_that_take_long_do_not_excuse_a_late_generator() -> None:
 
 
 def test_wrong_answers_make_a_trial_invalid_and_give_the_example() -> None:
-    facts = {"outputs": {"checked": 100, "mismatched": 1, "unchecked": 0, "example": "y[0] is 3"}}
-    verdict, reasons = judge({"state": "done", **facts}, records(), NOTHING, QUIET, ruler=PROVEN)
+    wrong = facts(outputs={"checked": 100, "mismatched": 1, "unchecked": 0, "example": "y[0] is 3"})
+    verdict, reasons = judge(wrong, records(), NOTHING, QUIET, ruler=PROVEN)
     assert verdict == "INVALID"
     assert "y[0] is 3" in reasons[0].text
     assert (
@@ -100,15 +103,15 @@ def test_never_warm() -> None:
 
 
 def test_configuration_not_applied() -> None:
-    facts = {"not_applied": ["max_batch: asked for 16, the server has 8"]}
-    assert codes(facts, records()) == ("INVALID", ["configuration-not-applied"])
+    told = {"not_applied": ["max_batch: asked for 16, the server has 8"]}
+    assert codes(told, records()) == ("INVALID", ["configuration-not-applied"])
 
 
 def test_a_node_that_died_and_was_started_again_has_died_all_the_same() -> None:
-    facts = {"final_probe": WELL, "node_deaths": 1}
-    assert codes(facts, records()) == ("INVALID", ["server-died"])
+    told = {"final_probe": WELL, "node_deaths": 1}
+    assert codes(told, records()) == ("INVALID", ["server-died"])
     fault = {"kind": "kill_node", "injected_s": 1.0}
-    assert codes({**facts, "faults": [fault], "planned_faults": 1}, records()) == ("VALID", [])
+    assert codes({**told, "faults": [fault], "planned_faults": 1}, records()) == ("VALID", [])
 
 
 DEAD = {"process_alive": False, "claims_ready": False, "answers": False}
@@ -123,7 +126,7 @@ WELL = {"process_alive": True, "claims_ready": True, "answers": True}
 def test_the_state_after_the_trial_counts_only_when_no_fault_explains_it(
     probe: dict[str, bool], expected: list[str]
 ) -> None:
-    hit, missed = {"injected_s": 20.0}, {"injected_s": None}
+    hit, missed = {"kind": "kill_node", "injected_s": 20.0}, {"kind": "kill_node", "injected_s": None}
     assert codes({"final_probe": probe, "faults": []}, records())[1] == expected
     assert codes({"final_probe": probe, "planned_faults": 1, "faults": [hit]}, records())[1] == []
     missing = codes({"final_probe": probe, "planned_faults": 1, "faults": [missed]}, records())[1]
@@ -131,13 +134,16 @@ def test_the_state_after_the_trial_counts_only_when_no_fault_explains_it(
 
 
 def test_a_planned_fault_that_was_never_tried_is_missed_too() -> None:
-    assert codes({"planned_faults": 2, "faults": [{"injected_s": 1.0}]}, records()) == ("INVALID", ["fault-missed"])
+    assert codes({"planned_faults": 2, "faults": [{"kind": "kill_node", "injected_s": 1.0}]}, records()) == (
+        "INVALID",
+        ["fault-missed"],
+    )
     assert codes({"state": "interrupted", "planned_faults": 1, "faults": []}, records())[1] == ["incomplete"]
 
 
 def test_answers_that_nobody_checked_prove_nothing() -> None:
-    facts = {"outputs": {"checked": 0, "mismatched": 0, "unchecked": 500, "example": None}}
-    assert codes(facts, records()) == ("INVALID", ["outputs-unchecked"])
+    told = {"outputs": {"checked": 0, "mismatched": 0, "unchecked": 500, "example": None}}
+    assert codes(told, records()) == ("INVALID", ["outputs-unchecked"])
 
 
 def test_a_noisy_host_makes_the_trial_unknown_but_not_better_than_invalid() -> None:
@@ -152,7 +158,7 @@ def test_an_empty_trace_proves_nothing() -> None:
 
 
 def ruled(trace: Measured, ruler: dict[str, Any] | None) -> tuple[str, list[str]]:
-    verdict, reasons = judge({"state": "done"}, trace, NOTHING, QUIET, ruler=ruler)
+    verdict, reasons = judge(facts(), trace, NOTHING, QUIET, ruler=ruler)
     return verdict, [reason.code for reason in reasons]
 
 
@@ -196,8 +202,8 @@ def test_a_lost_worker_makes_the_trial_invalid() -> None:
 def test_clocks_must_be_known_as_well_as_instants(
     response_ms: float, uncertain_ms: float | None, expected: list[str]
 ) -> None:
-    facts = workers({}, {"clock_uncertainty_ms": uncertain_ms})
-    assert codes(facts, records(response_ms=response_ms)) == ("UNKNOWN" if expected else "VALID", expected)
+    told = workers({}, {"clock_uncertainty_ms": uncertain_ms})
+    assert codes(told, records(response_ms=response_ms)) == ("UNKNOWN" if expected else "VALID", expected)
 
 
 def test_a_frequency_that_falls_under_steady_load_is_noise() -> None:
@@ -207,7 +213,10 @@ def test_a_frequency_that_falls_under_steady_load_is_noise() -> None:
     assert codes({"transient": True}, records(), frequency_change=-0.5) == ("VALID", []), (
         "load went, and it fell asleep"
     )
-    assert codes({"faults": [{"injected_s": 3.0}]}, records(), frequency_change=-0.5) == ("VALID", [])
+    assert codes({"faults": [{"kind": "kill_node", "injected_s": 3.0}]}, records(), frequency_change=-0.5) == (
+        "VALID",
+        [],
+    )
 
 
 STEADY = Steadiness(
@@ -222,8 +231,8 @@ STEADY = Steadiness(
 )
 
 
-def doubts(facts: dict[str, Any], warmup: Measured = NOTHING, **changes: Any) -> list[Reason]:
-    return judge({"state": "done", **facts}, records(), warmup, QUIET, replace(STEADY, **changes), PROVEN)[1]
+def doubts(told: dict[str, Any], warmup: Measured = NOTHING, **changes: Any) -> list[Reason]:
+    return judge(facts(**told), records(), warmup, QUIET, replace(STEADY, **changes), PROVEN)[1]
 
 
 def test_a_trial_that_is_not_steady_is_unknown_with_the_warm_up_that_it_needs() -> None:
@@ -256,5 +265,7 @@ def test_a_drift_is_told_with_its_size(changes: dict[str, Any], text: str, remed
 
 def test_what_is_meant_to_change_need_not_be_steady() -> None:
     assert doubts({"transient": True}, drifting=True) == []
-    assert doubts({"faults": [{"injected_s": 3.0}]}, drifting=True) == []
-    assert [r.code for r in doubts({"faults": [{"injected_s": None}]}, drifting=True)] == ["not-steady"]
+    assert doubts({"faults": [{"kind": "kill_node", "injected_s": 3.0}]}, drifting=True) == []
+    assert [r.code for r in doubts({"faults": [{"kind": "kill_node", "injected_s": None}]}, drifting=True)] == [
+        "not-steady"
+    ]

@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 import pytest
 
-from tailrace.harness.records.probe import Probe, contradiction, is_wedged
+from tailrace.harness.records.probe import Probe
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.wedge import WedgeWatch
 from tests.conftest import wait_until
 
-HUNG: Probe = {"process_alive": True, "claims_ready": True, "answers": False}
-MUTE: Probe = {"process_alive": True, "claims_ready": False, "answers": True}
-WELL: Probe = {"process_alive": True, "claims_ready": True, "answers": True}
-DOWN: Probe = {"process_alive": True, "claims_ready": False, "answers": False}
-BUSY: Probe = {"process_alive": True, "claims_ready": True, "answers": False, "busy": True}
-DEAD: Probe = {"process_alive": False, "claims_ready": False, "answers": False}
+HUNG = Probe(process_alive=True, claims_ready=True, answers=False)
+MUTE = Probe(process_alive=True, claims_ready=False, answers=True)
+WELL = Probe(process_alive=True, claims_ready=True, answers=True)
+DOWN = Probe(process_alive=True, claims_ready=False, answers=False)
+BUSY = Probe(process_alive=True, claims_ready=True, answers=False, busy=True)
+DEAD = Probe(process_alive=False, claims_ready=False, answers=False)
 
 
 def progress(ok: int, failed: int) -> Progress:
@@ -30,9 +30,9 @@ def progress(ok: int, failed: int) -> Progress:
     ("probe", "wedged"), [(HUNG, True), (MUTE, True), (WELL, False), (DOWN, False), (BUSY, False), (DEAD, False)]
 )
 def test_wedged_is_a_contradiction_of_a_living_server(probe: Probe, wedged: bool) -> None:
-    assert is_wedged(probe) is wedged
+    assert probe.wedged is wedged
     if wedged:
-        assert "does not" in contradiction(probe)
+        assert "does not" in probe.contradiction
 
 
 class Watched:
