@@ -27,6 +27,7 @@ from tailrace.harness.analysis.summary import Summary, summarise
 from tailrace.harness.plan.matrix import spoken
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.harness.records.summary import CellSummary
 from tailrace.reports.conditions import Conditions
 from tailrace.reports.svg import slots
 from tailrace.reports.text import printable, seconds
@@ -116,6 +117,18 @@ class Evidence:
     """Per second, by the names in :data:`GAUGES`; without those that were not read."""
 
 
+class ShownCell(CellSummary):
+    """A cell, with what its row of the table says beside."""
+
+    finished: int
+    """trials that came to their end"""
+    p99_ok_ms: float | None
+    p99_more_needed: int
+    effective_arrivals: float | None
+    start_lag_p99_ms: float | None
+    """of the trials that finished: the median (of two the worse one), the most, the least, the largest"""
+
+
 @dataclass(frozen=True)
 class CellView:
     """One cell of one run."""
@@ -131,7 +144,7 @@ class CellView:
     scenario: str
     """As people say it; the name is in the summary."""
     conditions: Conditions
-    summary: Summary
+    summary: ShownCell
     trials: tuple[Summary, ...]
     """All that began, for listing."""
     evidence: Evidence | None
@@ -235,14 +248,14 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
                 slot=colours[cell["adapter"]],
                 scenario=called[cell["scenario"]],
                 conditions=Conditions.of(run.manifest, cell),
-                summary={
-                    **cell,
-                    "finished": sum(trial["state"] == "done" for trial in trials),
-                    "p99_ok_ms": _median(t["p99_ok_ms"] for t in whole),
-                    "p99_more_needed": max(t["p99_more_needed"] for t in whole),
-                    "effective_arrivals": min(_known(t["effective_arrivals"] for t in whole), default=None),
-                    "start_lag_p99_ms": max(_known(t["start_lag_p99_ms"] for t in whole), default=None),
-                },
+                summary=ShownCell(
+                    **dict(cell),
+                    finished=sum(trial.state == "done" for trial in trials),
+                    p99_ok_ms=_median(t.p99_ok_ms for t in whole),
+                    p99_more_needed=max(t.p99_more_needed for t in whole),
+                    effective_arrivals=min(_known(t.effective_arrivals for t in whole), default=None),
+                    start_lag_p99_ms=max(_known(t.start_lag_p99_ms for t in whole), default=None),
+                ),
                 trials=tuple(trials),
                 evidence=_evidence([folder for folder in folders if by_id[folder.id] in whole], whole),
                 faults=_fault_windows(whole),

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 from tailrace.harness.analysis.merit import merit, tail_ms, within_objective
+from tailrace.harness.records.summary import CellSummary
+from tests.records import cell_summary
 
 
-def cell(goodput: float, p99_ms: float | None, *, verdict: str = "VALID", arrivals: int = 1000) -> dict[str, Any]:
-    return {
-        "verdict": verdict,
-        "arrivals": arrivals,
-        "goodput_rps_per_device": goodput,
-        "p99_ms": p99_ms,
-        "slo_ms": 50,
-    }
+def cell(goodput: float, p99_ms: float | None, *, verdict: str = "VALID", arrivals: int = 1000) -> CellSummary:
+    figures = {"goodput_rps_per_device": goodput, "p99_ms": p99_ms, "slo_ms": 50}
+    return cell_summary(verdict=verdict, arrivals=arrivals, **figures)
 
 
 def test_cells_from_the_best_to_what_cannot_be_compared() -> None:
