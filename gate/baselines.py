@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tailrace.gate.rules import FIGURES
-from tailrace.harness.analysis.summary import Summary, jsonable, summarise
+from tailrace.harness.analysis.summary import jsonable, summarise
 from tailrace.harness.errors import InputError, StorageError
 from tailrace.harness.plan.keys import explain
 from tailrace.harness.records.store import RunFolder, now, write_json
+from tailrace.harness.records.summary import CellSummary, TrialSummary
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -77,48 +79,53 @@ def of_run(run: RunFolder) -> Baseline:
             remedy=f"go on with it: tailrace run --resume {run.folder}",
         )
     summary, manifest = summarise(run), run.manifest
-    seeds = {trial["id"]: trial["seed"] for trial in manifest["trials"]}
+    seeds = {trial.id: trial.seed for trial in manifest["trials"]}
     cells: dict[str, SavedCell] = {}
-    for cell in summary["cells"]:
-        members = [trial for trial in summary["trials"] if trial["cell"] == cell["cell"]]
-        cells[cell["cell"]] = SavedCell(
+    for cell in summary.cells:
+        members = [trial for trial in summary.trials if trial.cell == cell.cell]
+        cells[cell.cell] = SavedCell(
             conditions=_conditions(manifest, cell),
             subject=_subject(manifest, cell),
-            trials=tuple(_trial(trial, seeds[trial["trial"]]) for trial in members),
+            trials=tuple(_trial(trial, seeds[trial.trial]) for trial in members),
         )
     return Baseline(
         schema_version=SCHEMA_VERSION,
-        run=summary["run"],
+        run=summary.run,
         started_at=manifest["started_at"],
         saved_at=now(),
         cells=cells,
     )
 
 
-def _trial(trial: Summary, seed: int) -> SavedTrial:
+def _trial(trial: TrialSummary, seed: int) -> SavedTrial:
     return SavedTrial(
-        number=trial["number"],
+        number=trial.number,
         seed=seed,
-        arrivals=trial["arrivals"],
-        verdict=trial["verdict"],
-        reasons=tuple(reason["code"] for reason in trial["reasons"]),
-        figures={key: None if trial[key] != trial[key] else trial[key] for key in FIGURES},  # NaN: nothing to say
+        arrivals=trial.arrivals,
+        verdict=trial.verdict,
+        reasons=tuple(reason.code for reason in trial.reasons),
+        figures={name: _known(trial.figure(name)) for name in FIGURES},
     )
+
+
+def _known(value: float | None) -> float | None:
+    """NaN has nothing to say."""
+    return None if value is None or math.isnan(value) else value
 
 
 CONDITIONS = ("hardware", "version", "workload", "trace", "client", "devices", "nodes", "slo", "faults")
 """What must be the same in both runs, by the names that ``--allow-different`` takes."""
 
 
-def _conditions(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
+def _conditions(manifest: Mapping[str, Any], cell: CellSummary) -> dict[str, Any]:
     experiment, hardware, workload = manifest["experiment"], manifest["hardware"], manifest["workload"]
     models = experiment.get("models") or {"count": 1}
-    rate = cell["mean_rate"] or experiment["rate_by_workload"].get(cell["workload"])
+    rate = cell.mean_rate or experiment["rate_by_workload"].get(cell.workload)
     return {
         "hardware": {key: hardware.get(key) for key in ("cpu_model", "cpu_count", "memory_bytes", "gpus")},
         "version": manifest["tailrace_version"],
         "workload": {
-            "name": cell["workload"],
+            "name": cell.workload,
             "artifact_sha256": workload.get("artifact_sha256"),
             "options": experiment["workload_options"],
             **({"models": models} if models["count"] > 1 else {}),
@@ -132,26 +139,26 @@ def _conditions(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
             **{key: value for key, value in experiment["client"].items() if key not in ("protocol", "listen")},
             "warmup": experiment["warmup"],
         },
-        "devices": {"device": cell["device"], "count": cell["devices"]},
+        "devices": {"device": cell.device, "count": cell.devices},
         "nodes": {
-            "count": cell["nodes"],
-            "supervision": cell["supervision"],
+            "count": cell.nodes,
+            "supervision": cell.supervision,
             "restart_backoff_s": experiment["restart_backoff_s"],
         },
-        "slo": {"latency_ms": cell["slo_ms"]},
+        "slo": {"latency_ms": cell.slo_ms},
         "faults": _scenario(experiment, cell)["faults"],
     }
 
 
-def _subject(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
+def _subject(manifest: Mapping[str, Any], cell: CellSummary) -> dict[str, Any]:
     """What a change under test may have changed; told where it differs, and never refused."""
-    adapter = manifest["adapters"].get(cell["adapter"]) or {}
+    adapter = manifest["adapters"].get(cell.adapter) or {}
     return {
-        "tuning": cell["tuning"],
+        "tuning": cell.tuning,
         "scaler": _scenario(manifest["experiment"], cell)["scaler"],
         "packages": adapter.get("packages"),
         "options": adapter.get("options"),
-        "protocol": cell["protocol"],
+        "protocol": cell.protocol,
         "environment": manifest["experiment"]["environment"],
         "environment_variables": manifest["environment_variables"],
         "software": manifest["software"],
@@ -159,8 +166,8 @@ def _subject(manifest: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
     }
 
 
-def _scenario(experiment: Mapping[str, Any], cell: Summary) -> dict[str, Any]:
-    return next(dict(told) for told in experiment["scenarios"] if told["name"] == cell["scenario"])
+def _scenario(experiment: Mapping[str, Any], cell: CellSummary) -> dict[str, Any]:
+    return next(dict(told) for told in experiment["scenarios"] if told["name"] == cell.scenario)
 
 
 def path_of(name: str, folder: Path) -> Path:

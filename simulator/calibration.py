@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from tailrace.harness.analysis.metrics import MEASURED_COLUMNS, Floats, Ints, me
 from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.analysis.summary import summarise_trial
 from tailrace.harness.errors import InputError
+from tailrace.harness.records import facts as records
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder, TrialFolder
 from tailrace.harness.records.summary import TrialSummary
@@ -58,9 +59,11 @@ class ColdStart:
     """From the port that opens to readiness: what the first replica of a framework that runs already has to do."""
 
     @classmethod
-    def of(cls, phases: Mapping[str, float] | None) -> ColdStart:
-        known = phases or {}
-        port, ready, first = (known.get(name, math.nan) for name in ("port_open_s", "ready_s", "first_answer_s"))
+    def of(cls, phases: records.ColdStart | None) -> ColdStart:
+        told = phases or records.ColdStart()
+        port, ready, first = (
+            math.nan if at_s is None else at_s for at_s in (told.port_open_s, told.ready_s, told.first_answer_s)
+        )
         return cls(first, ready - port)
 
 
@@ -84,19 +87,19 @@ def read_trial(folder: TrialFolder) -> Trial:
     if requests is None:
         raise InputError(f"{folder.folder} is not done: there is nothing to calibrate on")
     figures = summarise_trial(folder, {})
-    if figures["faults"]:
+    if figures.faults:
         raise InputError(f"{folder.folder} had faults, which a calibration would take for the system")
-    if figures["verdict"] == "INVALID":
-        codes = ", ".join(reason["code"] for reason in figures["reasons"])
+    if figures.verdict == "INVALID":
+        codes = ", ".join(reason.code for reason in figures.reasons)
         raise InputError(f"{folder.folder} is INVALID ({codes}), and no measurement of the system")
-    if figures["nodes"] > 1:
+    if figures.nodes > 1:
         raise InputError(
             f"{folder.folder} had {figures['nodes']} nodes, and the load balancer between is not modelled",
             remedy="calibrate on a trial of one node",
         )
-    if len(folder.facts.get("models") or ()) > 1:
+    if len(folder.facts.models) > 1:
         raise InputError(
-            f"{folder.folder} had {len(folder.facts['models'])} models, which are not modelled",
+            f"{folder.folder} had {len(folder.facts.models)} models, which are not modelled",
             remedy="calibrate on a trial of one model",
         )
     if any(event["event"] == "scaled" for event in folder.events):
@@ -114,7 +117,7 @@ def read_trial(folder: TrialFolder) -> Trial:
             remedy="calibrate on a trial within the system's capacity",
         )
     samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
-    span_ns = round(figures["span_s"] * NS_PER_S)
+    span_ns = round(figures.span_s * NS_PER_S)
     told = load_system(str(folder.server / TOLD)) if (folder.server / TOLD).is_file() else None
     return Trial(folder.id, trace.intended_ns, response, span_ns, figures, samples, told)
 
@@ -122,10 +125,10 @@ def read_trial(folder: TrialFolder) -> Trial:
 def calibrate(trial: Trial) -> Calibrated:
     """Fit service time, overhead and mechanism to one trial. Where its server has not told its mechanisms, its tuning must have
     said ``replicas``; a batch is as large as ``max_batch``, or 1."""
-    if "autoscale" in trial.figures["tuning"]:
+    if "autoscale" in trial.figures.tuning:
         raise InputError(f"{trial.id} was scaled while it ran: calibrate on a trial with a fixed number of replicas")
     counted = counted_service(trial.samples)
-    devices = trial.figures["devices"] if trial.figures["device"] == "emulated" else None
+    devices = trial.figures.devices if trial.figures.device == "emulated" else None
     found: list[tuple[float, str, System]] = []
     for candidate in (trial.told,) if trial.told else _candidates(trial):
         system = candidate.model_copy(update={"service": counted or Service(), "devices": devices})
@@ -138,13 +141,13 @@ def calibrate(trial: Trial) -> Calibrated:
         error=best[0],
         service_from="the device's counters" if counted else "the fit",
         others=tuple((name, error) for error, name, _ in found[1:]),
-        cold_start_s=ColdStart.of(trial.figures["cold_start_phases_s"]),
+        cold_start_s=ColdStart.of(trial.figures.cold_start_phases_s),
     )
 
 
 def _candidates(trial: Trial) -> list[System]:
     """The mechanisms that a server with the trial's tuning may have."""
-    tuning = trial.figures["tuning"]
+    tuning = trial.figures.tuning
     replicas = tuning.get("replicas")
     if replicas is None:
         raise InputError(
@@ -238,13 +241,13 @@ def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     measured."""
     rows = []
     for trial in trials:
-        slo_ms = trial.figures["slo_ms"]
+        slo_ms = trial.figures.slo_ms
         outcome = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns)
-        simulated = {**outcome.figures(slo_ms), "utilisation": device_share(outcome, trial.figures["devices"])}
+        simulated = {**outcome.figures(slo_ms), "utilisation": device_share(outcome, trial.figures.devices)}
         for name, key in PREDICTED.items():
             # Of what computes for others too (a host's cores, a GPU's gauge) the model knows nothing.
-            emulated = trial.figures["device"] == "emulated"
-            true = trial.figures[key] if name != "utilisation" or emulated else None
+            emulated = trial.figures.device == "emulated"
+            true = trial.figures.figure(key) if name != "utilisation" or emulated else None
             error = None if true is None or not math.isfinite(true) or true <= 0 else simulated[name] / true - 1
             rows.append(
                 {
@@ -280,7 +283,7 @@ def validate(run: RunFolder) -> list[dict[str, Any]]:
     Raises :class:`InputError` for a cell with one trial."""
     cells: dict[str, list[TrialFolder]] = {}
     for folder in run.trials:
-        cells.setdefault(folder.facts["cell"], []).append(folder)
+        cells.setdefault(folder.facts.cell, []).append(folder)
     rows = []
     for cell, folders in cells.items():
         if len(folders) < 2:

@@ -57,36 +57,36 @@ class Predicted:
 def read_multiplexed(folder: TrialFolder) -> MultiplexedTrial | None:
     """``None`` for a trial that is not done, whose models did not share a limited memory, or that had faults."""
     facts = folder.facts
-    memory = facts.get("memory")
+    memory = facts.memory
     requests = folder.request_columns(*MEASURED_COLUMNS, "model") if folder.done else None
-    if requests is None or memory is None or facts.get("faults"):
+    if requests is None or memory is None or facts.faults:
         return None
-    names = list(facts["models"])
+    names = facts.models
     place = {name: position for position, name in enumerate(names)}
     phases = [measured(requests, phase, models=names) for phase in (Phase.WARMUP, Phase.MEASURE)]
-    tuning = facts["tuning"]
+    tuning = facts.tuning
     loads = [(begun, ended, place[model]) for model, begun, ended, whole, _ in loads_of(folder.events) if whole]
     return MultiplexedTrial(
         memory=Memory(
-            memory["budget_bytes"],
-            [memory["sizes"][name] for name in names],
-            memory["policy"],
-            [place[name] for name in memory["pinned"]],
-            [place[name] for name in memory["at_start"]],
+            memory.budget_bytes,
+            [memory.sizes[name] for name in names],
+            memory.policy,
+            [place[name] for name in memory.pinned],
+            [place[name] for name in memory.at_start],
         ),
         batching=Batching(
             max_batch=tuning.get("max_batch") or 1,
             window_ms=(tuning.get("batch_window_ms") or 0.0) if tuning.get("max_batch") else 0.0,
-            window_opens=(facts.get("options") or {}).get("window_opens", "arrival"),
+            window_opens=facts.options.get("window_opens", "arrival"),
         ),
-        span_ns=round(float(facts["span_s"]) * NS_PER_S),
+        span_ns=round(facts.span_s * NS_PER_S),
         arrivals_ns=np.concatenate([phase.intended_ns for phase in phases]),
         done_ns=np.concatenate([phase.done_ns for phase in phases]),
         models=np.concatenate([np.asarray(phase.model, dtype=np.int64) for phase in phases]),
         met=np.concatenate([met(phase, names, folder.events) for phase in phases]),
         traced_from=len(phases[0]),
         loads=np.array(loads, dtype=np.int64).reshape(-1, 3),
-        verified_each=int(facts.get("verified_before") or 0) // len(names),
+        verified_each=facts.verified_before // len(names),
     )
 
 

@@ -16,6 +16,7 @@ from tailrace.harness.contract.adapter import Tuning
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.plan.matrix import words
 from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import CellSummary
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.registry import get_adapter
 from tailrace.harness.run.runner import run_or_go_on
@@ -24,7 +25,7 @@ from tailrace.simulator.engine import simulate
 from tailrace.simulator.system import System
 from tailrace.traces.trace import Trace, rescale
 from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
-from tailrace.tuner.objective import Objective
+from tailrace.tuner.objective import Expected, Objective
 
 SHORT_SURGE = {"name": "surge", "params": {"duration_s": 20, "peak_at_s": 10, "half_width_s": 6, "fault_at_s": None}}
 CALM = {"rate": 40}
@@ -57,7 +58,7 @@ class Measured:
 
     adapter: str
     scenario: str
-    cell: Mapping[str, Any]
+    cell: CellSummary
     """As in ``summary.json``."""
     predicted: Mapping[str, float] | None
     """``None`` for the framework's defaults, which the simulator does not know."""
@@ -77,12 +78,12 @@ class Outcome:
             cell
             for cell in self.cells
             if cell.adapter == adapter
-            and cell.cell["verdict"] != "INVALID"
+            and cell.cell.verdict != "INVALID"
             and objective.met(cell.cell)
-            and cell.cell["p99_ci_ms"] is not None
-            and cell.cell["p99_ci_ms"][1] <= objective.p99_ms
+            and cell.cell.p99_ci_ms is not None
+            and cell.cell.p99_ci_ms[1] <= objective.p99_ms
         ]
-        return max(within, key=lambda cell: float(cell.cell["goodput_rps_per_device"]), default=None)
+        return max(within, key=lambda cell: cell.cell.goodput_rps_per_device or 0.0, default=None)
 
 
 def measure(
@@ -108,7 +109,7 @@ def measure(
         {**common, "name": "calibration", "tuning": known.chosen(), "when_refused": "leave_out"},
         observer,
     )
-    measured = {folder.facts["adapter"]: read_trial(folder) for folder in first.trials if folder.done}
+    measured = {folder.facts.adapter: read_trial(folder) for folder in first.trials if folder.done}
     if missing := [name for name in adapters if name not in measured]:
         raise TailraceError(
             f"{', '.join(missing)} could not be measured to calibrate the simulator on", remedy=f"see {first.folder}"
@@ -141,14 +142,14 @@ def measure(
         observer,
     )
     cells = []
-    for cell in summarise(run)["cells"]:
-        chosen = picks.get(cell["scenario"])
+    for cell in summarise(run).cells:
+        chosen = picks.get(cell.scenario)
         predicted = None
         # Where a framework ran with other knobs than its own picks have, nobody simulated what it ran.
-        knobs_ran = chosen is not None and chosen.settings.keys() - {"target_ongoing"} == spaces[cell["adapter"]].keys()
-        if chosen is not None and knobs_ran and not cell["left_out"]:
-            predicted = _predicted(fitted[cell["adapter"]], measured[cell["adapter"]], chosen, objective)
-        cells.append(Measured(cell["adapter"], cell["scenario"], cell, predicted))
+        knobs_ran = chosen is not None and chosen.settings.keys() - {"target_ongoing"} == spaces[cell.adapter].keys()
+        if chosen is not None and knobs_ran and not cell.left_out:
+            predicted = _predicted(fitted[cell.adapter], measured[cell.adapter], chosen, objective)
+        cells.append(Measured(cell.adapter, cell.scenario, cell, predicted))
     return Outcome(run, tuple(cells))
 
 
@@ -169,7 +170,7 @@ def choose(
     tail = np.array([told["p99_ms"] for told in figures])
     goodput = np.array([told["goodput_rps"] / devices for told in figures])
     on = np.flatnonzero(non_dominated(tail, goodput))
-    within = [int(i) for i in on if objective.met(figures[i])] or [int(i) for i in on]
+    within = [int(i) for i in on if objective.met(Expected.of(figures[i]))] or [int(i) for i in on]
     most = max(within, key=lambda i: goodput[i])
     serving = [i for i in within if candidates[i].rate >= round(mean_rate, 1)] or within
     return [candidates[i] for i in dict.fromkeys([most, min(serving, key=lambda i: tail[i])])][:PICKS]
@@ -195,7 +196,7 @@ def choose_scaled(
             outcome = simulate(system, arrivals_ns, span_ns=trial.span_ns)
             figures = outcome.figures(objective.p99_ms)
             fallback.append((-figures["goodput_rps"], outcome.ready_ns, pick))
-            if objective.met(figures):
+            if objective.met(Expected.of(figures)):
                 kept.append((outcome.ready_ns, figures["p99_ms"], pick))
     return min(kept or fallback, key=lambda ranked: ranked[:2])[2]
 

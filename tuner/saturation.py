@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tailrace.harness.analysis.summary import summarise
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.plan.cells import Cell, cells
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import CellSummary
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_or_go_on
 from tailrace.tuner.objective import Objective
@@ -36,7 +37,7 @@ class Load:
     held: bool
     undecided: bool
     """Whether the interval of its p99 has the objective within it."""
-    figures: Mapping[str, Any]
+    figures: CellSummary
     """Its cell, as in ``summary.json``."""
 
 
@@ -67,7 +68,7 @@ class Saturation:
 
 
 def find(
-    measure: Callable[[float], Mapping[str, Any]], start: float, objective: Objective, *, tolerance: float = 0.05
+    measure: Callable[[float], CellSummary], start: float, objective: Objective, *, tolerance: float = 0.05
 ) -> Saturation:
     """Double the rate from ``start`` until the objective does not hold (never further: a saturated machine says nothing more
     at ten times the load), or halve it until it does; then halve the ratio between both, until they are within
@@ -99,15 +100,13 @@ def find(
     return Saturation(holds, fails, "steps", tuple(loads))
 
 
-def _tried(rate: float, cell: Mapping[str, Any], objective: Objective) -> Load:
-    if cell["verdict"] == "INVALID":
-        raise TailraceError(f"INVALID ({', '.join(cell['reasons'])}), which says nothing of the server")
-    if cell["p99_ms"] is None:
-        raise TailraceError(f"too few arrivals to claim a p99 ({cell['arrivals']}): use a longer trace")
-    ends = cell["p99_ci_ms"]
-    undecided = (
-        ends is not None and ends[0] <= objective.p99_ms <= ends[1] and cell["p99_ci_ms_source"] == "across-trials"
-    )
+def _tried(rate: float, cell: CellSummary, objective: Objective) -> Load:
+    if cell.verdict == "INVALID":
+        raise TailraceError(f"INVALID ({', '.join(cell.reasons)}), which says nothing of the server")
+    if cell.p99_ms is None:
+        raise TailraceError(f"too few arrivals to claim a p99 ({cell.arrivals}): use a longer trace")
+    ends = cell.p99_ci_ms
+    undecided = ends is not None and ends[0] <= objective.p99_ms <= ends[1] and cell.p99_ci_ms_source == "across-trials"
     return Load(rate, objective.met(cell), undecided, cell)
 
 
@@ -133,13 +132,13 @@ def saturate_cells(experiment: Experiment, folder: Path, observer: Observer) -> 
     common = {**base, "name": "saturate", "load": None, "slo": {"latency_ms": objective.p99_ms}, "client": client}
     runs: list[RunFolder] = []
 
-    def cell_at(cell: Cell, rate: float) -> dict[str, Any]:
+    def cell_at(cell: Cell, rate: float) -> CellSummary:
         scenario = {**cell.scenario.model_dump(mode="json"), "mean_rate": rate, "adapters": None}
         options = {name: value for name, value in base["options"].items() if name == cell.adapter}
         content = {**common, "adapters": [cell.adapter], "options": options, "scenarios": [scenario]}
         runs.append(run_or_go_on(folder / cell.id / f"rate-{rate:.6g}", content, observer))
-        (measured,) = summarise(runs[-1])["cells"]
-        return dict(measured)
+        (measured,) = summarise(runs[-1]).cells
+        return measured
 
     points = {cell.id: find(functools.partial(cell_at, cell), load.start, objective) for cell in cells(experiment)}
     return Saturations(objective, points, runs)

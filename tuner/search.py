@@ -24,14 +24,14 @@ from tailrace.harness.analysis.summary import jsonable, summarise
 from tailrace.harness.errors import InputError, TailraceError, TrialPrunedError
 from tailrace.harness.plan.cells import TrialPlan
 from tailrace.harness.records.store import RunFolder
-from tailrace.harness.records.summary import RunSummary, TrialSummary
+from tailrace.harness.records.summary import CellSummary, RunSummary, TrialSummary
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_or_go_on
 from tailrace.simulator.calibration import calibrate, read_trial
 from tailrace.simulator.engine import simulate
 from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible, tuning
-from tailrace.tuner.objective import Objective
+from tailrace.tuner.objective import Expected, Objective
 
 CONTROLS = 2
 """Settings that the simulator would have skipped and that are run all the same, to see what it misses."""
@@ -86,7 +86,7 @@ class Found:
     skipped: int = 0
     """Settings that the simulator ruled out."""
     confirmation: RunFolder | None = None
-    confirmed: dict[str, Any] = field(default_factory=dict)
+    confirmed: dict[str, CellSummary] = field(default_factory=dict)
     """The confirmation's cells: ``defaults`` and ``best``, as in ``summary.json``."""
     ratios: dict[str, Ratio | None] = field(default_factory=dict)
     """Defaults ÷ best, by figure, in the confirmation; empty where a trial of it is INVALID."""
@@ -115,7 +115,11 @@ class Search:
         propose = self._by_simulation if simulate_first else self._by_optuna
         propose(budget, found)
         chosen = [step for step in found.steps if step.settings is not None and self.objective.met(step.figures)]
-        found.best = max(chosen, key=lambda step: self.objective.score(step.figures), default=None)
+        found.best = max(
+            chosen,
+            key=lambda step: self.objective.score(step.figures),
+            default=None,
+        )
         if found.best is not None and defaults is not None:
             self._confirm(found, found.best, trials)
         return found
@@ -136,14 +140,14 @@ class Search:
             found.failed.append(f"{name}: {error.message}")
             self.observer.note(f"{name} could not be measured: {error.message}")
             return None
-        (trial,) = summary["trials"]
-        if trial["state"] == "pruned":
-            step = Step(name, settings, trial, **more, pruned=trial["reasons"][0]["text"])
+        (trial,) = summary.trials
+        if trial.state == "pruned":
+            step = Step(name, settings, trial, **more, pruned=trial.reasons[0].text)
             found.pruned.append(step)
             return step
         step = Step(name, settings, trial, **more)
-        if trial["verdict"] == "INVALID":
-            found.failed.append(f"{name}: INVALID: {', '.join(reason['code'] for reason in trial['reasons'])}")
+        if trial.verdict == "INVALID":
+            found.failed.append(f"{name}: INVALID: {', '.join(reason.code for reason in trial.reasons)}")
             return None
         found.steps.append(step)
         return step
@@ -193,7 +197,10 @@ class Search:
             if step is not None and step.pruned:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
-                study.tell(trial, 0.0 if step is None else self.objective.score(step.figures))
+                study.tell(
+                    trial,
+                    0.0 if step is None else self.objective.score(step.figures),
+                )
 
     def _by_simulation(self, budget: int, found: Found) -> None:
         """One run to calibrate on; then those that the calibrated simulator ranks highest, and some that it does not."""
@@ -213,7 +220,10 @@ class Search:
             simulate(applied(system, settings), trial.arrivals_ns, span_ns=trial.span_ns).figures(self.objective.p99_ms)
             for settings in grid
         ]
-        chosen = best_by([self.objective.score(told) for told in figures], max(0, budget - 1 - CONTROLS))
+        chosen = best_by(
+            [self.objective.score(Expected.of(told)) for told in figures],
+            max(0, budget - 1 - CONTROLS),
+        )
         rest = [position for position in range(len(grid)) if position not in set(chosen)]
         controls = np.random.default_rng(self.seed).permutation(rest)[:CONTROLS]
         found.skipped = len(rest) - len(controls)
@@ -240,9 +250,9 @@ class Search:
             found.failed.append(f"confirmation: {error.message}")
             return
         found.confirmation = RunFolder.open(folder)
-        found.confirmed = {cell["scenario"]: cell for cell in summary["cells"]}
-        if all(cell["verdict"] != "INVALID" for cell in found.confirmed.values()):
-            of = {name: [t for t in summary["trials"] if t["scenario"] == name] for name, _ in candidates}
+        found.confirmed = {cell.scenario: cell for cell in summary.cells}
+        if all(cell.verdict != "INVALID" for cell in found.confirmed.values()):
+            of = {name: [t for t in summary.trials if t.scenario == name] for name, _ in candidates}
             for figure in ("p99_ms", "goodput_rps_per_device"):
                 found.ratios[figure] = paired_ratio(blocks(of["defaults"], of["best"], figure))
         self._keep_configuration(found.confirmation)
@@ -250,7 +260,7 @@ class Search:
     def _keep_configuration(self, run: RunFolder) -> None:
         """The native configuration files of the best settings, ready to copy."""
         for trial in run.trials:
-            if trial.facts["scenario"] == "best":
+            if trial.facts.scenario == "best":
                 shutil.copytree(trial.server / "config", self.folder / "best-configuration", dirs_exist_ok=True)
                 return
 
@@ -277,7 +287,7 @@ def told(found: Found, objective: Objective) -> dict[str, Any]:
                 "within_objective": objective.met(step.figures),
                 "predicted_p99_ms": step.predicted_p99_ms,
                 "control": step.control,
-                **{key: step.figures[key] for key in SHOWN},
+                **_shown(step.figures),
             }
             for step in found.steps
         ],
@@ -285,7 +295,7 @@ def told(found: Found, objective: Objective) -> dict[str, Any]:
         "pruned": [{"name": step.name, "settings": step.settings, "reason": step.pruned} for step in found.pruned],
         "skipped_by_simulation": found.skipped,
         "confirmed": {
-            name: {"within_objective": objective.met(cell), **{key: cell[key] for key in (*SHOWN, "p99_ci_ms")}}
+            name: {"within_objective": objective.met(cell), **_shown(cell, "p99_ci_ms")}
             for name, cell in found.confirmed.items()
         },
         "defaults_to_best": {
@@ -299,3 +309,7 @@ def told(found: Found, objective: Objective) -> dict[str, Any]:
 
 
 SHOWN = ("p99_ms", "p50_ms", "goodput_rps_per_device", "slo_attainment", "utilization", "batch_size_mean", "verdict")
+
+
+def _shown(figures: TrialSummary | CellSummary, *more: str) -> dict[str, Any]:
+    return {name: getattr(figures, name) for name in (*SHOWN, *more)}

@@ -14,7 +14,7 @@ from tailrace.simulator.reference import AUTOSCALER, SYSTEM
 from tailrace.simulator.system import Autoscaler, Batching, Failure, System
 from tailrace.traces import catalogue
 from tailrace.tuner.grid import Settings, combinations
-from tailrace.tuner.objective import Objective
+from tailrace.tuner.objective import Expected, Objective
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def held_seeds(system: System, trace: str, seeds: Iterable[int], objective: Obje
     """Under how many seeds of a generated trace a system keeps an objective."""
     traces = (catalogue.load(trace, seed=seed) for seed in seeds)
     return sum(
-        objective.met(simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(objective.p99_ms))
+        objective.met(
+            Expected.of(simulate(system, traffic.arrivals_ns, span_ns=traffic.span_ns).figures(objective.p99_ms))
+        )
         for traffic in traces
     )
 
@@ -96,7 +98,7 @@ def tight_case(objective: Objective, trace: str, seed: int) -> TightCase:
     failures = tuple(failure for failure in SYSTEM.failures if failure.at_s < traffic.span_s)
     base = SYSTEM.model_copy(update={"failures": failures})
     cases = scaled_cases(base, AUTOSCALER, traffic.arrivals_ns, traffic.span_ns, objective.p99_ms)
-    within = [case for case in cases if objective.met(case.figures)]
+    within = [case for case in cases if objective.met(Expected.of(case.figures))]
     within.sort(key=lambda case: (round(case.mean_replicas, 2), case.figures["p99_ms"]))
     drawn = catalogue.entry(trace).kind == "generator"
     seeds = range(seed + 1, seed + 1 + CHECKED_SEEDS)

@@ -23,6 +23,7 @@ from tailrace.harness.analysis.verdicts import judge
 from tailrace.harness.errors import TailraceError
 from tailrace.harness.gpus import Gpu, gpus
 from tailrace.harness.machine import hardware
+from tailrace.harness.records.facts import Memory
 from tailrace.harness.records.schema import SAMPLE_SCHEMA, Outcome
 from tailrace.harness.records.summary import Reason, ResourceUse
 from tailrace.harness.records.tables import finish_table, read_table
@@ -408,14 +409,20 @@ def test_a_shared_gpu_makes_the_trial_suspect(rows: list[tuple[float, str, str, 
     assert text in reason.text
 
 
+def _sharing(budget_mib: int) -> Memory:
+    return Memory(
+        budget_bytes=budget_mib << 20, sizes={"a": 1}, policy="lru", pinned=[], at_start=["a"], controlled=True
+    )
+
+
 def test_models_that_take_more_than_the_memory_that_they_share_make_it_suspect() -> None:
     rows = _gauge("server_memory_bytes", [900.0 * 2**20, 1100.0 * 2**20, 1000.0 * 2**20])
-    verdict, (reason,) = _verdict(rows, memory={"budget_bytes": 1024 << 20})
+    verdict, (reason,) = _verdict(rows, memory=_sharing(1024))
     assert (verdict, reason.code) == ("UNKNOWN", "memory-exceeded")
     assert "up to 1,100 MiB of the GPU, not 1,024 MiB" in reason.text
     assert "models.size_mb" in reason.remedy
-    assert _verdict(rows, memory={"budget_bytes": 1101 << 20}) == ("VALID", [])
-    verdict, (reason,) = _verdict(_gauge("utilization", [0.5]), memory={"budget_bytes": 1024 << 20})
+    assert _verdict(rows, memory=_sharing(1101)) == ("VALID", [])
+    verdict, (reason,) = _verdict(_gauge("utilization", [0.5]), memory=_sharing(1024))
     assert (verdict, reason.code) == ("UNKNOWN", "memory-untold")
     assert _verdict(rows, memory=None) == ("VALID", []), "where no memory is shared there is nothing to exceed"
 

@@ -103,7 +103,8 @@ def changed(run: RunFolder, folder: Path, **changes: Any) -> RunFolder:
 def with_facts(run: RunFolder, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> RunFolder:
     """The run with facts of its trials changed."""
     for trial in run.trials:
-        write_json(trial.facts_path, {**trial.facts, **change(trial.facts)})
+        facts = trial.facts.dump()
+        write_json(trial.facts_path, {**facts, **change(facts)})
     return RunFolder.open(run.folder)
 
 
@@ -430,7 +431,7 @@ def _highest(run: RunFolder, cell: str, numbers: set[int]) -> Any:
     """The highest response time of some trials of a cell at each of the drawn percentiles that are claimed."""
     rows = []
     for trial in run.trials:
-        if trial.facts["cell"] == cell and trial.facts["number"] in numbers:
+        if trial.facts.dump()["cell"] == cell and trial.facts.dump()["number"] in numbers:
             assert trial.requests is not None
             response = measured(trial.requests).response_ms()
             claimed = [q for q in 1 - 10.0 ** -NINES[1:] if samples_needed(q) <= len(response)]
@@ -523,7 +524,7 @@ def test_a_run_without_any_trial_still_gives_a_page(tmp_path: Path) -> None:
 def test_keys_that_a_killed_run_lacks_are_not_needed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", adapters=("triton",))
     for trial in run.trials:
-        facts = trial.facts
+        facts = trial.facts.dump()
         for key in ("cold_start", "outputs", "load_generator", "final_probe", "warnings", "applied", "tuning", "error"):
             facts.pop(key, None)
         trial.facts_path.write_text(json.dumps(facts))
@@ -1027,7 +1028,7 @@ def test_knobs_stand_side_by_side_and_configurations_by_their_difference(tmp_pat
     told = reproduce(view([run])[0])
     batch = next(row for row in told.knobs if row[0] == "max_batch")
     assert len(batch) == 3 and all("max_batch" in cell for cell in batch[1:]), batch
-    own = [trial for trial in run.trials if trial.facts["adapter"] == "triton"]
+    own = [trial for trial in run.trials if trial.facts.dump()["adapter"] == "triton"]
     (own[1].server / "config" / "model.conf").write_text("name: triton\nmax_batch_size: 1\n")
     configs = [config for config in reproduce(view([run])[0]).configs if config.adapter == "triton"]
     assert [bool(config.against) for config in configs] == [False, True]
@@ -1040,8 +1041,8 @@ def test_knobs_stand_side_by_side_and_configurations_by_their_difference(tmp_pat
 def test_what_was_served_and_when_a_run_was_gone_on_with_is_told(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", scenarios=("no-fault",), span_s=12)
     assert "export to" not in build([run])
-    own = next(trial for trial in run.trials if trial.facts["adapter"] == "triton")
-    write_json(own.facts_path, {**own.facts, "artifact": "onnx"})
+    own = next(trial for trial in run.trials if trial.facts.dump()["adapter"] == "triton")
+    write_json(own.facts_path, {**own.facts.dump(), "artifact": "onnx"})
     run.amend_manifest(resumed=[{"at": "2026-11-23T23:00:00Z"}, {"at": "2026-11-23T23:30:00Z"}])
     told = reproduce(view([run])[0])
     assert [adapter.exports for adapter in told.adapters] == ["onnx", ""]

@@ -58,7 +58,7 @@ def test_events_count_from_the_epoch_and_survive_a_cut_line(tmp_path: Path) -> N
     events.close()
     with (trial.folder / "events.jsonl").open("a") as handle:
         handle.write('{"mono_ns": 9, "ev')
-    write_json(trial.facts_path, {"epoch_mono_ns": 1_000})
+    trial.write(facts(epoch_mono_ns=1_000))
     assert [(event["event"], event["t_ns"]) for event in trial.events] == [("spawned", -600), ("fault", 500)]
 
 

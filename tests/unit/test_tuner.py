@@ -29,7 +29,7 @@ from tailrace.simulator.system import Service, System
 from tailrace.traces import catalogue
 from tailrace.tuner import search
 from tailrace.tuner.grid import TARGET_ONGOING, applied, best_by, combinations, knobs, targets, tuning
-from tailrace.tuner.objective import Objective, parse_objective
+from tailrace.tuner.objective import Expected, Objective, parse_objective
 from tailrace.tuner.pareto import Pick, choose, choose_scaled
 from tailrace.tuner.search import Found, Search, Step, told
 from tests.conftest import tailrace
@@ -57,19 +57,19 @@ class TestTheObjective:
         objective = Objective(100, attainment)
         missed = min(missed, arrivals)
         response = np.array([200.0] * missed + [50.0] * (arrivals - missed))
-        figures = {"p99_ms": percentile(response, 0.99), "slo_attainment": (arrivals - missed) / arrivals}
+        figures = Expected(percentile(response, 0.99), (arrivals - missed) / arrivals)
         assert objective.met(figures) == (missed <= objective.affordable(arrivals))
 
     def test_settings_within_it_come_first(self) -> None:
         """However much a setting attains that misses it; then attainment; then the tail."""
         ranked = [
-            {"p99_ms": 50.0, "slo_attainment": 1.0},
-            {"p99_ms": 119.0, "slo_attainment": 1.0},
-            {"p99_ms": 50.0, "slo_attainment": 0.7},
-            {"p99_ms": 121.0, "slo_attainment": 0.99},
-            {"p99_ms": None, "slo_attainment": 0.95},
-            {"p99_ms": float("inf"), "slo_attainment": 0.5},
-            {"p99_ms": float("inf"), "slo_attainment": float("nan")},
+            trial_summary(p99_ms=50.0, slo_attainment=1.0),
+            trial_summary(p99_ms=119.0, slo_attainment=1.0),
+            trial_summary(p99_ms=50.0, slo_attainment=0.7),
+            trial_summary(p99_ms=121.0, slo_attainment=0.99),
+            trial_summary(p99_ms=None, slo_attainment=0.95),
+            trial_summary(p99_ms=float("inf"), slo_attainment=0.5),
+            trial_summary(p99_ms=float("inf"), slo_attainment=float("nan")),
         ]
         scores = [OBJECTIVE.score(figures) for figures in ranked]
         assert scores == sorted(scores, reverse=True)
@@ -326,7 +326,7 @@ class TestThePicksOfTheFrontier:
         relaxed = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(5_000))
         strict = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(1_000))
         assert relaxed.settings["replicas"] is None
-        assert Objective(1_000).met(simulated(strict).figures(1_000))
+        assert Objective(1_000).met(Expected.of(simulated(strict).figures(1_000)))
         assert simulated(relaxed).ready_ns <= simulated(strict).ready_ns < 3 * trial.span_ns
         hopeless = choose_scaled(fitted, trial, SPACE, (4, 16), Objective(5))
         assert hopeless.settings["target_ongoing"] in (4, 16)
