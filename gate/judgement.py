@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict
 
 from tailrace.gate.decision import Decision, Finding, GateVerdict
-from tailrace.harness.analysis.comparison import Method
 from tailrace.harness.analysis.summary import jsonable
 from tailrace.harness.errors import EXIT_INVALID, InputError
 from tailrace.harness.quantities import figure
 from tailrace.harness.records.store import RunFolder, write_json
+from tailrace.harness.records.summary import Method
 
 FILE = "gate.json"
 SCHEMA_VERSION = 1
