@@ -41,4 +41,3 @@ Assignments = Annotated[
 ]
 Baselines = Annotated[Path, typer.Option("--folder", help="Where baselines are saved.")]
 BASELINES = Path("baselines")
-SEEDS = {"min": 0, "max": 2**32 - 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from tailrace.cli.show import Form, TableOrJson, sheet, show
+from tailrace.cli.show import Form, Part, TableOrJson, sheet, show
 from tailrace.harness.errors import InputError
 from tailrace.harness.quantities import assignments, figure, seconds
 
@@ -86,6 +86,10 @@ def warm_pool(
             for row in found.rows
         ],
     }
+    show(form, content, _parts(found, slo_ms))
+
+
+def _parts(found: WarmPool, slo_ms: float) -> Iterator[Part]:
     columns: dict[str, Callable[[Checked], str]] = {
         "warm pool": lambda row: str(row.shortfall.warm_pool),
         "ready at start": lambda row: str(row.shortfall.ready_at_start),
@@ -96,13 +100,12 @@ def warm_pool(
         "p99 ms": lambda row: "{} [{}, {}]".format(*(figure(told(row.p99_ms), ".0f") for told in (median, min, max))),
         "SLO met": lambda row: f"{row.met} of {len(row.p99_ms)}",
     }
-    seeds = len(found.rows[0].p99_ms)
-    advice = (
+    yield sheet(found.rows, columns, words=0)
+    yield (
         f"A replica serves {found.replica_rps:.0f}/s. {_advice(found, slo_ms)} "
         "A replica lost in mid-ramp counts as one fewer kept warm."
     )
-    caution = Text(f"p99 and SLO met: simulated, not measured, over {seeds} seeds", style="dim")
-    show(form, content, [sheet(found.rows, columns, words=0), advice, caution])
+    yield Text(f"p99 and SLO met: simulated, not measured, over {len(found.rows[0].p99_ms)} seeds", style="dim")
 
 
 def _advice(found: WarmPool, slo_ms: float) -> str:

@@ -37,10 +37,10 @@ class Sheet:
     """A table: words in the first columns, figures to the right of them."""
 
     headings: Sequence[str]
-    """None: the first column says what each line is."""
+    """Left empty where the first column says what each line is."""
     rows: Sequence[Sequence[str | Text]]
     words: int = 1
-    """So many columns stand to the left."""
+    """So many columns are words."""
     width: int = 0
     """On a terminal that is narrower, every line becomes a block of its own."""
 

@@ -70,11 +70,10 @@ def _reference(form: TableOrJson) -> None:
     from tailrace.simulator import reference
 
     published, actual = (asdict(told) for told in reference.run()[:2])
-    titles = "the reference case as it was published", "what came to pass in it"
     show(
         form,
         {"published": published, "actual": actual},
-        [titles[0], facts(published), titles[1], facts(actual)],
+        ["the reference case as it was published", facts(published), "what came to pass in it", facts(actual)],
     )
 
 
