@@ -54,8 +54,15 @@ def commands_of(program: str) -> list[list[str]]:
 
 
 def test_there_is_no_command_of_another_kind() -> None:
-    assert {words[0] for words in COMMANDS.values()} == {"tailrace", "nox", "pip"}
+    assert {words[0] for words in COMMANDS.values()} == {"tailrace", "nox", "pip", "docker"}
     assert len(commands_of("tailrace")) > 40
+
+
+def test_every_image_that_is_built_has_a_dockerfile() -> None:
+    """Docker itself need not be there."""
+    for words in commands_of("docker"):
+        assert words[1] == "build"
+        assert (ROOT / words[-1] / "Dockerfile").is_file(), " ".join(words)
 
 
 def session_names() -> set[str]:
