@@ -135,22 +135,24 @@ def simulate(
 
 
 def _scaling(system: System, most: int) -> Scaling:
-    """A system's scaler for the loop, times in ns."""
+    """A system's scaler for the loop, times in ns. Thresholds are made floats, for a default may be written as a whole number
+    and the loop would be compiled again for that."""
 
     def ns(seconds: float) -> int:
         return round(seconds * NS_PER_S)
 
     if queue := system.autoscaler:
         fewest, cold_start = queue.min + queue.warm_pool, ns(queue.cold_start_s)
-        return Scaling(ns(queue.period_s), fewest, most, cold_start, queue.up_above, queue.down_below, 0, 0, looks=0)
+        up_above, down_below = float(queue.up_above), float(queue.down_below)
+        return Scaling(ns(queue.period_s), fewest, most, cold_start, up_above, down_below, 0, 0, looks=0)
     if tracking := system.tracking:
         return Scaling(
             period=ns(tracking.period_s),
             fewest=tracking.min,
             most=most,
             cold_start=ns(tracking.cold_start_s),
-            up_above=tracking.target_ongoing,
-            down_below=tracking.target_ongoing,
+            up_above=float(tracking.target_ongoing),
+            down_below=float(tracking.target_ongoing),
             up_after=ns(tracking.up_after_s),
             down_after=ns(tracking.down_after_s),
             looks=max(1, round(tracking.averaged_over_s / tracking.period_s)),

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tailrace.harness.analysis.metrics import Ints
 from tailrace.harness.errors import InputError
-from tailrace.simulator import reference
+from tailrace.simulator import event_loop, reference
 from tailrace.simulator.engine import ANSWERED, LOST, NS_PER_S, QUEUED, SHED, Simulated, simulate
 from tailrace.simulator.system import (
     Autoscaler,
@@ -312,6 +312,20 @@ class TestMechanisms:
         assert figures["arrived"] == 0
         assert math.isnan(figures["p99_ms"])
         assert figures["utilisation"] == 0
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        System(),
+        System(autoscaler=Autoscaler()),
+        System(tracking=TargetTracking(target_ongoing=2), queue_limit=5, devices=2),
+        System(batching=Batching(window_opens="idle"), failures=(Failure(at_s=0.5),), router="random"),
+    ],
+)
+def test_the_loop_is_compiled_once_whatever_the_system(system: System) -> None:
+    run(system, poisson(50, 100))
+    assert len(event_loop.run.signatures) == 1
 
 
 class TestService:
