@@ -85,38 +85,11 @@ def prepare(
         )
     check_arithmetic(spec, precision, compiled)
     check_export(spec, artifact, precision, compiled)
-    chosen = _checked_options(spec, options)
-    job: dict[str, object] = {
-        "options": {**chosen, **_arithmetic(spec, precision or "fp32", compiled)},
-        "reference_options": {**chosen, **_arithmetic(spec, "fp32", compiled=False)},
-        "seed": seed,
-        "payloads": spec.payloads,
-        "models": list(models),
-        "pipeline": description(spec, folder / "model.py", None) if spec.pipeline else None,
-        "export": None
-        if artifact == "python"
-        else {
-            "kind": artifact,
-            "file": _EXPORTED[artifact],
-            "inputs": [tensor.name for tensor in spec.inputs],
-            "outputs": [tensor.name for tensor in spec.outputs],
-        },
-    }
-    build_requirements = folder / "build-requirements.txt"
-    kind, requirements = (environment_kind, [build_requirements]) if build_requirements.is_file() else ("current", [])
-    export_requirements = folder / f"{artifact}-requirements.txt"
-    if artifact != "python" and export_requirements.is_file():
-        kind, requirements = environment_kind, [*requirements, export_requirements]
-    facts = {
-        **job,
-        "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
-        "device": device,
-        "told_apart": True,  # what was kept before models had to answer differently is made again, and checked
-        "files": [(name, digest.hex()) for name, digest in _digests(folder)],
-        "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
-        "environment": environments.fingerprint(kind, requirements, name=spec.name, on_progress=on_progress),
-    }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    job = _job(spec, folder, models, seed, options, precision, compiled, artifact)
+    requirements = _build_requirements(folder, artifact)
+    kind: environments.Kind = environment_kind if requirements else "current"
+    environment_fingerprint = environments.fingerprint(kind, requirements, name=spec.name, on_progress=on_progress)
+    key = _key(job, spec, folder, device, environment_fingerprint)
     target = cache_folder() / "artifacts" / f"{spec.name}-{key}"
 
     made = _Made(device, precision or "fp32", compiled, artifact, folder, progress)
@@ -152,6 +125,56 @@ def prepare(
             remedy="check that disk, or set TAILRACE_CACHE to a folder on another one",
         )
     return ready
+
+
+def _job(
+    spec: WorkloadSpec,
+    folder: Path,
+    models: Sequence[str],
+    seed: int,
+    options: Mapping[str, float],
+    precision: Precision | None,
+    compiled: bool,
+    artifact: ArtifactKind,
+) -> dict[str, object]:
+    """What the runner is told; everything that it makes follows from this and the workload's own files."""
+    chosen = _checked_options(spec, options)
+    return {
+        "options": {**chosen, **_arithmetic(spec, precision or "fp32", compiled)},
+        "reference_options": {**chosen, **_arithmetic(spec, "fp32", compiled=False)},
+        "seed": seed,
+        "payloads": spec.payloads,
+        "models": list(models),
+        "pipeline": description(spec, folder / "model.py", None) if spec.pipeline else None,
+        "export": None
+        if artifact == "python"
+        else {
+            "kind": artifact,
+            "file": _EXPORTED[artifact],
+            "inputs": [tensor.name for tensor in spec.inputs],
+            "outputs": [tensor.name for tensor in spec.outputs],
+        },
+    }
+
+
+def _key(job: Mapping[str, object], spec: WorkloadSpec, folder: Path, device: Device, environment: str) -> str:
+    """The name of what follows from all this in the cache."""
+    facts = {
+        **job,
+        "pipeline": hashlib.sha256(_PIPELINE.read_bytes()).hexdigest() if spec.pipeline else None,
+        "device": device,
+        "told_apart": True,  # what was kept before models had to answer differently is made again, and checked
+        "files": [(name, digest.hex()) for name, digest in _digests(folder)],
+        "runner": hashlib.sha256(_RUNNER.read_bytes()).hexdigest(),
+        "environment": environment,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build_requirements(folder: Path, artifact: ArtifactKind) -> list[Path]:
+    """What building a workload needs beside the harness's own interpreter; none: nothing."""
+    wanted = ["build-requirements.txt", *([] if artifact == "python" else [f"{artifact}-requirements.txt"])]
+    return [folder / name for name in wanted if (folder / name).is_file()]
 
 
 def sharing_memory(workload: PreparedWorkload) -> PreparedWorkload:
