@@ -216,6 +216,9 @@ class TrialFacts(Source):
     """of a pipeline, their names"""
     options: dict[str, Any] = Field(default_factory=dict)
     """the adapter's own, with all defaults"""
+    resolved: dict[str, Any] = Field(default_factory=dict)
+    """the cell whole, as it was resolved before anything started: all of the above that its trials have in common, and what
+    was asked of clients, containers and nodes besides"""
     nodes: int = 1
     supervision: str = "none"
     """how many nodes there may be; who starts a dead one again (`none`, `restart`)"""

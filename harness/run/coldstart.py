@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +14,23 @@ import numpy as np
 import psutil
 
 from tailrace import __version__
-from tailrace.harness.analysis.metrics import NS_PER_MS, NS_PER_S, claim_percentile, percentile
-from tailrace.harness.contract.adapter import Adapter, Deployment, DeployRequest, ServerEnvironment, Tuning
-from tailrace.harness.contract.exchange import Answer, check_answer, exchange
+from tailrace.harness.analysis.metrics import claim_percentile, percentile
+from tailrace.harness.contract.adapter import ServerEnvironment, Tuning
 from tailrace.harness.contract.fault import Circumstances
-from tailrace.harness.contract.pipeline import pipeline_environment
-from tailrace.harness.contract.workload import Device, Precision, PreparedWorkload
-from tailrace.harness.errors import DeployError, InputError, ServerError, StorageError, TailraceError
+from tailrace.harness.contract.workload import Composition, Device, Precision, PreparedWorkload, WorkloadSpec
+from tailrace.harness.errors import InputError, StorageError, TailraceError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.machine import command_line, drop_page_cache, environment_variables, git_state, hardware, software
 from tailrace.harness.plan.fault_kinds import refusal
 from tailrace.harness.plan.keys import validated_options
-from tailrace.harness.processes import log_tail, port_open
+from tailrace.harness.plan.resolved import ResolvedCell
 from tailrace.harness.records.store import ending, make_new_folder, now, write_json
+from tailrace.harness.run.deploy import deploy_request, deployed, scratch_folder
+from tailrace.harness.run.facts import ended_by
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.registry import get_adapter
-from tailrace.harness.run.resolve import Contestant
-from tailrace.harness.servers.devices import device_environment
+from tailrace.harness.run.setup import ServerSetup
+from tailrace.harness.run.start import ServerStart
 from tailrace.harness.servers.environments import Kind, build
 from tailrace.harness.servers.guardian import Guardian, sweep
 from tailrace.workloads.catalogue import check_arithmetic, load_spec
@@ -73,10 +68,6 @@ SETTLING_REQUESTS = 5
 WARM_REQUESTS = 20
 WARM_FACTOR = 1.5
 """A request that takes no longer than this times the median of the warm ones is warm."""
-
-_ANSWER_TIMEOUT_S = 30.0
-_POLL_S = 0.01
-_STOP_GRACE_S = 10.0
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -150,15 +141,21 @@ def interleaved(names: Sequence[str], trials: int, seed: int) -> list[tuple[str,
 class Plan:
     """Cold starts to be measured, checked as far as that needs no environment."""
 
-    contestants: Mapping[str, Contestant]
+    cells: Mapping[str, ResolvedCell]
+    """By the adapter's name; of one workload, with one tuning, on one device."""
+    spec: WorkloadSpec
     workload: str
-    device: Device
+    """Its name, or its folder."""
     trials: int
     mode: Mode
-    tuning: Tuning
     seed: int
-    precision: Precision | None = None
-    environment: Kind = "venv"
+    precision: Precision | None
+    environment: Kind
+
+    @property
+    def cell(self) -> ResolvedCell:
+        """Any of them, for what all have in common."""
+        return next(iter(self.cells.values()))
 
 
 def check(
@@ -196,13 +193,23 @@ def check(
         )
     check_arithmetic(spec, precision, compiled=False)
     tuning = Tuning(replicas=replicas)
-    contestants = {name: _contestant(name, (options or {}).get(name, {}), tuning, mode) for name in names}
+    cells = {
+        name: _cell(name, (options or {}).get(name, {}), tuning, mode, spec, chosen, environment) for name in names
+    }
     if mode == "page-cache":
         drop_page_cache()
-    return Plan(contestants, workload, chosen, trials, mode, tuning, seed, precision, environment)
+    return Plan(cells, spec, workload, trials, mode, seed, precision, environment)
 
 
-def _contestant(name: str, options: Mapping[str, Any], tuning: Tuning, mode: Mode) -> Contestant:
+def _cell(
+    name: str,
+    options: Mapping[str, Any],
+    tuning: Tuning,
+    mode: Mode,
+    spec: WorkloadSpec,
+    device: Device,
+    environment: Kind,
+) -> ResolvedCell:
     adapter = get_adapter(name)
     validated = validated_options(adapter, options)
     protocol = adapter.protocols[0]
@@ -213,103 +220,49 @@ def _contestant(name: str, options: Mapping[str, Any], tuning: Tuning, mode: Mod
             f"{name} can do no `load_model` by itself: {reason}",
             remedy=f"leave {name} out, or use --mode process",
         )
-    return Contestant(adapter, validated, protocol)
+    composition: Composition = "framework" if adapter.composes else "one-process"
+    return ResolvedCell(
+        adapter=name,
+        workload=spec.name,
+        models=(spec.name,),
+        stages=tuple(stage.name for stage in spec.pipeline),
+        device=device,
+        environment=environment,
+        protocol=protocol,
+        options=validated,
+        tuning=tuning,
+        composition=composition if spec.pipeline else None,
+        slo_ms=spec.slo.latency_ms,
+    )
 
 
 # ---------------------------------------------------------------- one server
 
 
-class ServerStart:
-    """Follows one server to its first correct answer and beyond, and keeps ``facts`` of it as they come to be known."""
+def ask_until_warm(start: ServerStart, told: dict[str, Any]) -> None:
+    """The first correct answer, then one request at a time until warm times are known: what that took, into ``told``.
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        deployment: Deployment,
-        workload: PreparedWorkload,
-        start_ns: int,
-        facts: dict[str, Any],
-    ) -> None:
-        self._adapter = adapter
-        self._deployment = deployment
-        self._workload = workload
-        self._model = next(iter(workload.references))
-        self._request = deployment.endpoint.codec.encode(self._model, workload.payloads[0])
-        self._start_ns = start_ns
-        self._facts = facts
-        facts |= {"since_start": {}, "phases": {}, "failed_answers": 0, "lied_s": 0.0}
+    Raises :class:`DeployError` when there is no answer in time, and :class:`ServerError` for a wrong one, or for a failure
+    after it.
+    """
+    try:
+        took_ms = [start.first_answer()]
+    finally:
+        told |= {"failed_answers": start.failed_answers, "lied_s": start.lied_s}
+    took_ms += [start.next_answer() for _ in range(SETTLING_REQUESTS + WARM_REQUESTS)]
+    told |= {**penalty(took_ms), "request_ms": took_ms}
 
-    def come_up(self) -> None:
-        """Wait for the port, and for the framework's own word. Raises :class:`DeployError` when either takes too long."""
-        endpoint = self._deployment.endpoint
-        self._wait("open its port", lambda: port_open(endpoint.host, endpoint.port))
-        self.reached("port_open_s", time.monotonic_ns())
-        self._wait("say that it is ready", self._deployment.claims_ready)
-        self.reached("ready_s", time.monotonic_ns())
 
-    def answer(self) -> None:
-        """Ask until the first correct answer, then go on one request at a time, until warm times are known.
+def phases_into(told: dict[str, Any]) -> Callable[[str, float], None]:
+    """What writes down when each phase of a start ended, and how long it took."""
+    since_start: dict[str, float] = {}
+    told |= {"since_start": since_start, "phases": {}, "failed_answers": 0, "lied_s": 0.0}
 
-        Raises :class:`DeployError` when there is no answer in time, and :class:`ServerError` for a wrong one, or for a
-        failure after it.
-        """
-        claimed_ns = time.monotonic_ns()
-        while True:
-            answer, sent_ns, done_ns = self._ask()
-            if answer.ok:
-                break
-            self._facts["failed_answers"] += 1
-            self._facts["lied_s"] = (time.monotonic_ns() - claimed_ns) / NS_PER_S
-            self._go_on("answer a request", f", though it says that it is ready; its last answer: {answer.text}")
-        self.reached("first_answer_s", done_ns)
-        took_ms = [(done_ns - sent_ns) / NS_PER_MS]
-        for _ in range(SETTLING_REQUESTS + WARM_REQUESTS):
-            answer, sent_ns, done_ns = self._ask()
-            if not answer.ok:
-                raise ServerError(
-                    f"{self._adapter.name} failed after its first correct answer: {answer.text}",
-                    remedy=f"read the log: {self._deployment.log}",
-                    detail=log_tail(self._deployment.log),
-                )
-            took_ms.append((done_ns - sent_ns) / NS_PER_MS)
-        self._facts.update(penalty(took_ms), request_ms=took_ms)
+    def reached(phase: str, seconds: float) -> None:
+        since_start[phase] = seconds
+        told["phases"] = lengths(since_start)
 
-    def reached(self, phase: str, at_ns: int) -> None:
-        """Note that a phase has ended, at an instant of the monotonic clock."""
-        self._facts["since_start"][phase] = (at_ns - self._start_ns) / NS_PER_S
-        self._facts["phases"] = lengths(self._facts["since_start"])
-
-    def _wait(self, purpose: str, reached: Callable[[], bool]) -> None:
-        while not reached():
-            self._go_on(purpose)
-
-    def _go_on(self, purpose: str, excuse: str = "") -> None:
-        """A short pause, unless there is nothing left to wait for."""
-        self._deployment.check_alive()
-        limit_s, log = self._adapter.start_timeout_s, self._deployment.log
-        if time.monotonic_ns() - self._start_ns > limit_s * NS_PER_S:
-            raise DeployError(
-                f"{self._adapter.name} did not {purpose} within {limit_s:.0f} s{excuse}",
-                remedy=f"read the log: {log}",
-                detail=log_tail(log),
-            )
-        time.sleep(_POLL_S)
-
-    def _ask(self) -> tuple[Answer, int, int]:
-        """An answer, and when it was asked for and there. Always the same payload, so that times compare."""
-        endpoint = self._deployment.endpoint
-        sent_ns = time.monotonic_ns()
-        answer = exchange(endpoint, self._request, _ANSWER_TIMEOUT_S)
-        done_ns = time.monotonic_ns()
-        if answer.ok:
-            difference = check_answer(endpoint, self._workload, self._model, 0, answer.headers, answer.body)
-            if difference is not None:
-                raise ServerError(
-                    f"{self._adapter.name} does not compute what the reference computes: {difference}",
-                    remedy="the server runs another model, or the workload's tolerance is too tight for this device",
-                    detail=log_tail(self._deployment.log),
-                )
-        return answer, sent_ns, done_ns
+    return reached
 
 
 # ---------------------------------------------------------------- all of them
@@ -323,7 +276,7 @@ class ColdStarts:
         self._folder = folder.absolute()  # servers run in folders of their own
         self._note = note
         self._environments: dict[str, ServerEnvironment] = {}
-        spec = load_spec(plan.workload)
+        spec, cell = plan.spec, plan.cell
         self.record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "tailrace_version": __version__,
@@ -333,22 +286,22 @@ class ColdStarts:
             "command": command_line(),
             "mode": plan.mode,
             "trials_per_adapter": plan.trials,
-            "replicas": plan.tuning.replicas,
+            "replicas": cell.tuning.replicas,
             "seed": plan.seed,
-            "workload": {"name": spec.name, "title": spec.title, "device": plan.device},
-            "emulated": plan.device == "emulated",
+            "workload": {"name": spec.name, "title": spec.title, "device": cell.device},
+            "emulated": cell.device == "emulated",
             "hardware": hardware(),
             "software": software(),
             "environment_variables": environment_variables(),
             "git": git_state(Path.cwd()),
             "adapters": {
                 name: {
-                    "title": contestant.adapter.title,
-                    "protocol": contestant.protocol,
-                    "options": contestant.options.model_dump(mode="json"),
+                    "title": get_adapter(name).title,
+                    "protocol": entrant.protocol,
+                    "options": entrant.options.model_dump(mode="json"),
                     "packages": {},
                 }
-                for name, contestant in plan.contestants.items()
+                for name, entrant in plan.cells.items()
             },
             "rehearsals": [],
             "trials": [],
@@ -364,7 +317,7 @@ class ColdStarts:
         """
         make_new_folder(self._folder)
         self._save()
-        plan, names = self._plan, list(self._plan.contestants)
+        plan, names = self._plan, list(self._plan.cells)
         with ending(self._end):
             workload = self._set_up()
             if plan.mode == "process":
@@ -383,18 +336,17 @@ class ColdStarts:
         self._save()
 
     def _save(self) -> None:
-        self.record["summary"] = summarise(self.record["trials"], list(self._plan.contestants))
+        self.record["summary"] = summarise(self.record["trials"], list(self._plan.cells))
         write_json(self._folder / RECORD_FILE, self.record)
 
     def _set_up(self) -> PreparedWorkload:
         plan = self._plan
         for sentence in sweep():
             self._note(f"cleaned: {sentence}")
-        name = self.record["workload"]["name"]
         workload = prepare(
             plan.workload,
-            models=[name],
-            device=plan.device,
+            models=plan.cell.models,
+            device=plan.cell.device,
             seed=plan.seed,
             options={},
             environment_kind=plan.environment,
@@ -402,10 +354,11 @@ class ColdStarts:
             on_progress=self._note,
         )
         self.record["workload"]["artifact_sha256"] = workload.artifact_sha256
-        for name, contestant in plan.contestants.items():
-            if contestant.adapter.exposes:
-                self._note(f"{name}: {contestant.adapter.exposes}")
-            needed = [contestant.adapter.requirements, *filter(None, [workload.requirements])]
+        for name in plan.cells:
+            adapter = get_adapter(name)
+            if adapter.exposes:
+                self._note(f"{name}: {adapter.exposes}")
+            needed = [adapter.requirements, *filter(None, [workload.requirements])]
             self._environments[name] = build(plan.environment, needed, name=name, on_progress=self._note)
             self.record["adapters"][name]["packages"] = dict(self._environments[name].packages)
             self.record["adapters"][name]["python"] = self._environments[name].interpreter
@@ -430,7 +383,7 @@ class ColdStarts:
             told["state"] = "done"
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
-            told |= {"state": "interrupted" if interrupted else "failed", "error": _told(error)}
+            told |= {"state": "interrupted" if interrupted else "failed", "error": ended_by(error).dump()}
             if isinstance(error, StorageError) or not isinstance(error, TailraceError | OSError):
                 raise
         return told
@@ -438,70 +391,32 @@ class ColdStarts:
     def _measure(
         self, name: str, workdir: Path, workload: PreparedWorkload, guardian: Guardian, told: dict[str, Any]
     ) -> None:
-        adapter, mode = self._plan.contestants[name].adapter, self._plan.mode
-        scratch = Path(tempfile.mkdtemp(prefix="tailrace-"))
-        guardian.remove_later(glob.escape(str(scratch)))
-        try:
-            request = self._request(name, workdir, scratch, workload)
+        """A trial without traffic: deploy, bring up, ask until warm, stop."""
+        mode, cell = self._plan.mode, self._plan.cells[name]
+        setup = ServerSetup(
+            cell=cell, adapter=get_adapter(name), environment=self._environments[name], workload=workload
+        )
+        with scratch_folder(guardian) as scratch:
+            request = deploy_request(setup, scratch, workdir, gpus()[:1] if cell.device == "cuda" else [])
             if mode == "page-cache":
                 drop_page_cache()
             told |= {"page_cache_bytes": psutil.virtual_memory().cached, "load_average_1m": os.getloadavg()[0]}
-            deployment = adapter.start(request, guardian)
-            told["notes"] = deployment.notes
-            try:
-                spawned_ns = guardian.spawned_ns(deployment.process)
+            with deployed(setup, request, guardian, guardian) as server:
+                told["notes"] = server.notes
+                spawned_ns = guardian.spawned_ns(server.process)
                 if mode == "model":
-                    before = ServerStart(adapter, deployment, workload, spawned_ns, {})
+                    before = ServerStart(setup, server, spawned_ns, phases_into({}))
                     before.come_up()
-                    before.answer()
-                    (model,) = workload.references
-                    deployment.unload_model(model)
-                    start = ServerStart(adapter, deployment, workload, time.monotonic_ns(), told)
-                    deployment.load_model(model)
+                    ask_until_warm(before, {})
+                    (model,) = cell.models
+                    server.unload_model(model)
+                    start = ServerStart(setup, server, time.monotonic_ns(), phases_into(told))
+                    server.load_model(model)
                     start.reached("load_s", time.monotonic_ns())
                 else:
-                    start = ServerStart(adapter, deployment, workload, spawned_ns, told)
+                    start = ServerStart(setup, server, spawned_ns, phases_into(told))
                     start.come_up()
-                start.answer()
-            finally:
-                # A Ctrl-C on its way must not be replaced by the failure of a server to stop.
-                interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-                with contextlib.suppress(TailraceError) if interrupted else contextlib.nullcontext():
-                    deployment.stop(_STOP_GRACE_S)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def _request(self, name: str, workdir: Path, scratch: Path, workload: PreparedWorkload) -> DeployRequest:
-        contestant = self._plan.contestants[name]
-        devices = scratch / "devices"
-        try:
-            devices.mkdir()
-            workdir.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError.of(workdir, error) from error
-        return DeployRequest(
-            workload=workload,
-            models=tuple(workload.references),
-            tuning=self._plan.tuning,
-            options=contestant.options,
-            protocol=contestant.protocol,
-            environment=self._environments[name],
-            workdir=workdir,
-            scratch=scratch,
-            server_env={
-                **device_environment(workload.device, devices, gpus()[:1]),
-                **pipeline_environment(workload, scratch / "stages"),
-            },
-            stages=workload.spec.pipeline if contestant.adapter.composes else (),
-        )
-
-
-def _told(error: BaseException) -> dict[str, str | None]:
-    if isinstance(error, KeyboardInterrupt):
-        return {"message": "interrupted by the user", "remedy": None, "detail": None}
-    if isinstance(error, TailraceError):
-        return {"message": error.message, "remedy": error.remedy, "detail": error.detail}
-    return {"message": f"{type(error).__name__}: {error}", "remedy": None, "detail": None}
+                ask_until_warm(start, told)
 
 
 def _outcome(trial: Mapping[str, Any]) -> str:

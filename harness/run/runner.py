@@ -23,11 +23,12 @@ from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.keys import explain
 from tailrace.harness.plan.schedule import offered_rates
 from tailrace.harness.records.store import RunFolder, ending, now
+from tailrace.harness.run.features.load import load_workers
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.preflight import Checked, check
 from tailrace.harness.run.ruler import calibrate
 from tailrace.harness.run.setup import TrialSetup, set_up
-from tailrace.harness.run.trial import Trial, load_workers
+from tailrace.harness.run.trial import Trial
 from tailrace.harness.servers.guardian import sweep
 from tailrace.traces.trace import describe
 
@@ -140,16 +141,16 @@ def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> Summary:
             observer.trial_begins(setup.plan, position, len(setups), setup.duration_s)
             trial = Trial(setup, run.trial(setup.plan.id), observer)
             trial.run()
-            if trial.facts["state"] == "failed":
-                failures.append(trial.facts)
+            if trial.facts.state == "failed" and trial.facts.error is not None:
+                failures.append((setup.plan.id, trial.facts.error))
             observer.trial_ends(setup.plan, summarise_trial(run.trial(setup.plan.id), run.manifest["ruler"]))
     summary = write_summary(run)
     if failures:
-        first = failures[0]
+        trial_id, first = failures[0]
         raise TailraceError(
-            f"{len(failures)} of {len(setups)} trials failed; {first['id']}: {first['error']['message']}",
-            remedy=first["error"]["remedy"],
-            detail=first["error"]["detail"],
+            f"{len(failures)} of {len(setups)} trials failed; {trial_id}: {first.message}",
+            remedy=first.remedy,
+            detail=first.detail,
         )
     return summary
 

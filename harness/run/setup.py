@@ -23,20 +23,27 @@ from tailrace.harness.servers.environments import build
 from tailrace.traces.trace import Trace
 
 
-@dataclass(frozen=True)
-class TrialSetup:
-    """A resolved cell, and what is no plain data: who serves it, where, which model, what is sent, and what goes wrong."""
+@dataclass(frozen=True, kw_only=True)
+class ServerSetup:
+    """A resolved cell, and what its servers need that is no plain data."""
 
     cell: ResolvedCell
-    plan: TrialPlan
     adapter: Adapter
     environment: ServerEnvironment
-    environment_s: float
-    balancer_environment: ServerEnvironment | None
+    environment_s: float = 0.0
+    """How long it took to have that ready."""
+    balancer_environment: ServerEnvironment | None = None
     """Where HAProxy is, if the nodes stand behind it."""
     workload: PreparedWorkload
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSetup(ServerSetup):
+    """One trial of a cell: what is sent to its servers, and what goes wrong meanwhile."""
+
+    plan: TrialPlan
     trace: Trace
-    faults: tuple[PlannedFault, ...]
+    faults: tuple[PlannedFault, ...] = ()
 
     def schedule(self) -> Schedule:
         """Warm-up and trace of this trial; the same for all cells of a block."""

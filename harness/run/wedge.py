@@ -16,7 +16,8 @@ _POLL_S = 1.0
 
 
 class WedgeWatch(threading.Thread):
-    """Follows the progress of a replay, and calls ``on_wedged`` once when the server has stopped answering for good.
+    """Follows the progress of a replay, and calls ``on_wedged`` once when the server has stopped answering for good. A context
+    manager: it watches within.
 
     ``probe`` asks the server; ``excused`` says whether an injected fault explains its silence.
     """
@@ -41,6 +42,13 @@ class WedgeWatch(threading.Thread):
         self._stopped = threading.Event()
         self.found: Probe | None = None
         """The probe that showed the server wedged; ``None`` while it is not."""
+
+    def __enter__(self) -> WedgeWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def follow(self, progress: Progress) -> None:
         """Take note of how the replay stands."""

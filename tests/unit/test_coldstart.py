@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tailrace.adapters.null.adapter import ADAPTER
 from tailrace.harness import machine
 from tailrace.harness.analysis.metrics import order_statistic_bounds
-from tailrace.harness.contract.adapter import Deployment, Endpoint, ProcessHost
+from tailrace.harness.contract.adapter import Adapter, Deployment, Endpoint, ProcessHost, ServerEnvironment
 from tailrace.harness.contract.codecs import RawHTTP
 from tailrace.harness.errors import DeployError, InputError, ServerError, StorageError
 from tailrace.harness.processes import ProcessRef
@@ -36,16 +36,19 @@ from tailrace.harness.run.coldstart import (
     WARM_REQUESTS,
     ColdStarts,
     Mode,
-    ServerStart,
+    ask_until_warm,
     check,
     interleaved,
     lengths,
     penalty,
+    phases_into,
     spread,
     summarise,
 )
 from tailrace.harness.run.registry import get_adapter
 from tailrace.harness.run.ruler import plain_workload
+from tailrace.harness.run.setup import ServerSetup
+from tailrace.harness.run.start import ServerStart
 from tailrace.reports.coldstart import FIGURE_WORDS, build, write
 
 REQUESTS = 1 + SETTLING_REQUESTS + WARM_REQUESTS
@@ -172,6 +175,9 @@ class Impatient(type(ADAPTER)):  # type: ignore[misc]
 
 
 class Scripted(Deployment):
+    def open(self) -> bool:
+        return True
+
     def claims_ready(self) -> bool:
         return True
 
@@ -202,12 +208,15 @@ def scripted(script: Script) -> Iterator[Scripted]:
         server.shutdown()
 
 
-def followed(script: Script) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
+def followed(script: Script, facts: dict[str, Any] | None = None, adapter: Adapter = ADAPTER) -> dict[str, Any]:
+    facts = {} if facts is None else facts
+    cell = check(["null"], "emulated").cell.model_copy(update={"models": tuple(WORKLOAD.references)})
+    environment = ServerEnvironment(Path("/nonexistent/python"), "current")
+    setup = ServerSetup(cell=cell, adapter=adapter, environment=environment, workload=WORKLOAD)
     with scripted(script) as deployment:
-        start = ServerStart(ADAPTER, deployment, WORKLOAD, time.monotonic_ns(), facts)
+        start = ServerStart(setup, deployment, time.monotonic_ns(), phases_into(facts))
         start.come_up()
-        start.answer()
+        ask_until_warm(start, facts)
     return facts
 
 
@@ -243,11 +252,8 @@ def test_a_failure_after_the_first_correct_answer_is_an_error() -> None:
 
 def test_a_server_that_never_answers_is_given_up_and_how_long_it_lied_is_kept() -> None:
     facts: dict[str, Any] = {}
-    with scripted(lambda _: (503, b"loading", 0.0)) as deployment:
-        start = ServerStart(Impatient(), deployment, WORKLOAD, time.monotonic_ns(), facts)
-        start.come_up()
-        with pytest.raises(DeployError, match=r"though it says that it is ready; its last answer: HTTP 503: loading"):
-            start.answer()
+    with pytest.raises(DeployError, match=r"though it says that it is ready; its last answer: HTTP 503: loading"):
+        followed(lambda _: (503, b"loading", 0.0), facts, Impatient())
     assert list(facts["since_start"]) == ["port_open_s", "ready_s"]
     assert facts["lied_s"] > 0
     assert facts["failed_answers"] > 0

@@ -13,6 +13,7 @@ from tailrace.harness.errors import InputError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.prices import price_per_hour
+from tailrace.harness.records.facts import TrialFacts
 from tailrace.harness.records.store import TrialFolder
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.preflight import check
@@ -28,7 +29,7 @@ def experiment(**changes: Any) -> Experiment:
     )
 
 
-def facts(asked: Experiment, folder: Path) -> dict[str, Any]:
+def facts(asked: Experiment, folder: Path) -> TrialFacts:
     """Of a trial that has not begun."""
     checked, nowhere = check(asked), folder / "nowhere"
     setup = TrialSetup(
@@ -46,8 +47,8 @@ def facts(asked: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def test_the_price_of_the_experiment_stands_in_the_facts_of_its_trials(tmp_path: Path) -> None:
-    assert facts(experiment(device="cpu", device_price_per_hour=0.4), tmp_path)["device_price_per_hour"] == 0.4
-    assert facts(experiment(device="cpu"), tmp_path)["device_price_per_hour"] is None
+    assert facts(experiment(device="cpu", device_price_per_hour=0.4), tmp_path).device_price_per_hour == 0.4
+    assert facts(experiment(device="cpu"), tmp_path).device_price_per_hour is None
 
 
 def test_a_gpu_costs_what_the_users_own_file_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,8 +57,8 @@ def test_a_gpu_costs_what_the_users_own_file_says(monkeypatch: pytest.MonkeyPatc
     prices.write_text("NVIDIA H100: 3.5\nNVIDIA L4: 0.5\ncpu: 0.1\n")
     one = experiment(device="cuda", device_prices=str(prices))
     told = facts(one, tmp_path)
-    assert told["device_price_per_hour"] == 3.5
-    assert told["gpus"] == [{"gpu": "gpu-0", "name": "NVIDIA H100", "uuid": "GPU-a"}]
+    assert told.device_price_per_hour == 3.5
+    assert [gpu.dump() for gpu in told.gpus] == [{"gpu": "gpu-0", "name": "NVIDIA H100", "uuid": "GPU-a"}]
     assert price_per_hour(one, "cuda", gpus()) == 2.0, "the mean, for figures go by the number of devices"
     assert price_per_hour(one, "cpu", []) == 0.1
 
