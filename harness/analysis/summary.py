@@ -91,7 +91,10 @@ def _worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def summarise_trial(trial: TrialFolder, ruler: Mapping[str, Any]) -> TrialSummary:
-    """All figures of one trial. ``ruler`` is the run's calibration by protocol, as the manifest keeps it."""
+    """All figures of one trial. ``ruler`` is the run's calibration by protocol, as the manifest keeps it.
+
+    Long because it names every figure once, in the order in which they are kept.
+    """
     facts = trial.facts
     several = facts.models if len(facts.models) > 1 else ()
     requests = trial.request_columns(*MEASURED_COLUMNS, *(("model",) if several else ()))

@@ -1,4 +1,7 @@
-"""``summary.json``: every figure of a run, derived from its sources; +∞ and NaN are floats here, ``"inf"`` and ``null`` there."""
+"""``summary.json``: every figure of a run, derived from its sources; +∞ and NaN are floats here, ``"inf"`` and ``null`` there.
+
+Long because every figure is described where it is declared, and each is declared once.
+"""
 
 from __future__ import annotations
 
