@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import uv
 
 from tailrace.harness.analysis.metrics import measured
 from tailrace.harness.cgroups import refusal as cgroup_refusal
@@ -28,10 +29,12 @@ from tailrace.harness.errors import EngineError
 from tailrace.harness.folders import cache_folder
 from tailrace.harness.records.schema import Outcome
 from tailrace.harness.records.store import RunFolder, TrialFolder
+from tailrace.harness.servers import images, package_index
 from tailrace.harness.servers.engine import RUN, Engine
 from tailrace.harness.servers.environments import exclusive
 from tests.conftest import tailrace, wait_until
 
+ROOT = Path(__file__).parents[2]
 BASE = "tailrace-test-base:bookworm"
 SHORT = ["--set", "warmup.duration_s=1", "--set", "calibration.step_s=0.1", "--set", "client.timeout_s=5"]
 OWN_FAULT = ("noisy-host", "generator-saturated", "not-steady", "clock-uncertain", "not-calibrated")
@@ -265,3 +268,98 @@ def test_a_killed_harness_leaves_no_container(engine: Engine, tmp_path: Path, gu
     assert cleaned.count("the network tailrace-") == 1
     assert left(engine) == []
     assert tailrace("clean", cwd=tmp_path).stdout.strip() == "nothing to clean"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This very tree, where an engine's containers may see it and a build may leave something."""
+    folder = tmp_path_factory.mktemp("clone") / "tailrace"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "site", "results", "*.egg-info")
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=left_out))
+
+
+@pytest.fixture(scope="module")
+def runner(engine: Engine, clone: Path) -> str:
+    """An image of tailrace itself, with the null server for `environment: current`."""
+    context = clone / "docker" / "runner"
+    build = [uv.find_uv_bin(), "build", "--wheel", "--out-dir", str(context), *package_index.uv_arguments(), str(clone)]
+    variables = {**os.environ, **package_index.uv_environment()}
+    subprocess.run(build, check=True, capture_output=True, env=variables, timeout=600)
+    for name, content in images._package_access().items():
+        (context / name).write_bytes(content)
+    arguments = {"BASE_IMAGE": BASE, "ADAPTER": "null"}
+    said = list(
+        engine.api.build(
+            path=str(context), tag="tailrace-test", buildargs=arguments, network_mode="host", rm=True, decode=True
+        )
+    )
+    assert not [line for line in said if "error" in line], said[-30:]
+    return "tailrace-test"
+
+
+def run_inside(engine: Engine, image: str, *arguments: str, ends: tuple[int, ...] = (0, 3), **options: Any) -> str:
+    """What tailrace in a container says, which must end so: with 3 where the machine was busy."""
+    host = engine.api.create_host_config(init=True, **options.pop("host", {"network_mode": "none"}))
+    container = engine.api.create_container(image, list(arguments), host_config=host, **options)["Id"]
+    try:
+        engine.api.start(container)
+        status = engine.api.wait(container, timeout=600)["StatusCode"]
+        said: str = engine.api.logs(container).decode("utf-8", "replace")
+    finally:
+        engine.remove(container)
+    assert status in ends, said
+    return said
+
+
+def test_tailrace_in_an_image_of_its_own(engine: Engine, runner: str, clone: Path, tmp_path: Path) -> None:
+    assert "NVIDIA driver" in run_inside(engine, runner, ends=(1,)), "its command is `doctor --gpu`"
+
+    race = [
+        "run",
+        "smoke",
+        "--adapter",
+        "null",
+        *SHORT,
+        "--set",
+        "trace={name: steady, params: {rate: 20, duration_s: 3}}",
+    ]
+    mounted = {"network_mode": "none", "binds": [f"{tmp_path}:/runs"]}
+    run_inside(engine, runner, *race, "--set", "environment=current", "--out", "out", host=mounted)
+    assert all_answered(tmp_path / "out")
+
+    socket = os.environ["DOCKER_HOST"].removeprefix("unix://")
+    beside = {path: path for path in ("/tmp", str(clone), str(tmp_path))}  # noqa: S108
+    # The machine that builds is the container: where packages come from is told to its pip.
+    given = {name: f"/build/{name}" for name in images._package_access()}
+    binds = {
+        socket: "/var/run/docker.sock",
+        **beside,
+        **{f"{clone}/docker/runner/{name}": to for name, to in given.items()},
+    }
+    run_inside(
+        engine,
+        runner,
+        *(*race, "--set", "environment=docker", "--set", f"containers={json.dumps({'base_images': {'null': BASE}})}"),
+        *("--out", "contained"),
+        working_dir=str(tmp_path),
+        environment={
+            "PYTHONPATH": str(clone),
+            "PIP_CONFIG_FILE": given["pip.conf"],
+            "TAILRACE_CACHE": f"{tmp_path}/cache",
+            "TAILRACE_STATE": f"{tmp_path}/state",
+        },
+        host={
+            "network_mode": "host",
+            "pid_mode": "host",
+            "binds": [f"{here}:{there}" for here, there in binds.items()],
+        },
+    )
+    assert all_answered(tmp_path / "contained")
+    assert left(engine) == []
+
+
+def all_answered(folder: Path) -> bool:
+    (trial,) = RunFolder.open(folder).trials
+    requests = trial.requests
+    assert requests is not None
+    return requests.num_rows > 60 and set(requests["outcome"].to_pylist()) == {"ok"}

@@ -39,7 +39,7 @@ def documented() -> list[str]:
     found: dict[str, None] = {}
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", "").splitlines():
                 for command in re.split(r"\s+#\s", line)[0].split("&&"):
                     if command.strip():
                         found[command.strip()] = None
@@ -53,9 +53,20 @@ def commands_of(program: str) -> list[list[str]]:
     return [words for words in COMMANDS.values() if words[0] == program]
 
 
+def commands_in_containers() -> list[list[str]]:
+    """What is run in an image of tailrace's own, where that is not its usual command; it needs GPUs, or an engine."""
+    found = []
+    for words in commands_of("docker"):
+        image = next((place for place, word in enumerate(words) if re.fullmatch(r"tailrace(-\w+)?", word)), len(words))
+        if words[1] == "run" and words[image + 1 :]:
+            found.append(["tailrace", *words[image + 1 :]])
+    return found
+
+
 def test_there_is_no_command_of_another_kind() -> None:
     assert {words[0] for words in COMMANDS.values()} == {"tailrace", "nox", "pip", "docker"}
     assert len(commands_of("tailrace")) > 40
+    assert len(commands_in_containers()) == 2
 
 
 def test_every_image_that_is_built_has_a_dockerfile() -> None:
@@ -103,7 +114,9 @@ def test_every_run_is_a_possible_one(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [w for w in commands_of("tailrace") if w[1] != "run" or "--resume" in w], ids=" ".join
+    "words",
+    [*(w for w in commands_of("tailrace") if w[1] != "run" or "--resume" in w), *commands_in_containers()],
+    ids=" ".join,
 )
 def test_every_option_is_known(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
