@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from tailrace.harness.run.observer import Observer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tailrace.harness.analysis.summary import Summary
     from tailrace.harness.plan.cells import TrialPlan
+    from tailrace.harness.records.summary import CellSummary, Comparison, RunSummary, TrialSummary
     from tailrace.harness.replay.driver import Progress as ReplayProgress
 
 _VERDICT_STYLES = {"VALID": "green", "INVALID": "bold red", "UNKNOWN": "yellow"}
@@ -83,16 +83,16 @@ class ConsoleObserver(Observer):
             completed = min(task.total, max(0.0, progress.t_s + self._before_s))
             self._progress.update(self._task, completed=completed, live=progress)
 
-    def trial_ends(self, plan: TrialPlan, summary: Summary) -> None:
+    def trial_ends(self, plan: TrialPlan, summary: TrialSummary) -> None:
         self._progress.remove_task(self._task)
         self._before_s = 0.0
         line = Text(f"{self._label}: ")
-        line.append(verdict(summary["verdict"]))
+        line.append(verdict(summary.verdict))
         line.append(
-            f", {summary['reasons'][0]['text']}"
-            if not summary["arrivals"] and summary["reasons"]
-            else f", {summary['goodput_rps']:.1f} good of {summary['offered_rps']:.1f} offered/s, "
-            f"p50 {milliseconds(summary['p50_ms'])} ms, p99 {milliseconds(summary['p99_ms'])} ms"
+            f", {summary.reasons[0].text}"
+            if not summary.arrivals and summary.reasons
+            else f", {summary.goodput_rps:.1f} good of {summary.offered_rps:.1f} offered/s, "
+            f"p50 {milliseconds(summary.p50_ms)} ms, p99 {milliseconds(summary.p99_ms)} ms"
         )
         read(self._console, line)
 
@@ -102,20 +102,20 @@ _OPTIMISTIC = "†"
 """Beside an interval that takes the arrivals of a trial as independent."""
 
 
-def summary_parts(summary: Summary) -> Iterator[Part]:
+def summary_parts(summary: RunSummary) -> Iterator[Part]:
     """The cells of a run as a table, then the reasons and remedies of whatever is not VALID, and what faults did."""
-    cells = summary["cells"]
-    if any(cell["emulated"] for cell in cells):
+    cells = summary.cells
+    if any(cell.emulated for cell in cells):
         yield EMULATED
     yield sheet(cells, _COLUMNS, words=2, width=_WIDTH)
-    if any(cell["p99_ci_ms"] and cell["p99_ci_ms_source"] == "within-trial" for cell in cells):
+    if any(cell.p99_ci_ms and cell.p99_ci_ms_source == "within-trial" for cell in cells):
         yield Text(f"{_OPTIMISTIC} within trials, as if arrivals were independent: optimistic", style="dim")
-    yield from comparison_lines(summary["comparisons"])
-    for trial in summary["trials"]:
-        for reason in trial["reasons"]:
-            yield f"{trial['trial']}: {reason['code']}: {reason['text']}. Remedy: {reason['remedy']}."
-        for fault in trial["faults"]:
-            yield f"{trial['trial']}: {fault_sentence(fault)}"
+    yield from comparison_lines(summary.comparisons)
+    for trial in summary.trials:
+        for reason in trial.reasons:
+            yield f"{trial.trial}: {reason.code}: {reason.text}. Remedy: {reason.remedy}."
+        for fault in trial.faults:
+            yield f"{trial.trial}: {fault_sentence(fault)}"
 
 
 def verdict(word: str) -> Text:
@@ -123,27 +123,27 @@ def verdict(word: str) -> Text:
     return Text(word, style=_VERDICT_STYLES[word])
 
 
-def _interval(cell: Summary) -> str:
-    ends = cell["p99_ci_ms"]
-    mark = f" {_OPTIMISTIC}" if cell["p99_ci_ms_source"] == "within-trial" else ""
+def _interval(cell: CellSummary) -> str:
+    ends = cell.p99_ci_ms
+    mark = f" {_OPTIMISTIC}" if cell.p99_ci_ms_source == "within-trial" else ""
     return figure(None) if ends is None else " – ".join(map(milliseconds, ends)) + mark
 
 
-_COLUMNS: dict[str, Callable[[Summary], str | Text]] = {
-    "adapter": lambda cell: cell["adapter"],
-    "scenario": lambda cell: cell["scenario"],
-    "trials": lambda cell: str(cell["trials"]),
-    "offered/s": lambda cell: figure(cell["offered_rps"], ".1f"),
-    "goodput/s/device": lambda cell: figure(cell["goodput_rps_per_device"], ".1f"),
-    "p50 ms": lambda cell: milliseconds(cell["p50_ms"]),
-    "p99 ms": lambda cell: milliseconds(cell["p99_ms"]),
+_COLUMNS: dict[str, Callable[[CellSummary], str | Text]] = {
+    "adapter": lambda cell: cell.adapter,
+    "scenario": lambda cell: cell.scenario,
+    "trials": lambda cell: str(cell.trials),
+    "offered/s": lambda cell: figure(cell.offered_rps, ".1f"),
+    "goodput/s/device": lambda cell: figure(cell.goodput_rps_per_device, ".1f"),
+    "p50 ms": lambda cell: milliseconds(cell.p50_ms),
+    "p99 ms": lambda cell: milliseconds(cell.p99_ms),
     "p99 95% interval": _interval,
-    "within SLO": lambda cell: percent(cell["slo_attainment"]),
-    "shed": lambda cell: str(cell["shed"]),
-    "failed": lambda cell: str(cell["errors"] + cell["timeouts"] + cell["connection_errors"] + cell["dropped"]),
-    "device used": lambda cell: percent(cell["utilization"]),
-    "cold start s": lambda cell: figure(cell["cold_start_s"], ".1f"),
-    "verdict": lambda cell: verdict(cell["verdict"]),
+    "within SLO": lambda cell: percent(cell.slo_attainment),
+    "shed": lambda cell: str(cell.shed),
+    "failed": lambda cell: str(cell.errors + cell.timeouts + cell.connection_errors + cell.dropped),
+    "device used": lambda cell: percent(cell.utilization),
+    "cold start s": lambda cell: figure(cell.cold_start_s, ".1f"),
+    "verdict": lambda cell: verdict(cell.verdict),
 }
 """One cell as headings and values for reading."""
 
@@ -151,19 +151,19 @@ _COLUMNS: dict[str, Callable[[Summary], str | Text]] = {
 _FIGURE_WORDS = {"p99_ms": "p99", "p50_ms": "p50", "goodput_rps_per_device": "goodput"}
 
 
-def comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """What the adapters are to each other: a line for every two under the same scenario, or a single one where there are
     too few blocks for any interval."""
-    if comparisons and not any(told["interval"] for told in comparisons):
-        reasons = list(dict.fromkeys(told["reason"] for told in comparisons))
+    if comparisons and not any(told.interval for told in comparisons):
+        reasons = list(dict.fromkeys(told.reason for told in comparisons if told.reason))
         return [f"no adapter was shown to differ from another: {'; '.join(reasons)}"]
     lines: dict[str, list[str]] = {}
     for told in comparisons:
-        pair = f"{told['scenario']}: {told['first']} ÷ {told['second']} ({told['blocks']} blocks)"
-        words = f"{_FIGURE_WORDS[told['figure']]} "
-        if told["interval"]:
-            low, high = told["interval"]
-            words += f"{told['ratio']:.3f} [{low:.3f}, {high:.3f}] "
-        reason = f" ({told['reason']})" if told["reason"] else ""
-        lines.setdefault(pair, []).append(f"{words}{told['verdict']}{reason}")
+        pair = f"{told.scenario}: {told.first} ÷ {told.second} ({told.blocks} blocks)"
+        words = f"{_FIGURE_WORDS[told.figure]} "
+        if told.interval:
+            low, high = told.interval
+            words += f"{told.ratio:.3f} [{low:.3f}, {high:.3f}] "
+        reason = f" ({told.reason})" if told.reason else ""
+        lines.setdefault(pair, []).append(f"{words}{told.verdict}{reason}")
     return [f"{pair}: {'; '.join(words)}" for pair, words in lines.items()]

@@ -55,15 +55,15 @@ def pareto(
         "adapter": lambda cell: cell.adapter,
         "cell": lambda cell: cell.scenario,
         "p99 predicted": lambda cell: figure(cell.predicted and cell.predicted["p99_ms"], ".1f"),
-        "p99 ms": lambda cell: figure(cell.cell["p99_ms"], ".1f"),
+        "p99 ms": lambda cell: figure(cell.cell.p99_ms, ".1f"),
         "goodput predicted": lambda cell: figure(cell.predicted and cell.predicted["goodput_rps"] / devices, ".1f"),
-        "goodput/s/device": lambda cell: figure(cell.cell["goodput_rps_per_device"], ".1f"),
+        "goodput/s/device": lambda cell: figure(cell.cell.goodput_rps_per_device, ".1f"),
     }
     report = write([outcome.run], outcome.run.folder / "report.html")
     measured = sheet(outcome.cells, columns, words=2)
     best = (_best(outcome, name, objective) for name in names)
     read(stdout(), *summary_parts(summarise(outcome.run)), measured, *best, str(report.resolve()))
-    if any(cell.cell["verdict"] == "INVALID" for cell in outcome.cells):
+    if any(cell.cell.verdict == "INVALID" for cell in outcome.cells):
         raise typer.Exit(EXIT_INVALID)
 
 
@@ -73,5 +73,5 @@ def _best(outcome: Outcome, name: str, objective: Objective) -> str:
         return f"{name}: of no cell does the whole interval keep {objective.words}."
     return (
         f"{name}: most goodput with the whole interval within {objective.words}: {best.scenario}, "
-        f"{figure(best.cell['goodput_rps_per_device'], '.1f')}/s per device."
+        f"{figure(best.cell.goodput_rps_per_device, '.1f')}/s per device."
     )

@@ -16,8 +16,8 @@ from tailrace.harness.errors import EXIT_INVALID, InputError, TailraceError
 from tailrace.harness.quantities import figure
 
 if TYPE_CHECKING:
-    from tailrace.harness.analysis.summary import Summary
     from tailrace.harness.plan.experiment import Experiment
+    from tailrace.harness.records.summary import RunSummary
     from tailrace.harness.run.observer import Observer
 
 
@@ -79,18 +79,18 @@ def run(
         _carry_out(functools.partial(run_experiment, chosen, folder), folder, strict)
 
 
-def _carry_out(measure: Callable[[Observer], Summary], folder: Path, strict: bool) -> None:
+def _carry_out(measure: Callable[[Observer], RunSummary], folder: Path, strict: bool) -> None:
     from tailrace.cli.console import summary_parts
     from tailrace.harness.records.store import RunFolder
     from tailrace.reports.report import write
 
     summary = measured(measure, folder)
     read(stdout(), *summary_parts(summary), str(write([RunFolder.open(folder)], folder / "report.html").resolve()))
-    if summary["verdict"] in (("INVALID", "UNKNOWN") if strict else ("INVALID",)):
+    if summary.verdict in (("INVALID", "UNKNOWN") if strict else ("INVALID",)):
         raise typer.Exit(EXIT_INVALID)
 
 
-def measured(measure: Callable[[Observer], Summary], folder: Path) -> Summary:
+def measured(measure: Callable[[Observer], RunSummary], folder: Path) -> RunSummary:
     """What a run in ``folder`` comes to, shown while it goes on. One that is interrupted or fails leaves a report of what was
     measured."""
     from tailrace.cli.console import ConsoleObserver

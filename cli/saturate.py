@@ -75,7 +75,7 @@ def search(experiment: Experiment, folder: Path, form: TableOrJson, *, strict: b
     show(form, {name: _content(point) for name, point in found.points.items()}, _parts(found, folder))
     if any(point.ended == "stopped" for point in found.points.values()):
         raise typer.Exit(1)
-    if strict and any(load.figures["verdict"] == "UNKNOWN" for point in found.points.values() for load in point.loads):
+    if strict and any(load.figures.verdict == "UNKNOWN" for point in found.points.values() for load in point.loads):
         raise typer.Exit(EXIT_INVALID)
 
 
@@ -86,10 +86,10 @@ def _parts(found: Saturations, folder: Path) -> Iterator[Part]:
         "cell": lambda row: row[0],
         "mean rate/s": lambda row: figure(row[1].rate, ".4g"),
         "held": lambda row: figure(row[1].held),
-        "p99 ms": lambda row: figure(row[1].figures["p99_ms"], ".1f"),
-        "goodput/s/device": lambda row: figure(row[1].figures["goodput_rps_per_device"], ".1f"),
-        "within SLO": lambda row: percent(row[1].figures["slo_attainment"]),
-        "verdict": lambda row: row[1].figures["verdict"],
+        "p99 ms": lambda row: figure(row[1].figures.p99_ms, ".1f"),
+        "goodput/s/device": lambda row: figure(row[1].figures.goodput_rps_per_device, ".1f"),
+        "within SLO": lambda row: percent(row[1].figures.slo_attainment),
+        "verdict": lambda row: row[1].figures.verdict,
     }
     loads = [
         (name, load) for name, point in found.points.items() for load in sorted(point.loads, key=lambda load: load.rate)
@@ -109,6 +109,7 @@ def _content(point: Saturation) -> dict[str, Any]:
         "ended": point.ended,
         "stopped_by": point.stopped_by,
         "loads": [
-            {"rate": load.rate, "held": load.held, **{key: load.figures[key] for key in keys}} for load in point.loads
+            {"rate": load.rate, "held": load.held, **{key: getattr(load.figures, key) for key in keys}}
+            for load in point.loads
         ],
     }

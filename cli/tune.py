@@ -116,7 +116,7 @@ def _on_servers(
     content = {name: told(found, objective) for name, found in answers.items()}
     parts = (part for name, found in answers.items() for part in _parts(name, found, objective, folder / name))
     show(form, content, parts)
-    if any(cell["verdict"] == "INVALID" for found in answers.values() for cell in found.confirmed.values()):
+    if any(cell.verdict == "INVALID" for found in answers.values() for cell in found.confirmed.values()):
         raise typer.Exit(EXIT_INVALID)
 
 
@@ -128,12 +128,12 @@ def _parts(name: str, found: Found, objective: Objective, folder: Path) -> Itera
     shown = [step for position, step in enumerate(ranked) if position < SHOWN_STEPS or step.settings is None]
     columns: dict[str, Callable[[Step], str]] = {
         "settings": lambda step: step.name + (" (control)" if step.control else ""),
-        "p99 ms": lambda step: figure(step.figures["p99_ms"], ".1f"),
+        "p99 ms": lambda step: figure(step.figures.p99_ms, ".1f"),
         "predicted": lambda step: figure(step.predicted_p99_ms, ".1f"),
-        "goodput/s/device": lambda step: figure(step.figures["goodput_rps_per_device"], ".1f"),
-        "within SLO": lambda step: percent(step.figures["slo_attainment"]),
-        "batch": lambda step: figure(step.figures["batch_size_mean"], ".1f"),
-        "verdict": lambda step: step.figures["verdict"],
+        "goodput/s/device": lambda step: figure(step.figures.goodput_rps_per_device, ".1f"),
+        "within SLO": lambda step: percent(step.figures.slo_attainment),
+        "batch": lambda step: figure(step.figures.batch_size_mean, ".1f"),
+        "verdict": lambda step: step.figures.verdict,
     }
     yield sheet(shown, columns)
     yield from sentences(found, objective)
@@ -147,9 +147,9 @@ def _confirmed(found: Found, objective: Objective) -> list[str]:
     cell = found.confirmed.get("best")
     if cell is None:
         return ["It was not measured afresh."]
-    if any(told["verdict"] == "INVALID" for told in found.confirmed.values()):
+    if any(told.verdict == "INVALID" for told in found.confirmed.values()):
         return ["Measured afresh, a trial was INVALID: nothing is claimed of it."]
-    ends = cell["p99_ci_ms"]
+    ends = cell.p99_ci_ms
     interval = "" if ends is None else f" [{figure(ends[0], '.1f')}, {figure(ends[1], '.1f')}]"
     verdict = (
         "did not keep it"
@@ -159,7 +159,7 @@ def _confirmed(found: Found, objective: Objective) -> list[str]:
         else "kept it, but its interval reaches beyond"
     )
     return [
-        f"Measured afresh in {cell['trials']} trials, its p99 was {figure(cell['p99_ms'], '.1f')} ms{interval}: it {verdict}."
+        f"Measured afresh in {cell.trials} trials, its p99 was {figure(cell.p99_ms, '.1f')} ms{interval}: it {verdict}."
     ]
 
 

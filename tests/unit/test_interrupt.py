@@ -92,4 +92,4 @@ def test_nothing_else_decides_about_these_signals() -> None:
         for path in (root / room).rglob("*.py")
         if "signal.signal(" in path.read_text(encoding="utf-8")
     }
-    assert found == {"cli/interrupt.py", "harness/servers/guardian.py"}
+    assert found == {"cli/interrupt.py", "harness/servers/guardian_process.py"}
