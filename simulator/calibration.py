@@ -94,7 +94,7 @@ def read_trial(folder: TrialFolder) -> Trial:
         raise InputError(f"{folder.folder} is INVALID ({codes}), and no measurement of the system")
     if figures.nodes > 1:
         raise InputError(
-            f"{folder.folder} had {figures['nodes']} nodes, and the load balancer between is not modelled",
+            f"{folder.folder} had {figures.nodes} nodes, and the load balancer between is not modelled",
             remedy="calibrate on a trial of one node",
         )
     if len(folder.facts.models) > 1:

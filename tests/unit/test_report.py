@@ -318,7 +318,7 @@ def test_a_cell_out_of_the_race_leaves_only_the_figures_that_it_has_no_value_for
     """A framework that never came up read no power; it stands in the figure of goodput, hollow, and not in that of joules."""
     run = make_run(tmp_path / "run", scenarios=("no-fault",), device="cuda", span_s=12)
     cells = [cell for seen in view([run]) for cell in seen.cells]
-    broken = {**cells[0].summary, "verdict": "INVALID", "goodput_per_joule": None}
+    broken = cells[0].summary.model_copy(update={"verdict": "INVALID", "goodput_per_joule": None})
     goodput, joule = frontier(frontiers([replace(cells[0], summary=broken), cells[1]]))
     assert cells[0].label in goodput.svg and cells[0].label not in joule.svg
     assert cells[1].label in joule.svg
@@ -337,7 +337,7 @@ def test_who_is_on_the_frontier_and_how_surely_is_judged_by_what_is_drawn(measur
     def cell(name: str, p99_ms: float, goodput_rps: float, per_joule: float) -> CellView:
         figures = {"p99_ms": p99_ms, "goodput_rps_per_device": goodput_rps, "goodput_per_joule": per_joule}
         trials = tuple({**measured_cell.trials[0], **figures, "number": number} for number in (1, 2, 3))
-        summary = {**measured_cell.summary, **figures, "scenario": name, "goodput_per_joule_ci": None}
+        summary = measured_cell.summary.model_copy(update={**figures, "scenario": name, "goodput_per_joule_ci": None})
         return replace(measured_cell, key=name, summary=summary, trials=trials)
 
     frugal, greedy = cell("frugal", 50.0, 100.0, 2.0), cell("greedy", 60.0, 200.0, 1.0)
@@ -388,7 +388,9 @@ def test_a_frameworks_own_frontier_is_drawn_and_told(pair_of_trials: RunFolder) 
     (plain,) = frontier(frontiers(cells))
     assert not any("own frontier" in key.label for key in plain.keys)
     slow = replace(
-        cells[0], key="slow", summary={**cells[0].summary, "scenario": "slow", "goodput_rps_per_device": 1.0}
+        cells[0],
+        key="slow",
+        summary=cells[0].summary.model_copy(update={"scenario": "slow", "goodput_rps_per_device": 1.0}),
     )
     (figure,) = frontier(frontiers([*cells, slow]))
     assert [key.slot for key in figure.keys if "own frontier" in key.label] == [cells[0].slot]
@@ -931,12 +933,16 @@ def test_a_sweep_of_two_knobs_is_drawn_as_a_map(tmp_path: Path) -> None:
         "e": {"max_batch": 16, "batch_window_ms": 5.0, "replicas": 2},
     }
     cells = [
-        replace(cell, summary={**cell.summary, "tuning": swept[cell.scenario]}, trials=calm(cell.trials))
+        replace(
+            cell, summary=cell.summary.model_copy(update={"tuning": swept[cell.scenario]}), trials=calm(cell.trials)
+        )
         for cell in view([run])[0].cells
     ]
     fast = {"p99_ms": 50.0, "goodput_rps_per_device": 10.0}
     slow = {"p99_ms": math.inf, "goodput_rps_per_device": 20.0}
-    cells = [replace(cell, summary={**cell.summary, **(slow if cell.scenario == "d" else fast)}) for cell in cells]
+    cells = [
+        replace(cell, summary=cell.summary.model_copy(update=slow if cell.scenario == "d" else fast)) for cell in cells
+    ]
     (figure,) = knobs(cells)
     assert "max batch 16, batch window ms 5: " in figure.svg
     assert figure.svg.count("<title>") == 4, "two cells share a place"
@@ -946,7 +952,7 @@ def test_a_sweep_of_two_knobs_is_drawn_as_a_map(tmp_path: Path) -> None:
 
 
 def calm(trials: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple({**trial, "faults": []} for trial in trials)
+    return tuple(trial.model_copy(update={"faults": []}) for trial in trials)
 
 
 def test_recovery_is_drawn_from_the_fault_on(tmp_path: Path) -> None:
@@ -987,8 +993,10 @@ def swept(run: RunFolder, goodput: Mapping[tuple[str, str], float], p99_ms: Mapp
     for cell in seen.cells:
         key = cell.summary["adapter"], cell.scenario
         figures = {"goodput_rps_per_device": goodput[key], "p99_ms": p99_ms[key]}
-        summary = {**cell.summary, **figures, "tuning": {"max_batch": int(cell.scenario), "replicas": 2}}
-        trials = tuple({**trial, **figures} for trial in calm(cell.trials))
+        summary = cell.summary.model_copy(
+            update={**figures, "tuning": {"max_batch": int(cell.scenario), "replicas": 2}}
+        )
+        trials = tuple(trial.model_copy(update=figures) for trial in calm(cell.trials))
         cells.append(replace(cell, summary=summary, trials=trials, faults=()))
     return replace(seen, cells=tuple(cells))
 

@@ -188,7 +188,7 @@ def test_markdown_has_the_recommendation_and_a_line_for_each_cell(run: RunFolder
 
 
 def altered(cell: CellView, **changes: Any) -> CellView:
-    return replace(cell, summary={**cell.summary, **changes})
+    return replace(cell, summary=cell.summary.model_copy(update=changes))
 
 
 def sentence(run: RunFolder, **changes: Any) -> str:
