@@ -72,8 +72,8 @@ def test_there_is_no_command_of_another_kind() -> None:
 def test_every_image_that_is_built_has_a_dockerfile() -> None:
     """Docker itself need not be there."""
     for words in commands_of("docker"):
-        assert words[1] == "build"
-        assert (ROOT / words[-1] / "Dockerfile").is_file(), " ".join(words)
+        assert words[1] in ("build", "run")
+        assert words[1] == "run" or (ROOT / words[-1] / "Dockerfile").is_file(), " ".join(words)
 
 
 def session_names() -> set[str]:
