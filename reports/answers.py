@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tailrace.harness.analysis.comparison import FIGURES
+from tailrace.harness.records.summary import Comparison
 from tailrace.reports.conditions import differences
 from tailrace.reports.contestants import left_out
 from tailrace.reports.evidence import RunView
@@ -61,19 +61,19 @@ def kicker(views: Sequence[RunView]) -> list[str]:
     else:
         parts = [count(len(views), "run")]
     cells = [cell.summary for run in views for cell in run.cells]
-    if len({(c["devices"], c["device"]) for c in cells}) == 1:
-        parts.append(count(cells[0]["devices"], f"{cells[0]['device']} device"))
-    if len({c["slo_ms"] for c in cells}) == 1:
-        parts.append(f"objective {milliseconds(cells[0]['slo_ms'])}")
+    if len({(c.devices, c.device) for c in cells}) == 1:
+        parts.append(count(cells[0].devices, f"{cells[0].device} device"))
+    if len({c.slo_ms for c in cells}) == 1:
+        parts.append(f"objective {milliseconds(cells[0].slo_ms)}")
     return [part for part in parts if part]
 
 
 def device_note(views: Sequence[RunView]) -> str:
     """What was emulated; nothing where nothing was."""
-    emulated = [cell for run in views for cell in run.cells if cell.summary["emulated"]]
+    emulated = [cell for run in views for cell in run.cells if cell.summary.emulated]
     if not emulated:
         return ""
-    everything = all(cell.summary["emulated"] for run in views for cell in run.cells)
+    everything = all(cell.summary.emulated for run in views for cell in run.cells)
     extent = "Every figure here comes" if everything else "The figures marked so come"
     return (
         f"{extent} from an emulated accelerator, which sleeps where a device would compute. Servers, queues, batches, "
@@ -105,21 +105,21 @@ class OverallVerdict:
 _VERDICTS = ("VALID", "UNKNOWN", "INVALID")
 
 
-def verdict_counts(trials: Sequence[Mapping[str, Any]]) -> str:
+def verdict_counts(verdicts: Sequence[str]) -> str:
     """``2 VALID, 1 UNKNOWN``; empty without trials."""
-    numbers = {word: sum(trial["verdict"] == word for trial in trials) for word in _VERDICTS}
+    numbers = {word: verdicts.count(word) for word in _VERDICTS}
     return ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
 
 
 def verdict(views: Sequence[RunView]) -> OverallVerdict:
     """The verdict over all trials, with its reasons."""
-    trials = [trial for run in views for trial in run.summary["trials"]]
-    planned = sum(run.summary["planned_trials"] for run in views)
-    word = max((run.summary["verdict"] for run in views), key=_VERDICTS.index)
-    if trials and all(trial["verdict"] == "VALID" for trial in trials):
+    trials = [trial for run in views for trial in run.summary.trials]
+    planned = sum(run.summary.planned_trials for run in views)
+    word = max((run.summary.verdict for run in views), key=_VERDICTS.index)
+    if trials and all(trial.verdict == "VALID" for trial in trials):
         told = ["The only trial is valid" if len(trials) == 1 else f"All {count(len(trials), 'trial')} are valid"]
     else:
-        told = [f"{verdict_counts(trials)} of {count(len(trials), 'trial')}"]
+        told = [f"{verdict_counts([trial.verdict for trial in trials])} of {count(len(trials), 'trial')}"]
     if planned > len(trials):
         told.append(f"{planned - len(trials)} of {count(planned, 'planned trial')} never began")
     return OverallVerdict(word, "; ".join(told) + ".", reasons(views))
@@ -130,13 +130,13 @@ def reasons(views: Sequence[RunView]) -> tuple[Reason, ...]:
     groups: dict[tuple[str, str, str], list[tuple[str, str, str]]] = {}
     for run in views:
         portable = Portable(run.folder)
-        for trial in run.summary["trials"]:
-            error = run.folder.trial(trial["trial"]).facts.get("error") or {}
-            for reason in trial["reasons"]:
-                where = f"{trial['trial']}{' in ' + run.label if run.label else ''}"
-                detail = portable(str(error.get("detail") or "")) if reason["code"] == "incomplete" else ""
-                key = (reason["effect"], reason["code"], portable(str(reason["remedy"])))
-                groups.setdefault(key, []).append((where, portable(str(reason["text"])), detail))
+        for trial in run.summary.trials:
+            error = run.folder.trial(trial.trial).facts.error
+            for reason in trial.reasons:
+                where = f"{trial.trial}{' in ' + run.label if run.label else ''}"
+                detail = portable(error.detail) if error and error.detail and reason.code == "incomplete" else ""
+                key = (reason.effect, reason.code, portable(reason.remedy))
+                groups.setdefault(key, []).append((where, portable(reason.text), detail))
     return tuple(
         Reason(
             code,
@@ -154,22 +154,20 @@ def ratios(views: Sequence[RunView]) -> list[tuple[str, ...]]:
     """A row for every two frameworks under the same scenario of a run: the pair, its blocks, and each figure."""
     rows = []
     for run in views:
-        names = {cell.summary["adapter"]: cell.framework for cell in run.cells}
-        called = {cell.summary["scenario"]: cell.scenario for cell in run.cells}
-        pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
-        for told in run.summary["comparisons"]:
-            pairs.setdefault((told["scenario"], told["first"], told["second"]), {})[told["figure"]] = told
+        names = {cell.summary.adapter: cell.framework for cell in run.cells}
+        called = {cell.summary.scenario: cell.scenario for cell in run.cells}
+        pairs: dict[tuple[str, str, str], dict[str, Comparison]] = {}
+        for told in run.summary.comparisons:
+            pairs.setdefault((told.scenario, told.first, told.second), {})[told.figure] = told
         for (scenario, first, second), figures_of in pairs.items():
             where = " · ".join(
                 part for part in (f"{names[first]} ÷ {names[second]}", called[scenario], run.label) if part
             )
-            blocks = str(max(told["blocks"] for told in figures_of.values()))
+            blocks = str(max(told.blocks for told in figures_of.values()))
             rows.append((where, blocks, *(_ratio(figures_of[figure]) for figure in FIGURES)))
     return rows
 
 
-def _ratio(told: Mapping[str, Any]) -> str:
-    value = (
-        "" if told["ratio"] is None else f"{significant(told['ratio'])}× {interval(told['interval'])}".strip() + ": "
-    )
-    return f"{value}{told['verdict']}" + (f" ({told['reason']})" if told["reason"] else "")
+def _ratio(told: Comparison) -> str:
+    value = "" if told.ratio is None else f"{significant(told.ratio)}× {interval(told.interval)}".strip() + ": "
+    return f"{value}{told.verdict}" + (f" ({told.reason})" if told.reason else "")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tailrace.harness.analysis.summary import Summary
+from tailrace.harness.records.summary import CellSummary
 from tailrace.reports.text import interval, listing, per_second, quantity, share, significant
 
 _LOADS_DIFFER = 1.05
@@ -30,28 +30,30 @@ class Benefit:
     """What is drawn ÷ what the summary holds."""
     most: float = math.inf
     """The axis ends there at the latest."""
-    note: Callable[[Sequence[Summary]], str] = lambda cells: ""
+    note: Callable[[Sequence[CellSummary]], str] = lambda cells: ""
     """What has to be said of these cells beside the figure."""
 
-    def known(self, summary: Summary) -> bool:
+    def known(self, summary: CellSummary) -> bool:
         """Whether the summary holds it."""
-        return summary[self.key] is not None
+        return summary.figure(self.key) is not None
 
-    def value(self, summary: Summary) -> float:
+    def value(self, summary: CellSummary) -> float:
         """As it is drawn; it must be known."""
-        return float(summary[self.key]) * self.factor
+        if (value := summary.figure(self.key)) is None:
+            raise ValueError(f"{self.key} is not known")
+        return value * self.factor
 
-    def ends(self, cell: Summary) -> list[float]:
+    def ends(self, cell: CellSummary) -> list[float]:
         """Both ends of a cell's interval over trials, as they are drawn; empty where it has none."""
-        return [end * self.factor for end in cell[f"{self.key}_ci"] or ()]
+        return [end * self.factor for end in cell.ends(self.key) or ()]
 
-    def said(self, cell: Summary) -> str:
+    def said(self, cell: CellSummary) -> str:
         """The value of a cell with its interval, in words."""
         return self.sentence.format(f"{self.words(self.value(cell))} {interval(self.ends(cell))}".strip())
 
 
-def _price(cells: Sequence[Summary]) -> str:
-    prices = sorted({float(cell["device_price_per_hour"]) for cell in cells})
+def _price(cells: Sequence[CellSummary]) -> str:
+    prices = sorted({cell.device_price_per_hour for cell in cells if cell.device_price_per_hour is not None})
     told = f"At {listing([significant(price) for price in prices])} US dollars per device and hour, by the experiment"
     return (
         f"{told}; at one price for all, cells lie as they do by goodput per device." if len(prices) == 1 else f"{told}."
@@ -94,11 +96,11 @@ PER_JOULE = Benefit(
 )
 
 
-def others(cells: Sequence[Summary]) -> list[Benefit]:
+def others(cells: Sequence[CellSummary]) -> list[Benefit]:
     """What else than goodput per device may be set against p99 for cells that compare: what is known of each of them; and
     attainment only under different loads, for under one it is goodput on another scale."""
     if not cells:
         return []
-    offered = [cell["offered_rps"] for cell in cells]
-    told = [ATTAINMENT] if max(offered) > _LOADS_DIFFER * min(offered) else []
+    offered = [cell.offered_rps for cell in cells if cell.offered_rps is not None]
+    told = [ATTAINMENT] if offered and max(offered) > _LOADS_DIFFER * min(offered) else []
     return [benefit for benefit in (*told, PER_DOLLAR, PER_JOULE) if all(map(benefit.known, cells))]

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tailrace.harness.analysis.summary import Summary
+from tailrace.harness.records.summary import Figures, TrialSummary
+from tailrace.reports.evidence import ShownCell
 from tailrace.reports.text import interval, quantity, share
+
+Shown = ShownCell | TrialSummary
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Column:
     unit: str
     group: str
     meaning: str
-    field: Callable[[Summary], Field]
+    field: Callable[[Shown], Field]
     has_interval: bool = False
 
 
@@ -43,55 +46,51 @@ def _plain(value: float | None) -> str:
     return "inf" if math.isinf(value) else f"{value:.6g}"
 
 
-def _number(key: str, ci_key: str = "") -> Callable[[Summary], Field]:
-    def field(s: Summary) -> Field:
-        ends = s.get(ci_key)
+def _number(key: str) -> Callable[[Shown], Field]:
+    def field(s: Shown) -> Field:
+        value, ends = s.figure(key), s.ends(key)
         low, high = (_plain(ends[0]), _plain(ends[1])) if ends else ("", "")
-        return Field(quantity(s[key]), _plain(s[key]), interval(ends), low, high)
+        return Field(quantity(value), _plain(value), interval(ends), low, high)
 
     return field
 
 
-def _percentile(key: str) -> Callable[[Summary], Field]:
-    def field(s: Summary) -> Field:
-        if s[key] is None:
-            more = f"{s['p99_more_needed']:,} more needed" if key == "p99_ms" and s["p99_more_needed"] else ""
+def _percentile(key: str) -> Callable[[Shown], Field]:
+    def field(s: Shown) -> Field:
+        value = s.figure(key)
+        if value is None:
+            more = f"{s.p99_more_needed:,} more needed" if key == "p99_ms" and s.p99_more_needed else ""
             return Field("not claimed", "", more)
-        ci_key = key.replace("_ms", "_ci_ms")
-        field = _number(key, ci_key)(s)
-        missed = key == "p99_ms" and s[key] > s["slo_ms"]
-        note = f"{field.note} {optimistic(s, ci_key)}".strip()
+        field = _number(key)(s)
+        missed = key == "p99_ms" and value > s.slo_ms
+        note = f"{field.note} {optimistic(s, key)}".strip()
         return Field(field.text, field.value, note, field.low, field.high, "bad" if missed else "")
 
     return field
 
 
-def optimistic(summary: Summary, ci_key: str) -> str:
-    """The word that goes with an interval from within trials, which takes arrivals as independent; of a cell, or of a
-    trial, which has no other."""
-    within = summary.get(f"{ci_key}_source", "within-trial") == "within-trial"
-    return "optimistic" if within and summary.get(ci_key) else ""
+def optimistic(summary: Figures, key: str) -> str:
+    """The word that goes with an interval from within trials, which takes arrivals as independent."""
+    return "optimistic" if summary.optimistic(key) else ""
 
 
-def _share(key: str) -> Callable[[Summary], Field]:
-    return lambda s: Field(share(s[key]), _plain(s[key]))
+def _share(key: str) -> Callable[[Shown], Field]:
+    return lambda s: Field(share(s.figure(key)), _plain(s.figure(key)))
 
 
-def _count(key: str, *, ours: bool = False) -> Callable[[Summary], Field]:
-    return lambda s: Field(f"{s[key]:,}", str(s[key]), tone="bad" if ours and s[key] else "")
+def _count(number: Callable[[Shown], int], *, ours: bool = False) -> Callable[[Shown], Field]:
+    return lambda s: Field(f"{number(s):,}", str(number(s)), tone="bad" if ours and number(s) else "")
 
 
-def _trials(s: Summary) -> Field:
-    if "trials" not in s:
-        return Field(f"no. {s['number']}", str(s["number"]), "" if s["state"] == "done" else "not finished")
-    return Field(
-        str(s["trials"]), str(s["trials"]), "" if s["finished"] == s["trials"] else f"{s['finished']} finished"
-    )
+def _trials(s: Shown) -> Field:
+    if isinstance(s, TrialSummary):
+        return Field(f"no. {s.number}", str(s.number), "" if s.state == "done" else "not finished")
+    return Field(str(s.trials), str(s.trials), "" if s.finished == s.trials else f"{s.finished} finished")
 
 
-def _verdict(s: Summary) -> Field:
-    codes = [reason if isinstance(reason, str) else reason["code"] for reason in s["reasons"]]
-    return Field(s["verdict"], s["verdict"], ", ".join(codes), tone=s["verdict"].lower())
+def _verdict(s: Shown) -> Field:
+    codes = [reason.code for reason in s.reasons] if isinstance(s, TrialSummary) else s.reasons
+    return Field(s.verdict, s.verdict, ", ".join(codes), tone=s.verdict.lower())
 
 
 COLUMNS = (
@@ -113,7 +112,7 @@ COLUMNS = (
         "Throughput",
         "Successful answers within the objective ÷ span ÷ devices. In brackets, from three trials on: the 95 % "
         "interval of the mean over trials (Student's t; from eight trials on a BCa bootstrap).",
-        _number("goodput_rps_per_device", "goodput_rps_per_device_ci"),
+        _number("goodput_rps_per_device"),
         has_interval=True,
     ),
     Column(
@@ -163,11 +162,23 @@ COLUMNS = (
         "autocorrelation time of their ranks. The smallest over trials.",
         _number("effective_arrivals"),
     ),
-    Column("ok", "OK", "", "Outcomes", "Answers with success, all trials together.", _count("ok")),
-    Column("shed", "Shed", "", "Outcomes", "Refused by the server (429, 503, RESOURCE_EXHAUSTED …).", _count("shed")),
-    Column("errors", "Errors", "", "Outcomes", "Answered with anything else but success.", _count("errors")),
+    Column("ok", "OK", "", "Outcomes", "Answers with success, all trials together.", _count(lambda s: s.ok)),
     Column(
-        "timeouts", "Time-outs", "", "Outcomes", "No answer in the client's time: indeterminate.", _count("timeouts")
+        "shed",
+        "Shed",
+        "",
+        "Outcomes",
+        "Refused by the server (429, 503, RESOURCE_EXHAUSTED …).",
+        _count(lambda s: s.shed),
+    ),
+    Column("errors", "Errors", "", "Outcomes", "Answered with anything else but success.", _count(lambda s: s.errors)),
+    Column(
+        "timeouts",
+        "Time-outs",
+        "",
+        "Outcomes",
+        "No answer in the client's time: indeterminate.",
+        _count(lambda s: s.timeouts),
     ),
     Column(
         "connection",
@@ -175,7 +186,7 @@ COLUMNS = (
         "",
         "Outcomes",
         "The connection was refused, reset or closed before a whole answer.",
-        _count("connection_errors"),
+        _count(lambda s: s.connection_errors),
     ),
     Column(
         "dropped",
@@ -183,7 +194,7 @@ COLUMNS = (
         "",
         "Outcomes",
         "Not sent by the generator: our fault, and makes the trial INVALID.",
-        _count("dropped", ours=True),
+        _count(lambda s: s.dropped, ours=True),
     ),
     Column(
         "utilization",
@@ -222,6 +233,6 @@ COLUMNS = (
 )
 
 
-def fields(summary: Summary) -> list[tuple[Column, Field]]:
+def fields(summary: Shown) -> list[tuple[Column, Field]]:
     """One row of the table, from the summary of a cell or of a trial."""
     return [(column, column.field(summary)) for column in COLUMNS]

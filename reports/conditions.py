@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tailrace.harness.analysis.summary import Summary
+from tailrace.harness.records.summary import CellSummary
 from tailrace.reports.text import bytes_size, count, listing, milliseconds, quantity, sources
 
 
@@ -24,35 +24,35 @@ class Conditions:
     hardware: str
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], summary: Summary) -> Conditions:
+    def of(cls, manifest: Mapping[str, Any], summary: CellSummary) -> Conditions:
         """Those of a cell, from its run's manifest and its summary."""
         return cls(
             workload=_workload(manifest, summary),
             trace=_traffic(manifest, summary),
-            device=count(summary["devices"], f"{summary['device']} device"),
+            device=count(summary.devices, f"{summary.device} device"),
             nodes=_nodes(summary),
-            objective=milliseconds(summary["slo_ms"]),
+            objective=milliseconds(summary.slo_ms),
             hardware=_hardware(manifest.get("hardware") or {}),
         )
 
 
-def _workload(manifest: Mapping[str, Any], summary: Summary) -> str:
+def _workload(manifest: Mapping[str, Any], summary: CellSummary) -> str:
     models = manifest["experiment"].get("models") or {"count": 1}
     if models["count"] == 1:
-        return str(summary["workload"])
+        return str(summary.workload)
     popularity = {key: value for key, value in models["popularity"].items() if value is not None}
-    return f"{summary['workload']} ({models['count']} models, {sources(popularity)})"
+    return f"{summary.workload} ({models['count']} models, {sources(popularity)})"
 
 
-def _nodes(summary: Summary) -> str:
-    restarted = "restarted when it dies" if summary["supervision"] == "restart" else "not restarted"
-    return f"{count(summary['nodes'], 'node')}, {restarted}"
+def _nodes(summary: CellSummary) -> str:
+    restarted = "restarted when it dies" if summary.supervision == "restart" else "not restarted"
+    return f"{count(summary.nodes, 'node')}, {restarted}"
 
 
-def _traffic(manifest: Mapping[str, Any], summary: Summary) -> str:
+def _traffic(manifest: Mapping[str, Any], summary: CellSummary) -> str:
     experiment = manifest["experiment"]
     asked = dict(experiment["trace"])
-    rate = asked.get("mean_rate") or (experiment.get("rate_by_workload") or {}).get(summary["workload"])
+    rate = asked.get("mean_rate") or (experiment.get("rate_by_workload") or {}).get(summary.workload)
     changes = {
         **(asked.get("params") or {}),
         "compress_time": asked.get("compress_time"),
@@ -63,7 +63,7 @@ def _traffic(manifest: Mapping[str, Any], summary: Summary) -> str:
     told += ["seconds {} to {}".format(*asked["window_s"])] if asked.get("window_s") else []
     origin = (manifest.get("trace") or {}).get("provenance") or {}
     told += [f"file {origin['sha256'][:12]}"] if origin.get("sha256") else []
-    return f"{summary['trace']} ({', '.join(told)})" if told else str(summary["trace"])
+    return f"{summary.trace} ({', '.join(told)})" if told else str(summary.trace)
 
 
 def _hardware(facts: Mapping[str, Any]) -> str:

@@ -39,10 +39,10 @@ def defaults(cells: Sequence[CellView]) -> Defaults | None:
         rows.append(
             (
                 cell.framework,
-                *(per_second(s["goodput_rps_per_device"]) for s in both),
+                *(per_second(s.goodput_rps_per_device) for s in both),
                 ratio_words(ratio) if ratio else NOTHING if comparable else "not compared: INVALID or empty",
-                *(share(s["slo_attainment"]) for s in both),
-                *(milliseconds(s["p99_ms"]) if s["p99_ms"] is not None else "not claimed" for s in both),
+                *(share(s.slo_attainment) for s in both),
+                *(milliseconds(s.p99_ms) if s.p99_ms is not None else "not claimed" for s in both),
             )
         )
     return Defaults(_sentence(found), rows) if rows else None
@@ -50,7 +50,7 @@ def defaults(cells: Sequence[CellView]) -> Defaults | None:
 
 def _same(first: CellView, second: CellView) -> bool:
     def basis(cell: CellView) -> tuple[object, ...]:
-        return cell.run, cell.framework, cell.conditions, cell.summary["mean_rate"]
+        return cell.run, cell.framework, cell.conditions, cell.summary.mean_rate
 
     return basis(first) == basis(second)
 

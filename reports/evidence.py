@@ -23,11 +23,12 @@ from tailrace.harness.analysis.metrics import (
     series,
 )
 from tailrace.harness.analysis.samples import Samples
-from tailrace.harness.analysis.summary import Summary, summarise
+from tailrace.harness.analysis.summary import summarise
 from tailrace.harness.plan.matrix import spoken
+from tailrace.harness.records.facts import TrialFacts
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder, TrialFolder
-from tailrace.harness.records.summary import CellSummary
+from tailrace.harness.records.summary import CellSummary, RunSummary, TrialSummary
 from tailrace.reports.conditions import Conditions
 from tailrace.reports.svg import slots
 from tailrace.reports.text import printable, seconds
@@ -145,7 +146,7 @@ class CellView:
     """As people say it; the name is in the summary."""
     conditions: Conditions
     summary: ShownCell
-    trials: tuple[Summary, ...]
+    trials: tuple[TrialSummary, ...]
     """All that began, for listing."""
     evidence: Evidence | None
     faults: tuple[FaultWindow, ...]
@@ -158,19 +159,19 @@ class CellView:
         return " · ".join(part for part in (self.framework, self.scenario, self.run) if part)
 
     @property
-    def repetitions(self) -> tuple[Summary, ...]:
+    def repetitions(self) -> tuple[TrialSummary, ...]:
         """The trials from which figures are made: those that finished."""
         return _whole(self.trials)
 
     @property
     def faulty(self) -> bool:
         """Whether its scenario injects anything, hit or missed."""
-        return any(trial["faults"] for trial in self.trials)
+        return any(trial.faults for trial in self.trials)
 
     @property
     def tuned(self) -> bool:
         """Whether any knob was asked for; without, the framework ran on its own defaults."""
-        return bool(self.summary["tuning"] or self.summary["left_out"])
+        return bool(self.summary.tuning or self.summary.left_out)
 
     @property
     def comparable(self) -> bool:
@@ -185,7 +186,7 @@ class RunView:
     folder: RunFolder
     label: str
     title: str
-    summary: Summary
+    summary: RunSummary
     cells: tuple[CellView, ...]
 
     @property
@@ -226,27 +227,27 @@ def _minute(started_at: object) -> str:
 
 def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mapping[str, int]) -> RunView:
     summary = summarise(run)
-    by_id = {trial["trial"]: trial for trial in summary["trials"]}
+    by_id = {trial.trial: trial for trial in summary.trials}
     experiment = run.manifest["experiment"]
     adapters, scenarios = list(experiment["adapters"]), [s["name"] for s in experiment["scenarios"]]
     called = spoken(scenarios)
     cells = []
     for place, cell in enumerate(
-        sorted(summary["cells"], key=lambda c: (adapters.index(c["adapter"]), scenarios.index(c["scenario"])))
+        sorted(summary.cells, key=lambda c: (adapters.index(c.adapter), scenarios.index(c.scenario)))
     ):
-        folders = [trial for trial in run.trials if by_id[trial.id]["cell"] == cell["cell"]]
-        folders.sort(key=lambda trial: int(by_id[trial.id]["number"]))
+        folders = [trial for trial in run.trials if by_id[trial.id].cell == cell.cell]
+        folders.sort(key=lambda trial: by_id[trial.id].number)
         trials = [by_id[trial.id] for trial in folders]
         whole = _whole(trials)
-        told = (run.manifest.get("adapters") or {}).get(cell["adapter"]) or {}
+        told = (run.manifest.get("adapters") or {}).get(cell.adapter) or {}
         cells.append(
             CellView(
                 key=f"r{index}c{place}",
                 run=label,
-                framework=printable(str(told.get("title") or cell["adapter"])),
+                framework=printable(str(told.get("title") or cell.adapter)),
                 baseline=bool(told.get("baseline")),
-                slot=colours[cell["adapter"]],
-                scenario=called[cell["scenario"]],
+                slot=colours[cell.adapter],
+                scenario=called[cell.scenario],
                 conditions=Conditions.of(run.manifest, cell),
                 summary=ShownCell(
                     **dict(cell),
@@ -265,9 +266,9 @@ def _run_view(run: RunFolder, index: int, label: str, title: str, colours: Mappi
     return RunView(run, label, title, summary, tuple(cells))
 
 
-def _whole(trials: Sequence[Summary]) -> tuple[Summary, ...]:
+def _whole(trials: Sequence[TrialSummary]) -> tuple[TrialSummary, ...]:
     """The trials that finished; what another measured before it broke off stands only where there is nothing else."""
-    return tuple(trial for trial in trials if trial["state"] == "done") or tuple(trials)
+    return tuple(trial for trial in trials if trial.state == "done") or tuple(trials)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:
@@ -280,41 +281,43 @@ def _median(values: Iterable[float]) -> float | None:
     return known[len(known) // 2] if known else None
 
 
-def _fault_windows(trials: Sequence[Summary]) -> tuple[FaultWindow, ...]:
+def _fault_windows(trials: Sequence[TrialSummary]) -> tuple[FaultWindow, ...]:
     """Faults of a cell by their place in the scenario; those that hit nothing are left out."""
     windows = []
-    for place in range(max((len(trial["faults"]) for trial in trials), default=0)):
-        hit = [trial["faults"][place] for trial in trials if len(trial["faults"]) > place]
-        hit = [fault for fault in hit if fault["recovery"] is not None]
+    for place in range(max((len(trial.faults) for trial in trials), default=0)):
+        there = [trial.faults[place] for trial in trials if len(trial.faults) > place]
+        hit = [
+            (fault, fault.recovery, fault.injected_s)
+            for fault in there
+            if fault.recovery is not None and fault.injected_s is not None
+        ]
         if hit:
-            took = [fault["recovery"]["recovery_s"] for fault in hit]
+            took = [recovery.recovery_s for _, recovery, _ in hit]
             windows.append(
                 FaultWindow(
-                    str(hit[0]["kind"]),
-                    min(fault["injected_s"] for fault in hit),
-                    None if None in took else max(took),
-                    not all(math.isnan(fault["recovery"]["dip_attainment"]) for fault in hit),
-                    max(
-                        (fault["healed_s"] - fault["injected_s"] for fault in hit if fault.get("healed_s")), default=0.0
-                    ),
+                    hit[0][0].kind,
+                    min(injected_s for _, _, injected_s in hit),
+                    None if None in took else max(back_s for back_s in took if back_s is not None),
+                    not all(math.isnan(recovery.dip_attainment) for _, recovery, _ in hit),
+                    max((fault.healed_s - at_s for fault, _, at_s in hit if fault.healed_s), default=0.0),
                 )
             )
     return tuple(windows)
 
 
-def _evidence(folders: Sequence[TrialFolder], trials: Sequence[Summary]) -> Evidence | None:
+def _evidence(folders: Sequence[TrialFolder], trials: Sequence[TrialSummary]) -> Evidence | None:
     curves: list[Band] = []
     timelines: list[Series] = []
     gauges: dict[str, list[Floats]] = {name: [] for name in GAUGES}
-    alone = sum(trial["arrivals"] > 0 for trial in trials) == 1
+    alone = sum(trial.arrivals > 0 for trial in trials) == 1
     for folder, trial in zip(folders, trials, strict=True):
         requests = folder.request_columns(*MEASURED_COLUMNS)
-        if trial["arrivals"] == 0 or requests is None:
+        if trial.arrivals == 0 or requests is None:
             continue
         records = measured(requests)
         response = records.response_ms()
         curves.append(_curve(response, with_interval=alone))
-        timelines.append(series(records, trial["span_s"], trial["slo_ms"]))
+        timelines.append(series(records, trial.span_s, trial.slo_ms))
         samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
         span = len(timelines[-1].t_s)
         gauges["utilization"].append(utilization_series(folder.facts, samples, span))
@@ -365,14 +368,14 @@ def _curve(response_ms: Floats, *, with_interval: bool) -> Band:
     return Band(mid, low, high)
 
 
-def utilization_series(facts: Mapping[str, Any], samples: Samples, seconds: int) -> Floats:
+def utilization_series(facts: TrialFacts, samples: Samples, seconds: int) -> Floats:
     """Utilisation per second of the trace, as ``utilization`` of the summary means it; NaN where nothing was read."""
-    if facts["device"] == "cuda":
+    if facts.device == "cuda":
         return gauge_series(samples, "gpu", "utilization", seconds, mean=True)
-    if facts["device"] == "emulated":
-        source, metric, capacity = "device", "busy_s_total", int(facts["devices"])
+    if facts.device == "emulated":
+        source, metric, capacity = "device", "busy_s_total", facts.devices
     else:
-        source, metric, capacity = "server-process", "cpu_s_total", int(facts["cpu_count"])
+        source, metric, capacity = "server-process", "cpu_s_total", facts.cpu_count
     return np.clip(counter_series(samples, source, metric, seconds) / capacity, 0.0, 1.0)
 
 

@@ -64,7 +64,7 @@ def headline(run: RunView) -> Headline:
     knobs = varied(calm)
     if knobs and len({cell.scenario for cell in calm}) >= MANY_SETTINGS:
         lede, support = _sweep(calm, knobs)
-    elif len({cell.summary["adapter"] for cell in usable}) == 1:
+    elif len({cell.summary.adapter for cell in usable}) == 1:
         lede, support = _single(usable[0], usable), []
     else:
         lede, support = _race(usable), [_single(cell, usable) for cell in _first_scenario(usable)]
@@ -82,7 +82,7 @@ def headline(run: RunView) -> Headline:
 def _nothing(run: RunView) -> str:
     if not run.cells:
         return "Nothing was measured: no trial had begun when the run ended."
-    if all(cell.summary["arrivals"] == 0 for cell in run.cells):
+    if all(cell.summary.arrivals == 0 for cell in run.cells):
         return "Nothing was measured: not one arrival of the trace was replayed."
     return "No claim can be made: every cell holds an INVALID trial."
 
@@ -92,7 +92,7 @@ def _first_scenario(cells: Sequence[CellView]) -> list[CellView]:
 
 
 def _device(cell: CellView) -> str:
-    return "emulated device" if cell.summary["emulated"] else "device"
+    return "emulated device" if cell.summary.emulated else "device"
 
 
 def _condition(cell: CellView, cells: Sequence[CellView]) -> str:
@@ -108,19 +108,19 @@ def _condition(cell: CellView, cells: Sequence[CellView]) -> str:
 def _single(cell: CellView, cells: Sequence[CellView], named: str = "") -> str:
     """One cell's figures; ``named`` says its settings too, in place of the scenario's name."""
     s = cell.summary
-    where = " ".join(part for part in (f"Under {s['trace']}", "" if named else _condition(cell, cells)) if part)
-    p99 = s["p99_ms"]
+    where = " ".join(part for part in (f"Under {s.trace}", "" if named else _condition(cell, cells)) if part)
+    p99 = s.p99_ms
     if p99 is None:
-        tail = f"p99 is not claimed ({count(s['p99_more_needed'], 'more arrival')} would do)"
+        tail = f"p99 is not claimed ({count(s.p99_more_needed, 'more arrival')} would do)"
     elif math.isinf(p99):
         tail = "p99 is ∞, for more than 1\u202f% failed"
     else:
-        side = "above" if p99 > s["slo_ms"] else "within"
-        ends = " ".join(part for part in (interval(s["p99_ci_ms"]), optimistic(s, "p99_ci_ms")) if part)
+        side = "above" if p99 > s.slo_ms else "within"
+        ends = " ".join(part for part in (interval(s.p99_ci_ms), optimistic(s, "p99_ms")) if part)
         tail = f"p99 {milliseconds(p99)} {ends}".rstrip() + f", {side} the objective"
     return (
-        f"{where}, {named or cell.framework} answered {share(s['slo_attainment'])} of requests within "
-        f"{milliseconds(s['slo_ms'])}: {per_second(s['goodput_rps_per_device'])} of goodput per {_device(cell)}, "
+        f"{where}, {named or cell.framework} answered {share(s.slo_attainment)} of requests within "
+        f"{milliseconds(s.slo_ms)}: {per_second(s.goodput_rps_per_device)} of goodput per {_device(cell)}, "
         f"{tail}."
     )
 
@@ -142,7 +142,7 @@ def _race(cells: Sequence[CellView]) -> str:
     s = cells[0].summary
     told += [missed] if (missed := _missed(_first_scenario(cells))) else []
     clauses = "; ".join(clause.strip() for clause in told)
-    return f"Under {s['trace']}, measured by goodput per {_device(cells[0])}: {clauses}."
+    return f"Under {s.trace}, measured by goodput per {_device(cells[0])}: {clauses}."
 
 
 def _over_baseline(cells: Sequence[CellView], baselines: Sequence[CellView]) -> list[str]:
@@ -166,9 +166,9 @@ def _over_baseline(cells: Sequence[CellView], baselines: Sequence[CellView]) -> 
 def _missed(cells: Sequence[CellView]) -> str:
     """Who of several did not keep the objective under the first scenario, which a lead alone would hide."""
     missed = [
-        cell.framework for cell in cells if cell.summary["p99_ms"] is not None and not within_objective(cell.summary)
+        cell.framework for cell in cells if cell.summary.p99_ms is not None and not within_objective(cell.summary)
     ]
-    objective = f"p99 ≤ {milliseconds(cells[0].summary['slo_ms'])}"
+    objective = f"p99 ≤ {milliseconds(cells[0].summary.slo_ms)}"
     if not missed or len(missed) < len(cells):
         return f"{listing(missed)} missed {objective}" if missed else ""
     return f"none of them kept {objective}"
@@ -178,12 +178,12 @@ def _sweep(cells: Sequence[CellView], knobs: Sequence[str]) -> tuple[str, list[s
     """Of many settings the best of each framework: who leads, and what each of them reached with what."""
     best: dict[str, CellView] = {}
     for cell in sorted(cells, key=lambda cell: merit(cell.summary), reverse=True):
-        best.setdefault(cell.summary["adapter"], cell)
+        best.setdefault(cell.summary.adapter, cell)
     first, *others = best.values()
     s = first.summary
     settings = len({cell.scenario for cell in cells})
-    where = f"Under {s['trace']}, of {count(settings, 'setting')}"
-    objective = f"p99 ≤ {milliseconds(s['slo_ms'])}"
+    where = f"Under {s.trace}, of {count(settings, 'setting')}"
+    objective = f"p99 ≤ {milliseconds(s.slo_ms)}"
     within = f" within {objective}" if within_objective(first.summary) else ""
     where += "" if within else f", none of which is known to keep {objective}"
     named = {cell.key: f"{cell.framework} with {setting_words(cell, knobs)}" for cell in best.values()}
@@ -194,7 +194,7 @@ def _sweep(cells: Sequence[CellView], knobs: Sequence[str]) -> tuple[str, list[s
     if rivals:
         lede = f"{where}, by goodput per {_device(first)}{within}: {_lead(first, rivals[0], named)}"
     else:
-        most = f"{per_second(s['goodput_rps_per_device'])} per {_device(first)}{within}"
+        most = f"{per_second(s.goodput_rps_per_device)} per {_device(first)}{within}"
         lede = f"{where}, {named[first.key]} gave the most goodput: {most}"
     if missed:
         lede += f"; no setting of {listing(missed)} is known to keep the objective"
@@ -226,7 +226,7 @@ def _lead(first: CellView, second: CellView, named: Mapping[str, str] | None = N
 
 def _typical_goodput(cell: CellView) -> float:
     """As the paired ratio weighs it: the geometric mean over trials, or the plain one where a trial has no goodput."""
-    values = np.array([trial["goodput_rps_per_device"] for trial in cell.repetitions], dtype=np.float64)
+    values = np.array([trial.goodput_rps_per_device for trial in cell.repetitions], dtype=np.float64)
     return float(np.exp(np.log(values).mean()) if (values > 0).all() else values.mean())
 
 
@@ -241,27 +241,28 @@ def _fault_cost(cell: CellView, cells: Sequence[CellView]) -> str:
     calm = [
         c
         for c in cells
-        if c.summary["adapter"] == cell.summary["adapter"]
-        and all(c.summary[key] == cell.summary[key] for key in ("tuning", "mean_rate"))
+        if c.summary.adapter == cell.summary.adapter
+        and c.summary.tuning == cell.summary.tuning
+        and c.summary.mean_rate == cell.summary.mean_rate
         and not c.faulty
     ]
     if calm:
         ratio = paired_ratio(pair(cell, calm[0], "goodput_rps_per_device"))
         if ratio is not None:
             told.append(f"goodput was {ratio_words(ratio)} that without it")
-    recoveries = [f["recovery"] for trial in cell.repetitions for f in trial["faults"] if f["recovery"]]
-    recoveries = [r for r in recoveries if not math.isnan(r["dip_attainment"])]
-    failed = [t["arrivals"] - t["ok"] for t in cell.repetitions]
-    usual = [t["arrivals"] - t["ok"] for t in calm[0].repetitions] if calm else [0]
+    recoveries = [f.recovery for trial in cell.repetitions for f in trial.faults if f.recovery]
+    recoveries = [r for r in recoveries if not math.isnan(r.dip_attainment)]
+    failed = [t.arrivals - t.ok for t in cell.repetitions]
+    usual = [t.arrivals - t.ok for t in calm[0].repetitions] if calm else [0]
     extra = sum(failed) / len(failed) - sum(usual) / len(usual)
     if extra > 0:
         more = " more than without it" if calm and sum(usual) else ""
         told.append(f"{count(max(1, round(extra)), 'request')} failed{more}{' per trial' if len(failed) > 1 else ''}")
     else:
         told.append("no more requests failed than without it" if calm and sum(usual) else "no request failed")
-    back = [r["recovery_s"] for r in recoveries if r["recovery_s"] is not None]
+    back = [r.recovery_s for r in recoveries if r.recovery_s is not None]
     if len(back) == len(recoveries):
-        worst, again = max(back), max(r["relapse_s"] for r in recoveries)
+        worst, again = max(back), max(r.relapse_s for r in recoveries)
         relapsed = f" and was low again in {count(again, 'later second')}" if again else ""
         held = f"attainment never fell by more than {RECOVERY_MARGIN * 100:g} points"
         told.append(held if worst == 0 else f"attainment was back after {quantity(worst, 's')}{relapsed}")

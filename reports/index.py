@@ -78,7 +78,7 @@ def _row(run: RunFolder, name: str) -> _Row:
 def _verdict(manifest: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return f"{manifest['state']}, without a summary: tailrace report makes it"
-    told = verdict_counts(summary["trials"]) or "none"
+    told = verdict_counts([trial["verdict"] for trial in summary["trials"]]) or "none"
     return told if manifest["state"] == "done" else f"{told}; {manifest['state']}"
 
 

@@ -53,16 +53,16 @@ def markdown(runs: Sequence[RunFolder]) -> str:
 
 def _row(cell: CellView) -> tuple[str, ...]:
     s = cell.summary
-    failed = s["errors"] + s["timeouts"] + s["connection_errors"] + s["dropped"] + s["shed"]
-    p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}"
+    failed = s.errors + s.timeouts + s.connection_errors + s.dropped + s.shed
+    p99 = "not claimed" if s.p99_ms is None else f"{milliseconds(s.p99_ms)} {interval(s.p99_ci_ms)}"
     return (
         cell.label,
-        str(s["trials"]),
-        per_second(s["offered_rps"]),
-        f"{per_second(s['goodput_rps_per_device'])} {interval(s['goodput_rps_per_device_ci'])}",
-        milliseconds(s["p50_ms"]),
+        str(s.trials),
+        per_second(s.offered_rps),
+        f"{per_second(s.goodput_rps_per_device)} {interval(s.goodput_rps_per_device_ci)}",
+        milliseconds(s.p50_ms),
         p99,
-        share(s["slo_attainment"]),
-        f"{failed:,} of {s['arrivals']:,}",
-        s["verdict"],
+        share(s.slo_attainment),
+        f"{failed:,} of {s.arrivals:,}",
+        s.verdict,
     )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tailrace.harness.analysis.merit import within_objective
+from tailrace.harness.analysis.merit import tail_ms, within_objective
 from tailrace.harness.analysis.metrics import Floats, percentile
 from tailrace.harness.analysis.residence import Met
 from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.contract.multiplexing import MIB
 from tailrace.harness.records.store import TrialFolder
+from tailrace.harness.records.summary import Multiplexing as Sharing
 from tailrace.reports.conditions import distinction
 from tailrace.reports.evidence import CellView, RunView
 from tailrace.reports.text import NOTHING, interval, listing, milliseconds, quantity, seconds, share
@@ -50,12 +51,12 @@ class Line:
     @property
     def memory_mb(self) -> Floats:
         """One entry for each cell."""
-        return np.array([cell.summary["multiplexing"]["memory_mb"] for cell in self.cells], dtype=np.float64)
+        return np.array([shared(cell).memory_mb for cell in self.cells], dtype=np.float64)
 
     @property
     def cold(self) -> Floats:
         """The share of requests for which their model was loaded; NaN where there were none."""
-        return np.array([_share_of(cell, "cold") for cell in self.cells], dtype=np.float64)
+        return np.array([_cold_share(cell) for cell in self.cells], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,14 @@ class Multiplexing:
 
 def multiplexing(views: Sequence[RunView]) -> Multiplexing | None:
     """What runs say of models that share a memory; ``None`` where none did."""
-    cells = [cell for run in views for cell in run.cells if cell.summary["multiplexing"] is not None]
+    cells = [cell for run in views for cell in run.cells if cell.summary.multiplexing is not None]
     if not cells:
         return None
     folders = {cell.key: _folders(run, cell) for run in views for cell in run.cells if cell in cells}
     recorded = {key: [t for t in map(read_multiplexed, own) if t is not None] for key, own in folders.items()}
     members: dict[tuple[object, ...], list[CellView]] = {}
     for cell in cells:
-        members.setdefault((cell.run, cell.conditions, cell.summary["mean_rate"]), []).append(cell)
+        members.setdefault((cell.run, cell.conditions, cell.summary.mean_rate), []).append(cell)
     conditions = [cell.conditions for cell in cells]
     groups: list[Group] = []
     theories: dict[str, Theory | None] = {}
@@ -133,8 +134,15 @@ def multiplexing(views: Sequence[RunView]) -> Multiplexing | None:
 
 def policy_words(cell: CellView) -> str:
     """``lru, 4 pinned``."""
-    told = cell.summary["multiplexing"]
-    return f"{told['policy']}, {told['pinned']} pinned" if told["pinned"] else str(told["policy"])
+    told = shared(cell)
+    return f"{told.policy}, {told.pinned} pinned" if told.pinned else str(told.policy)
+
+
+def shared(cell: CellView) -> Sharing:
+    """What came of models that share a limited memory, of a cell that has such models."""
+    if cell.summary.multiplexing is None:
+        raise ValueError(f"{cell.label}: its models share no memory")
+    return cell.summary.multiplexing
 
 
 def memory(value_mb: float | None) -> str:
@@ -144,12 +152,12 @@ def memory(value_mb: float | None) -> str:
 
 def _folders(run: RunView, cell: CellView) -> list[TrialFolder]:
     """The folders of the trials from which the cell's figures are made."""
-    return [run.folder.trial(trial["trial"]) for trial in cell.repetitions]
+    return [run.folder.trial(trial.trial) for trial in cell.repetitions]
 
 
-def _share_of(cell: CellView, kind: str) -> float:
-    value = cell.summary["multiplexing"][kind]["share"]
-    return math.nan if value is None else float(value)
+def _cold_share(cell: CellView) -> float:
+    value = shared(cell).cold.share
+    return math.nan if value is None else value
 
 
 # ---------------------------------------------------------------- curves
@@ -161,11 +169,10 @@ def _group(title: str, cells: Sequence[CellView], recorded: dict[str, list[Multi
         if cell.comparable and not cell.faulty:
             lines.setdefault(f"{cell.framework} · {policy_words(cell)}", []).append(cell)
     drawn = tuple(
-        Line(label, tuple(sorted(own, key=lambda cell: float(cell.summary["multiplexing"]["memory_mb"]))))
-        for label, own in lines.items()
+        Line(label, tuple(sorted(own, key=lambda cell: float(shared(cell).memory_mb)))) for label, own in lines.items()
     )
     trials = [trial for cell in cells for trial in recorded[cell.key] if len(trial.trace)]
-    sizes = [float(cell.summary["multiplexing"]["memory_mb"]) for cell in cells]
+    sizes = [float(shared(cell).memory_mb) for cell in cells]
     theory = theory_of(trials[0], sizes) if trials else None
     return Group(title, drawn, theory, tuple(_sentences(drawn, theory)))
 
@@ -224,22 +231,22 @@ def _sentences(lines: Sequence[Line], theory: Theory | None) -> list[str]:
 
 def _recommendation(cells: Sequence[CellView]) -> str:
     """Of each framework the smallest memory, and of policies with that the one with the fewest cold requests."""
-    objective = listing(sorted({milliseconds(cell.summary["slo_ms"]) for cell in cells}))
-    claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
+    objective = listing(sorted({milliseconds(cell.summary.slo_ms) for cell in cells}))
+    claimed = [cell for cell in cells if cell.summary.p99_ms is not None]
     if not claimed:
         return f"Whether a memory keeps p99 within {objective} is not known: too few arrivals to claim a p99."
     best: dict[str, CellView] = {}
-    for cell in sorted(claimed, key=lambda c: (c.summary["multiplexing"]["memory_mb"], _share_of(c, "cold"))):
+    for cell in sorted(claimed, key=lambda c: (shared(c).memory_mb, _cold_share(c))):
         if within_objective(cell.summary):
             best.setdefault(cell.framework, cell)
     if not best:
-        nearest = min(claimed, key=lambda cell: float(cell.summary["p99_ms"]))
+        nearest = min(claimed, key=lambda cell: tail_ms(cell.summary))
         return (
             f"None of these memories and policies keeps p99 within {objective}: the best is {_p99(nearest)}, by "
             f"{nearest.framework} with {_setting(nearest)}."
         )
     told = [
-        f"{_setting(cell)} with {name} ({_p99(cell)}, {share(_share_of(cell, 'cold'))} of requests cold)"
+        f"{_setting(cell)} with {name} ({_p99(cell)}, {share(_cold_share(cell))} of requests cold)"
         for name, cell in best.items()
     ]
     missed = [name for name in dict.fromkeys(cell.framework for cell in claimed) if name not in best]
@@ -249,15 +256,15 @@ def _recommendation(cells: Sequence[CellView]) -> str:
 
 
 def _setting(cell: CellView) -> str:
-    return f"{memory(cell.summary['multiplexing']['memory_mb'])} under {policy_words(cell)}"
+    return f"{memory(shared(cell).memory_mb)} under {policy_words(cell)}"
 
 
 def _p99(cell: CellView) -> str:
-    return milliseconds(cell.summary["p99_ms"])
+    return milliseconds(cell.summary.p99_ms)
 
 
 def _note(cells: Sequence[CellView]) -> str:
-    driven = list(dict.fromkeys(c.framework for c in cells if c.summary["multiplexing"]["controlled"]))
+    driven = list(dict.fromkeys(c.framework for c in cells if shared(c).controlled))
     if not driven:
         return ""
     return (
@@ -270,46 +277,44 @@ def _note(cells: Sequence[CellView]) -> str:
 
 
 def _row(cell: CellView) -> tuple[str, ...]:
-    told = cell.summary["multiplexing"]
-    row = [cell.label, memory(told["memory_mb"]), policy_words(cell), CONTROLLER if told["controlled"] else "itself"]
-    for kind in _KINDS:
-        own = told[kind]
-        row.append(NOTHING if own["share"] is None else f"{share(own['share'])} {_percent_interval(own['share_ci'])}")
-        for key in ("p50", "p99"):
-            value, ends = own[f"{key}_ms"], own[f"{key}_ci_ms"]
+    told = shared(cell)
+    row = [cell.label, memory(told.memory_mb), policy_words(cell), CONTROLLER if told.controlled else "itself"]
+    for own in (told.hot, told.warm, told.cold):
+        row.append(NOTHING if own.share is None else f"{share(own.share)} {_percent_interval(own.share_ci)}")
+        for value, ends in ((own.p50_ms, own.p50_ci_ms), (own.p99_ms, own.p99_ci_ms)):
             row.append("not claimed" if value is None else f"{milliseconds(value)} {interval(ends)}".strip())
     return (
         *row,
-        f"{told['loads']:,}",
-        seconds(told["load_p50_s"]),
-        f"{told['evictions']:,}",
-        f"{told['load_failures'] + told['refused']:,}",
-        _gibibytes(told["reload_mb"]),
-        memory(told["headroom_min_mb"]),
+        f"{told.loads:,}",
+        seconds(told.load_p50_s),
+        f"{told.evictions:,}",
+        f"{told.load_failures + told.refused:,}",
+        _gibibytes(told.reload_mb),
+        memory(told.headroom_min_mb),
     )
 
 
 def _brief(cell: CellView, theory: Theory | None) -> tuple[str, ...]:
-    told = cell.summary["multiplexing"]
+    told = shared(cell)
     lru = least = NOTHING
     if theory is not None:
         lru, least = (
-            share(float(np.interp(told["memory_mb"], theory.memory_mb, curve)))
+            share(float(np.interp(told.memory_mb, theory.memory_mb, curve)))
             for curve in (theory.lru, theory.least)
         )  # fmt: skip
     return (
         cell.label,
-        memory(told["memory_mb"]),
+        memory(told.memory_mb),
         policy_words(cell),
-        f"{share(_share_of(cell, 'cold'))} {_percent_interval(told['cold']['share_ci'])}".strip(),
+        f"{share(_cold_share(cell))} {_percent_interval(told.cold.share_ci)}".strip(),
         lru,
         least,
         *(
-            "not claimed" if cell.summary[key] is None else milliseconds(cell.summary[key])
-            for key in ("p50_ms", "p99_ms")
+            "not claimed" if value is None else milliseconds(value)
+            for value in (cell.summary.p50_ms, cell.summary.p99_ms)
         ),
-        f"{told['loads']:,}",
-        _gibibytes(told["reload_mb"]),
+        f"{told.loads:,}",
+        _gibibytes(told.reload_mb),
     )
 
 
@@ -332,7 +337,7 @@ def _predictions(
         own = [
             cell
             for cell in cells
-            if cell.framework == framework and cell.comparable and cell.summary["emulated"] and recorded[cell.key]
+            if cell.framework == framework and cell.comparable and cell.summary.emulated and recorded[cell.key]
         ]
         if not own or "load_gb_per_s" not in cost:
             continue
@@ -341,12 +346,12 @@ def _predictions(
         for cell in own:
             predicted = [predict(device, trial) for trial in recorded[cell.key]]
             response, met = (np.concatenate([getattr(p, name) for p in predicted]) for name in ("response_ms", "met"))
-            cold, cold_simulated = _share_of(cell, "cold"), float((met == Met.COLD).mean()) if len(met) else math.nan
-            loads, loads_simulated = cell.summary["multiplexing"]["loads"], sum(p.loads for p in predicted)
+            cold, cold_simulated = _cold_share(cell), float((met == Met.COLD).mean()) if len(met) else math.nan
+            loads, loads_simulated = shared(cell).loads, sum(p.loads for p in predicted)
             row = [cell.label, share(cold), share(cold_simulated), _points(cold_simulated - cold)]
             row += [f"{loads:,}", f"{loads_simulated:,}", _relative(loads_simulated, loads)]
-            for q, key in ((0.50, "p50_ms"), (0.99, "p99_ms")):
-                value, simulated = cell.summary[key], percentile(response, q)
+            for q, value in ((0.50, cell.summary.p50_ms), (0.99, cell.summary.p99_ms)):
+                simulated = percentile(response, q)
                 row += ["not claimed" if value is None else milliseconds(value), milliseconds(simulated)]
                 row.append(NOTHING if value is None else _relative(simulated, value))
             rows.append((*row, "this one" if cell is source else source.scenario))
@@ -365,7 +370,7 @@ def _headroom(cell: CellView, folders: Sequence[TrialFolder]) -> Headroom | None
     if not folders or folders[0].samples is None:
         return None
     t_s, free = Samples(folders[0].samples).series("memory", "memory_free_bytes")
-    within = (t_s >= 0) & (t_s <= float(cell.repetitions[0]["span_s"]))
+    within = (t_s >= 0) & (t_s <= float(cell.repetitions[0].span_s))
     return Headroom(cell, t_s[within], free[within] / MIB) if within.any() else None
 
 

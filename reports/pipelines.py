@@ -47,14 +47,14 @@ class Pipelines:
 def pipelines(cells: Sequence[CellView]) -> Pipelines | None:
     """Compare, framework by framework, the cell that it composes with the first in one process under equal conditions;
     ``None`` where no cell serves a pipeline."""
-    served = [cell for cell in cells if cell.summary["composition"]]
+    served = [cell for cell in cells if cell.summary.composition]
     if not served:
         return None
     calm = [cell for cell in served if not cell.faulty]
-    alone = [cell for cell in calm if cell.summary["composition"] == "one-process"]
+    alone = [cell for cell in calm if cell.summary.composition == "one-process"]
     prices = []
     for cell in calm:
-        if cell.summary["composition"] == "framework":
+        if cell.summary.composition == "framework":
             other = next((one for one in alone if _basis(one) == _basis(cell)), None)
             if other is not None:
                 prices.append(_price(cell, other))
@@ -62,14 +62,14 @@ def pipelines(cells: Sequence[CellView]) -> Pipelines | None:
 
 
 def _basis(cell: CellView) -> tuple[object, ...]:
-    return cell.run, cell.framework, cell.conditions, cell.summary["mean_rate"], cell.summary["tuning"]
+    return cell.run, cell.framework, cell.conditions, cell.summary.mean_rate, cell.summary.tuning
 
 
 def _price(composed: CellView, alone: CellView) -> tuple[str, ...]:
     comparable = composed.comparable and alone.comparable
     row = [composed.framework]
     for key in ("p50_ms", "p99_ms", "server_cpu_cores"):
-        both = (composed.summary[key], alone.summary[key])
+        both = (composed.summary.figure(key), alone.summary.figure(key))
         ratio = paired_ratio(pair(composed, alone, key)) if comparable else None
         told = ratio_words(ratio) if ratio else NOTHING if comparable else "not compared: INVALID or empty"
         if key == "server_cpu_cores":
@@ -82,14 +82,14 @@ def _price(composed: CellView, alone: CellView) -> tuple[str, ...]:
 
 def _stages(cell: CellView) -> list[tuple[str, ...]]:
     rows = []
-    for stage in cell.summary["stages"]:
-        answer_ms, predict_ms, size = stage["answer_ms"], stage["predict_ms"], stage["batch_size_mean"]
+    for stage in cell.summary.stages:
+        answer_ms, predict_ms, size = stage.answer_ms, stage.predict_ms, stage.batch_size_mean
         beside = None if answer_ms is None or predict_ms is None else answer_ms - predict_ms
         rows.append(
             (
                 cell.label,
-                stage["stage"],
-                NOTHING if stage["items_rps"] is None else per_second(stage["items_rps"]),
+                stage.stage,
+                NOTHING if stage.items_rps is None else per_second(stage.items_rps),
                 NOTHING if size is None else significant(size),
                 *(NOTHING if value is None else milliseconds(value) for value in (predict_ms, answer_ms, beside)),
             )
@@ -99,7 +99,7 @@ def _stages(cell: CellView) -> list[tuple[str, ...]]:
 
 def _sentence(served: Sequence[CellView]) -> str:
     cannot = {
-        cell.framework: reason for cell in served if (reason := cell.summary["left_out"].get("composition")) is not None
+        cell.framework: reason for cell in served if (reason := cell.summary.left_out.get("composition")) is not None
     }
     if not cannot:
         return ""

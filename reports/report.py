@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -92,7 +91,7 @@ def build(runs: Sequence[RunFolder]) -> str:
         ruler_headings=HEADINGS,
         profiles=profiles(views),
         device_note=device_note(views),
-        all_emulated=bool(cells) and all(cell.summary["emulated"] for cell in cells),
+        all_emulated=bool(cells) and all(cell.summary.emulated for cell in cells),
         cells=cells,
         best={cell.key for group in races for cell in group.best if len(group.cells) > 1},
         columns=COLUMNS,
@@ -141,9 +140,7 @@ def _failures(cells: Sequence[CellView]) -> list[tuple[str, ...]]:
 
 def _cold_hits(cells: Sequence[CellView]) -> str:
     """Whether the load ever met a replica that had not answered before; nothing where that is not known."""
-    known = {
-        cell.label: [t["cold_copies_hit"] for t in cell.trials if t["cold_copies_hit"] is not None] for cell in cells
-    }
+    known = {cell.label: [t.cold_copies_hit for t in cell.trials if t.cold_copies_hit is not None] for cell in cells}
     known = {label: hits for label, hits in known.items() if hits}
     if not known:
         return ""
@@ -169,17 +166,9 @@ def _warnings(views: Sequence[RunView]) -> list[tuple[str, str]]:
         portable = Portable(run.folder)
         for trial in run.folder.trials:
             where = f"{trial.id}{' in ' + run.label if run.label else ''}"
-            for warning in trial.facts.get("warnings") or []:
-                text = warning if isinstance(warning, str) else _warning_text(warning)
-                told.setdefault(portable(text), []).append(where)
+            for warning in trial.facts.warnings:
+                told.setdefault(portable(warning), []).append(where)
     return [
         (first + (f" and {count(len(rest), 'more trial')}" if rest else ""), text)
         for text, (first, *rest) in told.items()
     ]
-
-
-def _warning_text(warning: Any) -> str:
-    if not isinstance(warning, dict):
-        return str(warning)
-    remedy = f" Remedy: {warning['remedy']}" if warning.get("remedy") else ""
-    return f"{warning.get('message') or warning.get('text') or warning}{remedy}"

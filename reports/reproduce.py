@@ -14,6 +14,7 @@ import yaml
 
 from tailrace.harness.contract.adapter import NODE_NAME
 from tailrace.harness.plan.matrix import spoken
+from tailrace.harness.records.facts import TrialFacts
 from tailrace.harness.records.store import RunFolder, TrialFolder
 from tailrace.reports.evidence import RunView
 from tailrace.reports.text import NOTHING, bytes_size, listing, sources
@@ -148,14 +149,14 @@ def _yaml(content: Any) -> str:
 
 def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts:
     told: Mapping[str, Any] = (run.manifest.get("adapters") or {}).get(name) or {}
-    own = [trial.facts for trial in trials if trial.facts["adapter"] == name]
+    own = [trial.facts for trial in trials if trial.facts.adapter == name]
     # A scenario may run on the defaults: the first one with the most knobs tells where they land, for all frameworks alike.
     order = [scenario["name"] for scenario in run.manifest["experiment"]["scenarios"]]
-    own.sort(key=lambda facts: (-_knobs_set(facts), order.index(facts["scenario"])))
-    asked = next((facts["tuning"] for facts in own if facts.get("tuning")), None)
+    own.sort(key=lambda facts: (-_knobs_set(facts), order.index(facts.scenario)))
+    asked = next((facts.tuning for facts in own if facts.tuning), None)
     if asked is None:
         asked = run.manifest["experiment"].get("tuning") or {}
-    applied: Mapping[str, Any] = next((facts["applied"] for facts in own if facts.get("applied")), {})
+    applied: Mapping[str, Any] = next((facts.applied for facts in own if facts.applied), {})
     knobs: Rows = [
         (knob, _chosen(asked.get(knob)), str(native), str(applied.get(knob, _UNREPORTED)))
         for knob, native in (told.get("knobs") or {}).items()
@@ -171,15 +172,15 @@ def _adapter(run: RunView, name: str, trials: list[TrialFolder]) -> AdapterFacts
         homepage=homepage if homepage.startswith(("https://", "http://")) else "",
         environment=str(told.get("environment", NOTHING)),
         capabilities=", ".join(map(str, told.get("capabilities") or [])) or "none",
-        exports=listing(sorted({str(kind) for facts in own if (kind := facts.get("artifact", "python")) != "python"})),
+        exports=listing(sorted({str(kind) for facts in own if (kind := facts.artifact) != "python"})),
         packages=sources(dict(sorted(packages.items()))) if packages else "",
         knobs=knobs,
-        scenario=spoken(order)[own[0]["scenario"]] if own else "",
+        scenario=spoken(order)[own[0].scenario] if own else "",
     )
 
 
-def _knobs_set(facts: Mapping[str, Any]) -> int:
-    return sum(value is not None for value in (facts.get("tuning") or {}).values())
+def _knobs_set(facts: TrialFacts) -> int:
+    return sum(value is not None for value in facts.tuning.values())
 
 
 def _side_by_side(adapters: list[AdapterFacts]) -> Rows:
@@ -209,7 +210,7 @@ def _configs(trials: list[TrialFolder], portable: Portable) -> list[ConfigFile]:
             if "\0" in content:
                 continue  # what a server compiled or cached there is no configuration
             text = _own_names(portable(content), trial)
-            found.setdefault((trial.facts["adapter"], name, text), []).append(trial.id)
+            found.setdefault((trial.facts.adapter, name, text), []).append(trial.id)
     return _as_differences([ConfigFile(*what, tuple(ids)) for what, ids in found.items()])
 
 
@@ -262,14 +263,15 @@ def _read(path: Path) -> str:
 
 def _trial(trial: TrialFolder) -> tuple[str, ...]:
     facts = trial.facts
-    outputs = facts.get("outputs") or {}
+    compared = facts.outputs
+    counts = (NOTHING,) * 3 if compared is None else (compared.checked, compared.mismatched, compared.unchecked)
     names = ("requests.parquet", "requests.arrow", "samples.parquet", "samples.arrow", "events.jsonl", "server")
     there = [name for name in names if (trial.folder / name).exists()]
     return (
         trial.id,
-        str(facts["seed"]),
-        str(facts["state"]),
-        *(str(outputs.get(key, NOTHING)) for key in ("checked", "mismatched", "unchecked")),
+        str(facts.seed),
+        facts.state,
+        *map(str, counts),
         f"trials/{trial.id}/ {', '.join(there)}",
     )
 

@@ -34,7 +34,7 @@ def _row(run: RunView, protocol: str, figures: dict[str, Any]) -> tuple[str, ...
     if "steps" not in figures:
         return (NOTHING, printable(f"not measured: {figures.get('error')}"), *[NOTHING] * 6)
     ceiling = figures["ceiling_rps"]
-    lags = [t["start_lag_p99_ms"] for t in run.summary["trials"] if t["protocol"] == protocol]
+    lags = [t.start_lag_p99_ms for t in run.summary.trials if t.protocol == protocol]
     known = [lag for lag in lags if lag is not None]
     return (
         per_second(figures["steps"][1]["rate"]),

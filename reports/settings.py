@@ -12,8 +12,8 @@ LOAD = "mean load, requests/s"
 
 def settings(cell: CellView) -> dict[str, float]:
     """The knobs of a cell that are numbers, in words, and its mean load where the scenario asked for one."""
-    numbers = {name: value for name, value in cell.summary["tuning"].items() if isinstance(value, int | float)}
-    rate = cell.summary["mean_rate"]
+    numbers = {name: value for name, value in cell.summary.tuning.items() if isinstance(value, int | float)}
+    rate = cell.summary.mean_rate
     return {humanly(name): float(value) for name, value in numbers.items()} | ({} if rate is None else {LOAD: rate})
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tailrace.harness.analysis.summary import Summary, jsonable
+from tailrace.harness.analysis.summary import jsonable
 from tailrace.harness.errors import StorageError
+from tailrace.harness.records.summary import RunSummary
 
 
-def figures_csv(summaries: Mapping[str, Summary]) -> str:
+def figures_csv(summaries: Mapping[str, RunSummary]) -> str:
     """One line per trial, headings first; nested values as ``key.subkey`` columns, lists joined by spaces. ``summaries``
     are by the name of their run, which is the first column unless there is only one without a name."""
     rows = _rows(summaries)
@@ -28,7 +29,7 @@ def figures_csv(summaries: Mapping[str, Summary]) -> str:
     return text.getvalue()
 
 
-def write_parquet(summaries: Mapping[str, Summary], path: Path) -> None:
+def write_parquet(summaries: Mapping[str, RunSummary], path: Path) -> None:
     """The same rows as :func:`figures_csv`, with their types. Raises :class:`StorageError`."""
     try:
         pq.write_table(pa.Table.from_pylist(_rows(summaries)), path)
@@ -36,20 +37,21 @@ def write_parquet(summaries: Mapping[str, Summary], path: Path) -> None:
         raise StorageError.of(path, error) from error
 
 
-def figures_json(summaries: Mapping[str, Summary]) -> str:
+def figures_json(summaries: Mapping[str, RunSummary]) -> str:
     """The whole summaries, by the name of their run; infinite figures are strings, as in ``summary.json``."""
     return (
-        json.dumps({name: jsonable(summary) for name, summary in summaries.items()}, indent=1, allow_nan=False) + "\n"
+        json.dumps({name: jsonable(summary.dump()) for name, summary in summaries.items()}, indent=1, allow_nan=False)
+        + "\n"
     )
 
 
-def _rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+def _rows(summaries: Mapping[str, RunSummary]) -> list[dict[str, Any]]:
     """All with the same columns: those that some trial has."""
     named = len(summaries) > 1 or any(summaries)
     rows = [
-        {**({"run": name} if named else {}), **_flat(trial)}
+        {**({"run": name} if named else {}), **_flat(trial.dump())}
         for name, summary in summaries.items()
-        for trial in summary["trials"]
+        for trial in summary.trials
     ]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in columns} for row in rows]

@@ -45,6 +45,20 @@ class Figures(Record):
         value: float | None = getattr(self, name)
         return value
 
+    def ends(self, name: str) -> Ends | None:
+        """The 95 % interval of that number; ``None`` where it has none."""
+        found: Ends | None = getattr(self, _interval_of(name), None)
+        return found
+
+    def optimistic(self, name: str) -> bool:
+        """Whether that interval comes from within trials, which takes arrivals as independent; a trial's has no other."""
+        source = getattr(self, f"{_interval_of(name)}_source", None) or "within-trial"
+        return source == "within-trial" and self.ends(name) is not None
+
+
+def _interval_of(name: str) -> str:
+    return f"{name.removesuffix('_ms')}_ci_ms" if name.endswith("_ms") else f"{name}_ci"
+
 
 class Reason(Record):
     """Why a trial is not simply VALID."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from tailrace.harness.records.facts import ColdStart as Facts
 from tailrace.reports import svg
 from tailrace.reports.evidence import CellView
 from tailrace.reports.figures.drawing import (
@@ -15,17 +15,12 @@ from tailrace.reports.figures.drawing import (
 )
 from tailrace.reports.text import listing, seconds
 
-if TYPE_CHECKING:
-    pass
-
-
-PHASES = (
-    ("process_s", "process spawned"),
-    ("port_open_s", "port open"),
-    ("ready_s", "says ready"),
-    ("first_answer_s", "first correct answer"),
+PHASES: tuple[tuple[str, float, Callable[[Facts], float | None]], ...] = (
+    ("port open", 0.5, lambda told: told.port_open_s),
+    ("says ready", 0.75, lambda told: told.ready_s),
+    ("first correct answer", 1.0, lambda told: told.first_answer_s),
 )
-"""Cold start, cumulative: key of the trial's facts and what has happened by then."""
+"""What happens one after the other, how full the bar is until then, and when it was, since the spawn."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +39,19 @@ def cold_starts(cells: Sequence[CellView]) -> list[ColdStart]:
     """Cold start does not know what the trial will do, so the trials of all scenarios of a framework count together."""
     groups: dict[tuple[str, str], list[CellView]] = {}
     for cell in cells:
-        groups.setdefault((cell.run, cell.summary["adapter"]), []).append(cell)
+        groups.setdefault((cell.run, cell.summary.adapter), []).append(cell)
     starts = []
     for members in groups.values():
-        told = [t["cold_start_phases_s"] for c in members for t in c.repetitions if t["cold_start_phases_s"]]
-        known = [(key, words) for key, words in PHASES if told and all(t.get(key) is not None for t in told)]
-        if not known:
+        told = [t.cold_start_phases_s for c in members for t in c.repetitions if t.cold_start_phases_s]
+        known = {words: [s for t in told if (s := at(t)) is not None] for words, _, at in PHASES}
+        means = {words: sum(times) / len(told) for words, times in known.items() if told and len(times) == len(told)}
+        if not means:
             continue
-        means = [0.0, *(sum(t[key] for t in told) / len(told) for key, _ in known)]
-        phases = tuple((words, max(0.0, b - a)) for (_, words), a, b in zip(known, means, means[1:], strict=False))
+        ends = [0.0, *means.values()]
+        phases = tuple((words, max(0.0, b - a)) for words, a, b in zip(means, ends, ends[1:], strict=False))
         first = members[0]
         label = " · ".join(part for part in (first.framework, first.run) if part)
-        starts.append(ColdStart(label, first.slot, phases, means[-1], len(told)))
+        starts.append(ColdStart(label, first.slot, phases, ends[-1], len(told)))
     return starts
 
 
@@ -66,7 +62,7 @@ def cold_start(cells: Sequence[CellView]) -> Figure | None:
         return None
     row = 46
     height = 18 + row * len(starts) + 34
-    words = [w for _, w in PHASES if any(w == phase for start in starts for phase, _ in start.phases)]
+    words = [w for w, _, _ in PHASES if any(w == phase for start in starts for phase, _ in start.phases)]
     with svg.style():
         canvas = svg.new_figure(height)
         ax = canvas.add_axes((0.02, 34 / height, 0.955, row * len(starts) / height))
@@ -93,7 +89,7 @@ def cold_start(cells: Sequence[CellView]) -> Figure | None:
 
 
 def _phase_alpha(phase: str) -> float:
-    return dict(zip((words for _, words in PHASES), (0.25, 0.5, 0.75, 1.0), strict=True))[phase]
+    return next(alpha for words, alpha, _ in PHASES if words == phase)
 
 
 def _cold_words(start: ColdStart) -> str:

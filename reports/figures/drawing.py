@@ -128,7 +128,7 @@ def heading(canvas: Canvas, ax: Axes, text: str) -> None:
 
 def stamp(canvas: Canvas, cells: Sequence[CellView]) -> None:
     """Say *emulated* inside the picture, so that it goes wherever the picture goes."""
-    if any(cell.summary["emulated"] for cell in cells):
+    if any(cell.summary.emulated for cell in cells):
         above = 1 - 15 / (canvas.get_figheight() * 72)
         canvas.text(
             0.975, above, "emulated", color=svg.CAUTION, fontsize=12, va="baseline", ha="right", fontweight="bold"

@@ -11,6 +11,7 @@ import numpy as np
 
 from tailrace.harness.analysis.comparison import MIN_TRIALS
 from tailrace.harness.analysis.frontier import frontier_probabilities, non_dominated
+from tailrace.harness.analysis.merit import tail_ms
 from tailrace.reports import svg
 from tailrace.reports.benefits import ATTAINMENT, GOODPUT, Benefit, others
 from tailrace.reports.columns import optimistic
@@ -58,29 +59,27 @@ def frontiers(cells: Sequence[CellView]) -> list[Frontier]:
     """The frontier of goodput per device in each group of cells under the same conditions, for only those compare."""
     groups: dict[Conditions, list[CellView]] = {}
     for cell in cells:
-        if cell.summary["arrivals"] > 0:
+        if cell.summary.arrivals > 0:
             groups.setdefault(cell.conditions, []).append(cell)
     return [_group(distinction(conditions, list(groups)), members) for conditions, members in groups.items()]
 
 
 def _group(title: str, cells: Sequence[CellView], benefit: Benefit = GOODPUT) -> Frontier:
     """Best are the comparable cells with a finite p99 that none of the others beats on both axes."""
-    chosen = [
-        c for c in cells if c.comparable and c.summary["p99_ms"] is not None and math.isfinite(c.summary["p99_ms"])
-    ]
+    chosen = [c for c in cells if c.comparable and math.isfinite(tail_ms(c.summary))]
     probabilities = frontier_probabilities(
         [
             (
-                np.array([trial["p99_ms"] for trial in cell.repetitions], dtype=np.float64),
-                np.array([trial[benefit.key] for trial in cell.repetitions], dtype=np.float64),
+                np.array([trial.p99_ms for trial in cell.repetitions], dtype=np.float64),
+                np.array([trial.figure(benefit.key) for trial in cell.repetitions], dtype=np.float64),
             )
             for cell in chosen
         ],
-        paired=len({(cell.run, *(trial["number"] for trial in cell.repetitions)) for cell in chosen}) == 1,
+        paired=len({(cell.run, *(trial.number for trial in cell.repetitions)) for cell in chosen}) == 1,
     )
     frameworks: dict[str, list[CellView]] = {}
     for cell in chosen:
-        frameworks.setdefault(cell.summary["adapter"], []).append(cell)
+        frameworks.setdefault(cell.summary.adapter, []).append(cell)
     several = [own for own in frameworks.values() if len(own) > 1] if len(frameworks) > 1 else []
     return Frontier(
         title,
@@ -94,7 +93,7 @@ def _group(title: str, cells: Sequence[CellView], benefit: Benefit = GOODPUT) ->
 
 def _unbeaten(cells: Sequence[CellView], benefit: Benefit) -> tuple[CellView, ...]:
     on = non_dominated(
-        np.array([c.summary["p99_ms"] for c in cells], dtype=np.float64),
+        np.array([c.summary.p99_ms for c in cells], dtype=np.float64),
         np.array([benefit.value(c.summary) for c in cells], dtype=np.float64),
     )
     return tuple(cell for cell, member in zip(cells, on, strict=True) if member)
@@ -118,23 +117,23 @@ def _further(group: Frontier) -> list[Frontier]:
 def _frontier(group: Frontier, name: str) -> Figure:
     cells, best, benefit = group.cells, group.best, group.benefit
     styles = Styles.of(cells)
-    claimed = [cell for cell in cells if cell.summary["p99_ms"] is not None]
-    unclaimed = [cell for cell in cells if cell.summary["p99_ms"] is None]
+    claimed = [cell for cell in cells if cell.summary.p99_ms is not None]
+    unclaimed = [cell for cell in cells if cell.summary.p99_ms is None]
     with svg.style():
         canvas = svg.new_figure(320)
         aside = 0.16 if unclaimed and claimed else 0.0
         ax = canvas.add_axes((0.105, 0.17, 0.87 - aside, 0.745))
         ax.grid(True, axis="x")
-        ends = [float(cell.summary["slo_ms"]) for cell in cells]
+        ends = [float(cell.summary.slo_ms) for cell in cells]
         for cell in claimed:
-            ends += [cell.summary["p99_ms"], *(cell.summary["p99_ci_ms"] or [])]
-        infinite = [cell for cell in claimed if math.isinf(cell.summary["p99_ms"])]
+            ends += [tail_ms(cell.summary), *(cell.summary.p99_ci_ms or [])]
+        infinite = [cell for cell in claimed if math.isinf(tail_ms(cell.summary))]
         scale = LogAxis.fit(
             ax, ends, horizontal=True, most_ticks=6, strip=0.17 if 2 * len(infinite) <= len(claimed) else 0.6
         )
         low, high = _around([end for c in cells for end in (benefit.value(c.summary), *benefit.ends(c.summary))])
         ax.set_ylim(low, min(high, benefit.most))
-        for objective in sorted({float(cell.summary["slo_ms"]) for cell in cells}):
+        for objective in sorted({float(cell.summary.slo_ms) for cell in cells}):
             ax.axvline(objective, color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
         for own in group.own:
             _staircase(ax, own, benefit, svg.colour(own[0].slot), width=0.8)
@@ -144,7 +143,7 @@ def _frontier(group: Frontier, name: str) -> Figure:
             if cell in infinite:
                 x = scale.within_strip((infinite.index(cell) + 1) / (len(infinite) + 1))
             else:
-                x = cell.summary["p99_ms"]
+                x = tail_ms(cell.summary)
             _point(ax, cell, benefit, x, styles.index(cell), scale, _opacity(group, cell))
         beside = ax if not claimed else canvas.add_axes((0.985 - aside, 0.17, aside, 0.745), sharey=ax) if aside else ax
         if unclaimed:
@@ -169,7 +168,7 @@ def _marker_keys(cells: Sequence[CellView], styles: Styles) -> list[Key]:
     """One entry per cell while they are few, else one per framework and one per scenario."""
     if len(cells) <= MAX_LINES:
         return [Key(cell.label, cell.slot, "marker", marker=styles.index(cell)) for cell in cells]
-    frameworks = {cell.summary["adapter"]: Key(cell.framework, cell.slot, "area") for cell in cells}
+    frameworks = {cell.summary.adapter: Key(cell.framework, cell.slot, "area") for cell in cells}
     scenarios = {
         styles.index(cell): Key(
             " · ".join(p for p in (cell.scenario, cell.run) if p), None, "marker", 0, styles.index(cell)
@@ -209,11 +208,11 @@ def _frontier_note(group: Frontier) -> str:
         )
     elif len(cells) > 1:
         told.append(f"How sure that is takes {MIN_TRIALS} trials of every cell to say.")
-    if any(c.summary["p99_ms"] == math.inf for c in cells):
+    if any(c.summary.p99_ms == math.inf for c in cells):
         told.append(
             "In the ∞ strip: cells in which more than 1\u202f% of requests failed, so that their p99 has no end."
         )
-    if any(c.summary["p99_ms"] is None for c in cells):
+    if any(c.summary.p99_ms is None for c in cells):
         told.append("Apart: cells with too few arrivals to claim a p99.")
     if any(not c.comparable for c in cells):
         told.append("Hollow: INVALID cells, which cannot be on the frontier.")
@@ -223,7 +222,7 @@ def _frontier_note(group: Frontier) -> str:
 
 def _staircase(ax: Axes, best: Sequence[CellView], benefit: Benefit, colour: str, *, width: float) -> None:
     """What can be had: at least this p99 for that benefit."""
-    points = sorted((c.summary["p99_ms"], benefit.value(c.summary)) for c in best)
+    points = sorted((c.summary.p99_ms, benefit.value(c.summary)) for c in best)
     x, y = np.array(points, dtype=np.float64).T
     ax.plot(
         np.r_[x[0], x, ax.get_xlim()[1]],
@@ -237,8 +236,8 @@ def _staircase(ax: Axes, best: Sequence[CellView], benefit: Benefit, colour: str
 def _point(ax: Axes, cell: CellView, benefit: Benefit, x: float, style: int, scale: LogAxis, opacity: float) -> None:
     s = cell.summary
     y, colour = benefit.value(s), svg.colour(cell.slot)
-    if s["p99_ci_ms"] and math.isfinite(s["p99_ms"]):
-        low, high = scale.place(np.array(s["p99_ci_ms"], dtype=np.float64))
+    if s.p99_ci_ms and math.isfinite(tail_ms(s)):
+        low, high = scale.place(np.array(s.p99_ci_ms, dtype=np.float64))
         ax.plot([low, high], [y, y], color=colour, lw=1.3, alpha=0.8 * opacity)
     if ends := benefit.ends(s):
         ax.plot([x, x], ends, color=colour, lw=1.3, alpha=0.8 * opacity)
@@ -278,10 +277,10 @@ def _unclaimed(ax: Axes, cells: Sequence[CellView], benefit: Benefit, styles: St
 
 def _point_words(cell: CellView, group: Frontier) -> str:
     s = cell.summary
-    p99 = "not claimed" if s["p99_ms"] is None else f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
-    p99 = f"{p99} {optimistic(s, 'p99_ci_ms')}".strip()
-    within = "" if group.benefit is ATTAINMENT else f", {share(s['slo_attainment'])} within SLO"
-    verdict = "" if s["verdict"] == "VALID" else f", {s['verdict']}"
+    p99 = "not claimed" if s.p99_ms is None else f"{milliseconds(s.p99_ms)} {interval(s.p99_ci_ms)}".strip()
+    p99 = f"{p99} {optimistic(s, 'p99_ms')}".strip()
+    within = "" if group.benefit is ATTAINMENT else f", {share(s.slo_attainment)} within SLO"
+    verdict = "" if s.verdict == "VALID" else f", {s.verdict}"
     probability = group.probability.get(cell.key)
     sure = "" if probability is None else f", on the frontier with probability {share(probability)}"
     return f"{cell.label}: {group.benefit.said(s)}, p99 {p99}{within}{sure}{verdict}."

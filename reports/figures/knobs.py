@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tailrace.harness.analysis.merit import merit, within_objective
 from tailrace.reports import svg
@@ -20,10 +19,6 @@ from tailrace.reports.figures.drawing import (
 from tailrace.reports.settings import settings, varied
 from tailrace.reports.text import listing, milliseconds, significant
 
-if TYPE_CHECKING:
-    pass
-
-
 _PALEST = 0.12
 
 
@@ -32,7 +27,7 @@ def knobs(cells: Sequence[CellView]) -> list[Figure]:
     goodput each setting gave, and its p99."""
     groups: dict[tuple[str, str], list[CellView]] = {}
     for cell in cells:
-        if cell.summary["arrivals"] > 0 and not cell.faulty:
+        if cell.summary.arrivals > 0 and not cell.faulty:
             groups.setdefault((cell.run, cell.framework), []).append(cell)
     maps = [_KnobMap.of(members) for members in groups.values()]
     return [_knob_figure(each, f"knobs{i}") for i, each in enumerate(maps) if each is not None]
@@ -71,7 +66,7 @@ class _KnobMap:
 def _knob_figure(told: _KnobMap, name: str) -> Figure:
     from matplotlib.patches import Rectangle
 
-    most = max(cell.summary["goodput_rps_per_device"] for cell in told.at.values()) or 1.0
+    most = max(GOODPUT.value(cell.summary) for cell in told.at.values()) or 1.0
     first = next(iter(told.at.values()))
     with svg.style():
         canvas = svg.new_figure(90 + 38 * len(told.rows))
@@ -82,8 +77,8 @@ def _knob_figure(told: _KnobMap, name: str) -> Figure:
         words = {}
         for (x_value, y_value), cell in told.at.items():
             x, y = told.columns.index(x_value), told.rows.index(y_value)
-            share_of_most = cell.summary["goodput_rps_per_device"] / most
-            p99 = cell.summary["p99_ms"]
+            share_of_most = GOODPUT.value(cell.summary) / most
+            p99 = cell.summary.p99_ms
             patch = Rectangle(
                 (x - 0.46, y - 0.44),
                 0.92,
@@ -100,7 +95,7 @@ def _knob_figure(told: _KnobMap, name: str) -> Figure:
             ax.text(x, y, text, ha="center", va="center", color=svg.INK if cell.comparable else svg.MUTED, fontsize=11)
             words[f"tip-{name}-{x}-{y}"] = (
                 f"{told.across} {x_value:g}, {told.up} {y_value:g}: {GOODPUT.said(cell.summary)}, p99 "
-                f"{'not claimed' if p99 is None else milliseconds(p99)}, {cell.summary['verdict']}."
+                f"{'not claimed' if p99 is None else milliseconds(p99)}, {cell.summary.verdict}."
             )
         ax.set_xticks(range(len(told.columns)), [f"{value:g}" for value in told.columns])
         ax.set_yticks(range(len(told.rows)), [f"{value:g}" for value in told.rows])

@@ -12,7 +12,7 @@ from tailrace.reports import svg
 from tailrace.reports.downsample import largest_triangles
 from tailrace.reports.evidence import CellView
 from tailrace.reports.figures.drawing import DASHES, MARKERS, MAX_POINTS, Figure, Key, LogAxis, heading, stamp
-from tailrace.reports.multiplexing import Group, Headroom, Line, Multiplexing, Theory, memory
+from tailrace.reports.multiplexing import Group, Headroom, Line, Multiplexing, Theory, memory, shared
 from tailrace.reports.text import interval, listing, milliseconds, share
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _cold(group: Group, name: str) -> Figure:
                     ax.plot(group.theory.memory_mb, 100 * curve, **drawn_as)
                 most = max(most, 100 * float(curve.max()))
         for line, style, aside in zip(group.lines, _styles(group.lines), _aside(group.lines, group), strict=True):
-            ends = [cell.summary["multiplexing"]["cold"]["share_ci"] or [np.nan, np.nan] for cell in line.cells]
+            ends = [shared(cell).cold.share_ci or [np.nan, np.nan] for cell in line.cells]
             low, high = 100 * np.array(ends, dtype=np.float64).T
             _draw(ax, line, style, line.memory_mb + aside, (100 * line.cold, low, high), name)
             most = max(most, float(np.nanmax(np.r_[high, 0.0])))
@@ -103,23 +103,21 @@ def _cold(group: Group, name: str) -> Figure:
 
 def _tail(group: Group, name: str) -> Figure:
     tips: dict[str, str] = {}
-    unclaimed = [cell.label for cell in _cells(group) if cell.summary["p99_ms"] is None]
-    objectives = sorted({float(cell.summary["slo_ms"]) for cell in _cells(group)})
+    unclaimed = [cell.label for cell in _cells(group) if cell.summary.p99_ms is None]
+    objectives = sorted({float(cell.summary.slo_ms) for cell in _cells(group)})
     with svg.style():
         canvas = svg.new_figure(300)
         ax = canvas.add_axes((0.105, 0.17, 0.87, 0.745))
-        ends = [
-            end for cell in _cells(group) for end in (cell.summary["p99_ms"], *(cell.summary["p99_ci_ms"] or [])) if end
-        ]
+        ends = [end for cell in _cells(group) for end in (cell.summary.p99_ms, *(cell.summary.p99_ci_ms or [])) if end]
         scale = LogAxis.fit(ax, [*ends, *objectives])
         for objective in objectives:
             ax.axhline(objective, color=svg.ALARM, lw=1, ls=DASHES[4], zorder=1.5)
         for line, style, aside in zip(group.lines, _styles(group.lines), _aside(group.lines, group), strict=True):
-            known = tuple(cell for cell in line.cells if cell.summary["p99_ms"] is not None)
+            known = tuple(cell for cell in line.cells if cell.summary.p99_ms is not None)
             if not known:
                 continue
             claimed = Line(line.label, known)
-            told = [[s["p99_ms"], *(s["p99_ci_ms"] or [s["p99_ms"]] * 2)] for s in (cell.summary for cell in known)]
+            told = [[s.p99_ms, *(s.p99_ci_ms or [s.p99_ms] * 2)] for s in (cell.summary for cell in known)]
             middle, low, high = scale.place(np.array(told, dtype=np.float64)).T
             _draw(ax, claimed, style, claimed.memory_mb + aside, (middle, low, high), name)
             tips |= {f"tip-{name}-{cell.key}": _tail_words(cell) for cell in known}
@@ -154,17 +152,15 @@ def _draw(ax: Axes, line: Line, style: int, x: Floats, band: tuple[Floats, Float
 
 
 def _cold_words(cell: CellView) -> str:
-    cold = cell.summary["multiplexing"]["cold"]
-    ends = interval([100 * end for end in cold["share_ci"]]) if cold["share_ci"] else ""
-    return f"{cell.label}, {memory(cell.summary['multiplexing']['memory_mb'])}: {share(cold['share'])} cold {ends}.".replace(
-        " .", "."
-    )
+    cold = shared(cell).cold
+    ends = interval([100 * end for end in cold.share_ci]) if cold.share_ci else ""
+    return f"{cell.label}, {memory(shared(cell).memory_mb)}: {share(cold.share)} cold {ends}.".replace(" .", ".")
 
 
 def _tail_words(cell: CellView) -> str:
     s = cell.summary
-    told = f"{milliseconds(s['p99_ms'])} {interval(s['p99_ci_ms'])}".strip()
-    return f"{cell.label}, {memory(s['multiplexing']['memory_mb'])}: p99 {told}."
+    told = f"{milliseconds(s.p99_ms)} {interval(s.p99_ci_ms)}".strip()
+    return f"{cell.label}, {memory(shared(cell).memory_mb)}: p99 {told}."
 
 
 def _theory_words(theory: Theory | None) -> str:
@@ -194,7 +190,7 @@ def headroom(cells: Sequence[Headroom]) -> Figure | None:
             ax.plot(
                 told.t_s[kept], told.free_mb[kept], color=svg.colour(told.cell.slot), lw=1.2, drawstyle="steps-post"
             )
-            ax.set_xlim(0, float(told.cell.repetitions[0]["span_s"]))
+            ax.set_xlim(0, float(told.cell.repetitions[0].span_s))
             ax.set_ylim(0, max(1.0, float(told.free_mb.max()) * 1.1))
             ax.yaxis.set_major_locator(svg.few_ticks(2))
             ax.xaxis.set_visible(i == rows - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,6 @@ from tailrace.reports.figures.drawing import (
     stamp,
 )
 from tailrace.reports.text import humanly
-
-if TYPE_CHECKING:
-    pass
-
 
 _BEFORE_S, _AFTER_S = 5.0, 30.0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,10 +20,6 @@ from tailrace.reports.figures.drawing import (
     stamp,
 )
 from tailrace.reports.text import listing, milliseconds
-
-if TYPE_CHECKING:
-    pass
-
 
 _QUANTILE_TICKS = ((0.5, "50 %"), (0.9, "90 %"), (0.99, "99 %"), (0.999, "99.9 %"), (0.9999, "99.99 %"))
 
@@ -56,7 +51,7 @@ def _latency_panel(title: str, cells: Sequence[CellView], name: str) -> Figure:
     styles = Styles.of(cells)
     bands = [cell.evidence.latency_ms for cell in cells if cell.evidence is not None]
     everything = np.concatenate([np.concatenate([band.mid, band.low, band.high]) for band in bands])
-    objectives = sorted({float(cell.summary["slo_ms"]) for cell in cells})
+    objectives = sorted({float(cell.summary.slo_ms) for cell in cells})
     with svg.style():
         canvas = svg.new_figure(300)
         ax = canvas.add_axes((0.105, 0.085, 0.87, 0.83))
@@ -88,6 +83,6 @@ def _latency_panel(title: str, cells: Sequence[CellView], name: str) -> Figure:
 
 def _latency_words(cell: CellView) -> str:
     s = cell.summary
-    p99 = milliseconds(s["p99_ms"]) if s["p99_ms"] is not None else "not claimed"
-    p50 = milliseconds(s["p50_ms"]) if s["p50_ms"] is not None else "not claimed"
+    p99 = milliseconds(s.p99_ms) if s.p99_ms is not None else "not claimed"
+    p50 = milliseconds(s.p50_ms) if s.p50_ms is not None else "not claimed"
     return f"{cell.label}: p50 {p50}, p99 {p99}."

@@ -37,7 +37,7 @@ def timelines(cells: Sequence[CellView]) -> list[Figure]:
     changing = any(np.nanmin(e.gauges["replicas"].low) < peaks["replicas"] for e in bands if "replicas" in e.gauges)
     gauges = [name for name in GAUGES if any(name in e.gauges for e in bands) and (name != "replicas" or changing)]
     peak_rate = max(float(np.nanmax(e.rate.high)) for e in bands)
-    p99s = np.concatenate([[float(c.summary["slo_ms"]) for c, _ in drawn], *(e.p99_ms.low for e in bands)])
+    p99s = np.concatenate([[float(c.summary.slo_ms) for c, _ in drawn], *(e.p99_ms.low for e in bands)])
     p99s = np.concatenate([p99s, *(e.p99_ms.high for e in bands)])
     shared = _Shared(peak_rate, p99s, peaks, tuple(gauges), any(c.faults for c, _ in drawn))
     return [_timeline(cell, evidence, shared) for cell, evidence in drawn]
@@ -73,7 +73,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
     panels = 3 + len(shared.gauges)
     top_px = 40 if shared.faults else 24
     height = top_px + panels * _PANEL_PX + (panels - 1) * _GAP_PX + _BOTTOM_PX
-    span_s = float(max(trial["span_s"] for trial in cell.repetitions))
+    span_s = float(max(trial.span_s for trial in cell.repetitions))
     colour = svg.colour(cell.slot)
     with svg.style():
         canvas = svg.new_figure(height)
@@ -95,7 +95,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         _line(attainment, evidence.attainment.times(100), colour)
         heading(canvas, p99, "p99 response time, ms (log scale)")
         scale = LogAxis.fit(p99, shared.p99s_ms, most_ticks=3, strip=0.3)
-        p99.axhline(float(cell.summary["slo_ms"]), color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
+        p99.axhline(float(cell.summary.slo_ms), color=svg.ALARM, lw=1, ls=(0, (2, 2)), zorder=1.5)
         _line(p99, evidence.p99_ms, colour, scale=scale)
         for ax, name in zip(others, shared.gauges, strict=True):
             if name == "utilization":

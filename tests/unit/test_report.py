@@ -46,6 +46,7 @@ from tailrace.reports.reproduce import Portable, reproduce
 from tailrace.reports.ruler import HEADINGS, ruler
 from tailrace.reports.svg import palette, slots
 from tailrace.reports.text import printable, share, significant, tied
+from tests.records import cell_summary
 from tests.synthetic import SCRIPT, calibration, make_run
 
 
@@ -275,7 +276,7 @@ def test_a_further_frontier_needs_every_cell_and_attainment_different_loads(
     cells: list[tuple[float, float | None, float | None]],
 ) -> None:
     summaries = [
-        {"offered_rps": rate, "slo_attainment": 0.9, "goodput_per_dollar": dollar, "goodput_per_joule": joule}
+        cell_summary(offered_rps=rate, slo_attainment=0.9, goodput_per_dollar=dollar, goodput_per_joule=joule)
         for rate, dollar, joule in cells
     ]
     rates, dollars, joules = (list(values) for values in zip(*cells, strict=True)) if cells else ([], [], [])
@@ -322,7 +323,7 @@ def test_a_cell_out_of_the_race_leaves_only_the_figures_that_it_has_no_value_for
     goodput, joule = frontier(frontiers([replace(cells[0], summary=broken), cells[1]]))
     assert cells[0].label in goodput.svg and cells[0].label not in joule.svg
     assert cells[1].label in joule.svg
-    valid = {**broken, "verdict": "VALID"}
+    valid = broken.model_copy(update={"verdict": "VALID"})
     assert len(frontier(frontiers([replace(cells[0], summary=valid), cells[1]]))) == 1
 
 
@@ -336,7 +337,7 @@ def test_who_is_on_the_frontier_and_how_surely_is_judged_by_what_is_drawn(measur
 
     def cell(name: str, p99_ms: float, goodput_rps: float, per_joule: float) -> CellView:
         figures = {"p99_ms": p99_ms, "goodput_rps_per_device": goodput_rps, "goodput_per_joule": per_joule}
-        trials = tuple({**measured_cell.trials[0], **figures, "number": number} for number in (1, 2, 3))
+        trials = tuple(measured_cell.trials[0].model_copy(update={**figures, "number": number}) for number in (1, 2, 3))
         summary = measured_cell.summary.model_copy(update={**figures, "scenario": name, "goodput_per_joule_ci": None})
         return replace(measured_cell, key=name, summary=summary, trials=trials)
 
@@ -362,13 +363,14 @@ def test_each_framework_has_the_frontier_of_its_own_cells(
             measured_cell,
             key=f"cell-{i}",
             framework=name,
-            summary={
-                **measured_cell.summary,
-                "adapter": name,
-                "p99_ms": float(p99),
-                "goodput_rps_per_device": float(goodput),
-                "verdict": "VALID" if comparable else "INVALID",
-            },
+            summary=measured_cell.summary.model_copy(
+                update={
+                    "adapter": name,
+                    "p99_ms": float(p99),
+                    "goodput_rps_per_device": float(goodput),
+                    "verdict": "VALID" if comparable else "INVALID",
+                }
+            ),
         )
         for i, (name, p99, goodput, comparable) in enumerate(points)
     ]
@@ -411,14 +413,14 @@ def test_a_trial_that_did_not_finish_is_listed_and_enters_no_figure(
     run = with_facts(RunFolder.open(folder), lambda f: {"state": state, "span_s": 500.0} if f["number"] == 3 else {})
     (seen,) = view([run])
     for cell in seen.cells:
-        assert [trial["number"] for trial in cell.trials] == [1, 2, 3]
-        assert [trial["number"] for trial in cell.repetitions] == [1, 2]
+        assert [trial.number for trial in cell.trials] == [1, 2, 3]
+        assert [trial.number for trial in cell.repetitions] == [1, 2]
         before = whole[cell.label]
         assert cell.evidence is not None
         drawn = cell.evidence.latency_ms.high
-        assert drawn[~np.isnan(drawn)].tolist() == _highest(compare, cell.summary["cell"], {1, 2}).tolist()
+        assert drawn[~np.isnan(drawn)].tolist() == _highest(compare, cell.summary.cell, {1, 2}).tolist()
         assert len(cell.evidence.rate.mid) == 50
-        assert cell.summary["p99_ok_ms"] == max(t["p99_ok_ms"] for t in before.trials if t["number"] < 3)
+        assert cell.summary.p99_ok_ms == max(t.p99_ok_ms for t in before.trials if t.number < 3)
         trials_field = {column.key: field for column, field in fields(cell.summary)}["trials"]
         assert (trials_field.text, trials_field.note) == ("3", "2 finished")
         assert not cell.comparable
@@ -547,8 +549,8 @@ def _with_goodput(run: RunFolder, change: Callable[[str, int], float]) -> Any:
 def _given_goodput(seen: Any, change: Callable[[str, int], float]) -> Any:
     for cell in seen.cells:
         for trial in cell.trials:
-            trial["goodput_rps_per_device"] = change(trial["adapter"], trial["number"])
-        cell.summary["goodput_rps_per_device"] = float(np.mean([t["goodput_rps_per_device"] for t in cell.trials]))
+            trial.goodput_rps_per_device = change(trial.adapter, trial.number)
+        cell.summary.goodput_rps_per_device = float(np.mean([t.goodput_rps_per_device for t in cell.trials]))
     return seen
 
 
@@ -641,8 +643,9 @@ def _with_recoveries(run: RunFolder, *told: Mapping[str, Any]) -> Any:
     (seen,) = view([run])
     for cell in seen.cells:
         for trial, recovery in zip(cell.trials, told, strict=False):
-            for fault in trial["faults"]:
-                fault["recovery"].update(recovery)
+            for fault in trial.faults:
+                for name, value in recovery.items():
+                    setattr(fault.recovery, name, value)
     return " ".join(headline(seen).support)
 
 
@@ -694,7 +697,7 @@ def test_defaults_stand_beside_the_tuned_settings(with_defaults: RunFolder) -> N
         tuned, own = by_label[f"{row[0]} · no-fault"], by_label[f"{row[0]} · defaults"]
         assert (tuned.tuned, own.tuned) == (True, False)
         values = [
-            (t["goodput_rps_per_device"], o["goodput_rps_per_device"])
+            (t.goodput_rps_per_device, o.goodput_rps_per_device)
             for t, o in zip(tuned.repetitions, own.repetitions, strict=True)
         ]
         ratio = paired_ratio(values)
@@ -839,7 +842,7 @@ def test_of_two_trials_the_worse_one_is_drawn() -> None:
 def test_the_latency_of_two_trials_is_that_of_the_worse(pair_of_trials: RunFolder) -> None:
     for cell in view([pair_of_trials])[0].cells:
         assert cell.evidence is not None
-        assert cell.summary["p99_ok_ms"] == max(trial["p99_ok_ms"] for trial in cell.trials)
+        assert cell.summary.p99_ok_ms == max(trial.p99_ok_ms for trial in cell.trials)
         for curve in (cell.evidence.latency_ms, cell.evidence.p99_ms):
             assert np.array_equal(curve.mid, curve.high, equal_nan=True)
         assert "worse second of 2 trials" in timelines([cell])[0].note
@@ -849,7 +852,7 @@ def test_the_drawn_percentiles_are_those_of_the_table(compare: RunFolder) -> Non
     for cell in view([compare])[0].cells:
         assert cell.evidence is not None
         at = int(np.argmin(abs(NINES - 2)))
-        assert cell.evidence.latency_ms.mid[at] == sorted(trial["p99_ms"] for trial in cell.trials)[1]
+        assert cell.evidence.latency_ms.mid[at] == sorted(trial.p99_ms for trial in cell.trials)[1]
 
 
 @given(st.sets(st.text(min_size=1, max_size=8), max_size=12))
@@ -991,7 +994,7 @@ def swept(run: RunFolder, goodput: Mapping[tuple[str, str], float], p99_ms: Mapp
     (seen,) = view([run])
     cells = []
     for cell in seen.cells:
-        key = cell.summary["adapter"], cell.scenario
+        key = cell.summary.adapter, cell.scenario
         figures = {"goodput_rps_per_device": goodput[key], "p99_ms": p99_ms[key]}
         summary = cell.summary.model_copy(
             update={**figures, "tuning": {"max_batch": int(cell.scenario), "replicas": 2}}

@@ -7,14 +7,19 @@ from typing import Any
 
 from tailrace.reports.aftermath import ACCOUNT_HEADINGS, RECOVERY_HEADINGS, accounts, recoveries
 from tailrace.reports.text import NOTHING
+from tests.records import trial_summary
 
 RECOVERY = {
+    "at_s": 20.5,
     "recovery_s": 3.0,
     "relapse_s": 1,
     "baseline_attainment": 0.99,
     "dip_attainment": 0.25,
     "lost": 12,
     "lost_by_outcome": {"error": 10, "timeout": 2},
+    "first_failure_s": 0.25,
+    "baseline_goodput_rps": 50.0,
+    "dip_goodput_rps": 12.0,
     "outage_p99_ms": 321.0,
 }
 FAULT = {
@@ -28,19 +33,22 @@ FAULT = {
     "came_back": {"spawned_s": 1.25, "ready_s": 4.5, "first_answer_s": 4.75},
     "recovery": RECOVERY,
 }
+CALM = {"trial": "calm--1", "slo_attainment": 0.999, "goodput_rps": 50.0, "p99_ms": 40.0, "ok": 999}
 ACCOUNTING = {
     "arrivals": 1000,
     "outcomes": {"ok": 980, "error": 12, "shed": 3, "timeout": 2, "connection": 1, "dropped": 2},
+    "closed": True,
     "executed": 985,
     "unanswered_work": 5,
     "done_twice": 4,
+    "server_ok": 973,
     "server_ok_less_client_ok": -7,
 }
 
 
 def cell(*faults: dict[str, Any], **more: Any) -> Any:
-    trial = {"number": 2, "state": "done", "faults": list(faults), "slo_attainment": 0.95, "without_fault": None}
-    return SimpleNamespace(label="Framework · fault", trials=[{**trial, "accounting": ACCOUNTING, **more}])
+    told = {"number": 2, "slo_attainment": 0.95, "accounting": ACCOUNTING, **more}
+    return SimpleNamespace(label="Framework · fault", trials=[trial_summary(faults=list(faults), **told)])
 
 
 def told(fault: dict[str, Any], **more: Any) -> dict[str, str]:
@@ -49,7 +57,7 @@ def told(fault: dict[str, Any], **more: Any) -> dict[str, str]:
 
 
 def test_a_fault_is_told_in_full() -> None:
-    assert told(FAULT, without_fault={"slo_attainment": 0.999}) == {
+    assert told(FAULT, without_fault=CALM) == {
         "Cell": "Framework · fault",
         "Trial": "no. 2",
         "Fault": "kill node node-1",

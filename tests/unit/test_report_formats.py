@@ -49,7 +49,7 @@ def test_markdown_says_what_the_page_says(run: RunFolder) -> None:
     assert "Triton" in text
     assert "emulated" in text
     assert "× \\[" in text, "a ratio comes with its interval"
-    assert summarise(run)["verdict"] in text
+    assert summarise(run).verdict in text
 
 
 def test_markdown_of_several_runs_tells_them_apart(run: RunFolder, tmp_path: Path) -> None:
@@ -80,15 +80,15 @@ def test_rows_are_one_per_trial_with_their_run(run: RunFolder, tmp_path: Path) -
     summary = summarise(run)
     rows = list(csv.DictReader(io.StringIO(figures_csv({"results/a": summary, "results/b": summary}))))
     assert [row["run"] for row in rows] == ["results/a"] * 12 + ["results/b"] * 12
-    for row, trial in zip(rows, summary["trials"] * 2, strict=True):
-        assert row["trial"] == trial["trial"]
-        assert int(row["arrivals"]) == trial["arrivals"]
-        assert float(row["p99_ms"]) == pytest.approx(trial["p99_ms"])
+    for row, trial in zip(rows, summary.trials * 2, strict=True):
+        assert row["trial"] == trial.trial
+        assert int(row["arrivals"]) == trial.arrivals
+        assert float(row["p99_ms"]) == pytest.approx(trial.p99_ms)
         assert row["tuning.max_batch"] == "16"
     path = tmp_path / "rows.parquet"
     write_parquet({"a": summary}, path)
     table = pq.read_table(path)
-    assert table["p99_ms"].to_pylist() == pytest.approx([trial["p99_ms"] for trial in summary["trials"]])
+    assert table["p99_ms"].to_pylist() == pytest.approx([trial.p99_ms for trial in summary.trials])
     assert table["arrivals"].type == "int64"
 
 

@@ -136,7 +136,7 @@ def test_tables_say_what_each_cell_met(run: RunFolder, told: Multiplexing) -> No
     cell = next(c for c in view([run])[0].cells if c.summary["cell"] == "reference--pinned-200")
     row = next(row for row in told.rows if row[0] == cell.label)
     assert row[1:3] == ("200\u202fMiB", "gdsf, 1 pinned")
-    assert cell.summary["multiplexing"]["models"] == SHARING
+    assert cell.summary.multiplexing.models == SHARING
     assert row[MULTIPLEXING_HEADINGS.index("Loads")] == f"{cell.summary['multiplexing']['loads']:,}"
     assert row[MULTIPLEXING_HEADINGS.index("Least headroom")] == "0\u202fMiB"
 
@@ -203,8 +203,8 @@ def test_the_smallest_memory_within_the_objective_is_recommended_for_each_framew
     cells = view([run])[0].cells
     smallest = {}
     for name in ("Reference server", "Triton"):
-        own = [c for c in cells if c.framework == name and c.summary["p99_ms"] and c.summary["p99_ms"] <= 700]
-        smallest[name] = min(c.summary["multiplexing"]["memory_mb"] for c in own)
+        own = [c for c in cells if c.framework == name and c.summary.p99_ms and c.summary.p99_ms <= 700]
+        smallest[name] = min(c.summary.multiplexing.memory_mb for c in own)
         assert smallest[name] > 200
     told = sentence(run)
     assert told.startswith("The smallest memory that keeps p99 within 700\u202fms: ")
