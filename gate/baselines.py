@@ -79,7 +79,7 @@ def of_run(run: RunFolder) -> Baseline:
             remedy=f"go on with it: tailrace run --resume {run.folder}",
         )
     summary, manifest = summarise(run), run.manifest
-    seeds = {trial.id: trial.seed for trial in manifest["trials"]}
+    seeds = {trial["id"]: trial["seed"] for trial in manifest["trials"]}
     cells: dict[str, SavedCell] = {}
     for cell in summary.cells:
         members = [trial for trial in summary.trials if trial.cell == cell.cell]
