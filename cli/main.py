@@ -23,7 +23,7 @@ from tailrace.cli.recommend import recommend
 from tailrace.cli.report import index, report, summary
 from tailrace.cli.run import run
 from tailrace.cli.saturate import saturate
-from tailrace.cli.simulate import calibrate, simulate, validate_sim
+from tailrace.cli.simulate import calibrate, fit, simulate, validate_sim
 from tailrace.cli.traces import traces_app
 from tailrace.cli.tune import tune
 from tailrace.harness.errors import TailraceError
@@ -37,10 +37,11 @@ app = typer.Typer(
 )
 for command in (
     *(run, report, index, summary, compare, gate),
-    *(tune, pareto, saturate, recommend, simulate, calibrate, validate_sim),
+    *(tune, pareto, saturate, recommend, simulate, fit, validate_sim),
     *(coldstart, ceiling, loadgen, load_worker, adapters, doctor, clean),
 ):
     app.command(name=command.__name__.replace("_", "-"))(command)
+app.command(name="calibrate", hidden=True)(calibrate)
 for name, group in (("traces", traces_app), ("plan", plan_app), ("baseline", baseline_app)):
     app.add_typer(group, name=name)
 

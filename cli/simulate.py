@@ -1,4 +1,4 @@
-"""What is typed: ``tailrace simulate``, ``calibrate`` and ``validate-sim``."""
+"""What is typed: ``tailrace simulate``, ``fit`` and ``validate-sim``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from tailrace.cli.run import measured
-from tailrace.cli.show import Form, TableOrJson, facts, sheet, show
+from tailrace.cli.show import Form, TableOrJson, facts, note, sheet, show
 from tailrace.harness.errors import InputError
 from tailrace.harness.quantities import figure, seconds
 
@@ -19,7 +19,7 @@ from tailrace.harness.quantities import figure, seconds
 def simulate(
     system: Annotated[
         str | None,
-        typer.Argument(help="A YAML file of a system; `reference`: the reference case; left out: the default system."),
+        typer.Argument(help="A YAML file of a system; `published`: the published case; left out: the default system."),
     ] = None,
     trace: Annotated[str, typer.Option(help="A trace's name.")] = "surge",
     seed: Annotated[int, typer.Option(help="Of the trace, if it is generated, and of what the system draws.")] = 7,
@@ -35,9 +35,11 @@ def simulate(
     timeout_s (docs/simulator.md). A simulation is a prediction, and never a measurement.
     """
     if system == "reference":
+        note("the reference case has a name of its own by now: `tailrace simulate published`")
+    if system in ("published", "reference"):
         if settings:
-            raise InputError("the reference case is what it is", remedy="leave --set out, or SYSTEM")
-        _reference(form)
+            raise InputError("the published case is what it is", remedy="leave --set out, or SYSTEM")
+        _published(form)
         return
     import numpy as np
 
@@ -66,18 +68,18 @@ def simulate(
     show(form, content, [f"simulated, not measured: {trace}, seed {seed}, SLO {slo_ms:g} ms", facts(figures)])
 
 
-def _reference(form: TableOrJson) -> None:
-    from tailrace.simulator import reference
+def _published(form: TableOrJson) -> None:
+    from tailrace.simulator import published_case
 
-    published, actual = (asdict(told) for told in reference.run()[:2])
+    published, actual = (asdict(told) for told in published_case.run()[:2])
     show(
         form,
         {"published": published, "actual": actual},
-        ["the reference case as it was published", facts(published), "what came to pass in it", facts(actual)],
+        ["the case as it was published", facts(published), "what came to pass in it", facts(actual)],
     )
 
 
-def calibrate(
+def fit(
     run: Annotated[
         Path, typer.Argument(help="A run folder with a trial without faults, whose tuning says `replicas`.")
     ],
@@ -91,10 +93,10 @@ def calibrate(
     predicts others is another question: tailrace validate-sim.
     """
     from tailrace.harness.records.store import RunFolder
-    from tailrace.simulator.calibration import calibrate_run
+    from tailrace.simulator.fitting import fit_run
     from tailrace.simulator.system import write_system
 
-    folder, fitted = calibrate_run(RunFolder.open(run), trial)
+    folder, fitted = fit_run(RunFolder.open(run), trial)
     system = fitted.system
     if out is not None:
         write_system(system, out)
@@ -125,6 +127,17 @@ def calibrate(
     )
 
 
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="As for `tailrace fit`.")],
+    trial: Annotated[str | None, typer.Option()] = None,
+    out: Annotated[Path | None, typer.Option()] = None,
+    form: Form = TableOrJson.TABLE,
+) -> None:
+    """The former name of `tailrace fit`: what is calibrated is the load generator."""
+    note("`tailrace calibrate` is called `tailrace fit` by now")
+    fit(run, trial, out, form)
+
+
 def validate_sim(
     run: Annotated[
         Path | None, typer.Argument(help="A run with two or more trials of a cell; left out: a new one is made.")
@@ -139,7 +152,7 @@ def validate_sim(
     Without RUN, the surge is run on real servers first (experiment `simulator`).
     """
     from tailrace.harness.records.store import RunFolder
-    from tailrace.simulator.calibration import validate
+    from tailrace.simulator.fitting import validate
 
     if run is not None and (adapter or trials or out):
         raise InputError("--adapter, --trials and --out are for a new run", remedy="leave them out, or RUN")

@@ -52,7 +52,7 @@ def show_tight_case(objective: Objective, trace: str, seed: int, plot: Path | No
         **{heading: _setting(knob) for heading, knob in KNOBS.items()},
         "p99 ms": lambda row: figure(row[0].figures["p99_ms"], ".1f"),
         "throughput/s": lambda row: figure(row[0].figures["answered"] / found.span_s, ".1f"),
-        "used": lambda row: figure(row[0].figures["utilisation"], ".1%"),
+        "used": lambda row: figure(row[0].figures["utilization"], ".1%"),
         "mean replicas": lambda row: figure(row[0].mean_replicas, ".2f"),
         "other seeds": lambda row: "" if row[1] is None else f"{row[1]} of {CHECKED_SEEDS}",
     }

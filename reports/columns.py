@@ -198,7 +198,7 @@ COLUMNS = (
     ),
     Column(
         "utilization",
-        "Utilisation",
+        "Utilization",
         "share",
         "Resources",
         "Busy share of the devices over the trace; on device cpu the server's share of the host's cores.",

@@ -369,7 +369,7 @@ def _curve(response_ms: Floats, *, with_interval: bool) -> Band:
 
 
 def utilization_series(facts: TrialFacts, samples: Samples, seconds: int) -> Floats:
-    """Utilisation per second of the trace, as ``utilization`` of the summary means it; NaN where nothing was read."""
+    """Utilization per second of the trace, as ``utilization`` of the summary means it; NaN where nothing was read."""
     if facts.device == "cuda":
         return gauge_series(samples, "gpu", "utilization", seconds, mean=True)
     if facts.device == "emulated":

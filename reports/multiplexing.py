@@ -19,7 +19,7 @@ from tailrace.reports.conditions import distinction
 from tailrace.reports.evidence import CellView, RunView
 from tailrace.reports.text import NOTHING, interval, listing, milliseconds, quantity, seconds, share
 from tailrace.simulator.caching import least_loads, lru_hit_rates
-from tailrace.simulator.multiplexed_trial import MultiplexedTrial, calibrated, predict, read_multiplexed
+from tailrace.simulator.multiplexed_trial import MultiplexedTrial, fitted, predict, read_multiplexed
 
 _KINDS = ("cold", "warm", "hot")
 MULTIPLEXING_HEADINGS = (
@@ -342,7 +342,7 @@ def _predictions(
         if not own or "load_gb_per_s" not in cost:
             continue
         source = max(own, key=lambda cell: len(recorded[cell.key][0].loads))
-        device = calibrated(recorded[source.key][0], cost)
+        device = fitted(recorded[source.key][0], cost)
         for cell in own:
             predicted = [predict(device, trial) for trial in recorded[cell.key]]
             response, met = (np.concatenate([getattr(p, name) for p in predicted]) for name in ("response_ms", "met"))

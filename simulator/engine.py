@@ -59,7 +59,7 @@ class Simulated:
         return np.where(answered, taken, np.inf)
 
     def figures(self, slo_ms: float) -> dict[str, float]:
-        """The figures that a trial has: percentiles and mean batch, goodput, attainment, utilisation, replicas; NaN of
+        """The figures that a trial has: percentiles and mean batch, goodput, attainment, utilization, replicas; NaN of
         nothing."""
         response = self.response_ms()
         good = int(np.count_nonzero(response <= slo_ms))
@@ -76,7 +76,7 @@ class Simulated:
             "p99_ms": percentile(response, 0.99),
             "goodput_rps": good / (self.span_ns / NS_PER_S),
             "slo_attainment": good / len(response) if len(response) else float("nan"),
-            "utilisation": self.busy_ns / self.ready_ns if self.ready_ns else float("nan"),
+            "utilization": self.busy_ns / self.ready_ns if self.ready_ns else float("nan"),
             "mean_batch": items / started if started else float("nan"),
             "replicas_min": int(ready.min()) if len(ready) else self.system.replicas,
             "replicas_max": int(ready.max()) if len(ready) else self.system.replicas,

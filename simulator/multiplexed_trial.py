@@ -90,7 +90,7 @@ def read_multiplexed(folder: TrialFolder) -> MultiplexedTrial | None:
     )
 
 
-def calibrated(trial: MultiplexedTrial, cost: Mapping[str, float]) -> Device:
+def fitted(trial: MultiplexedTrial, cost: Mapping[str, float]) -> Device:
     """The device that a trial's server computes and loads on. ``cost`` has what the emulated device takes (``base_ms``,
     ``per_item_ms``, ``load_ms``, ``load_gb_per_s``). What the server adds before a load can begin is what it was each time in
     the trial; what it adds to an answer, and after a load until the first of those who waited is answered, is the median."""

@@ -19,7 +19,7 @@ LOST = pynvml.NVML_ERROR_GPU_IS_LOST
 @dataclass
 class FakeGpu:
     """One card. ``refuses`` maps the name of a query (without ``nvmlDeviceGet``) to the code it fails with; ``processes``
-    maps pids to memory in bytes (``None``: not told) and ``busy`` to SM utilisation in percent."""
+    maps pids to memory in bytes (``None``: not told) and ``busy`` to SM utilization in percent."""
 
     uuid: str = "GPU-0"
     name: str = "Fake H100"

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
-from tailrace.simulator.calibration import Trial
 from tailrace.simulator.engine import NS_PER_S, Simulated, simulate
+from tailrace.simulator.fitting import Trial
 from tailrace.simulator.system import Batching, Service, System
 from tailrace.traces import catalogue
 from tests.records import trial_summary

@@ -22,7 +22,7 @@ TARGET_ONGOING = (4, 8, 16, 32)
 PACE = {"averaged_over_s": 2.0, "up_after_s": 1.0, "down_after_s": 5.0}
 """How quickly it is to react. With its own defaults (Ray Serve: half a minute) it would sleep through a short surge."""
 CALIBRATED_ON: Settings = {"max_batch": 16, "batch_window_ms": 5}
-"""What the simulator is calibrated on before it is asked about the others; with one replica for each device."""
+"""What the simulator is fitted on before it is asked about the others; with one replica for each device."""
 
 
 def knobs(adapter: Adapter, options: BaseModel, protocol: WireProtocol, devices: int) -> dict[str, tuple[Any, ...]]:
@@ -77,7 +77,7 @@ def sensible(settings: Settings, values: Mapping[str, tuple[Any, ...]]) -> Setti
 
 
 def applied(system: System, settings: Settings, replica_start_s: float = 0.0) -> System:
-    """A calibrated system with these settings in place of those that it was calibrated with. ``target_ongoing`` makes it scale
+    """A fitted system with these settings in place of those that it was fitted with. ``target_ongoing`` makes it scale
     itself, from one replica to those that it has; ``replica_start_s`` is what each further one takes then."""
     batching = system.batching
     tracking = None

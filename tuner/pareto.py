@@ -1,4 +1,4 @@
-"""How much throughput does each millisecond of allowed tail buy: the simulator, calibrated on one trial of each framework,
+"""How much throughput does each millisecond of allowed tail buy: the simulator, fitted on one trial of each framework,
 picks the settings and loads that are worth measuring; real servers then say what they do."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tailrace.harness.records.summary import CellSummary
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.registry import get_adapter
 from tailrace.harness.run.runner import run_or_go_on
-from tailrace.simulator.calibration import Calibrated, Trial, calibrate, read_trial
 from tailrace.simulator.engine import simulate
+from tailrace.simulator.fitting import Fitted, Trial, fit, read_trial
 from tailrace.simulator.system import System
 from tailrace.traces.trace import Trace, rescale
 from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, combinations, knobs, targets, tuning
@@ -112,9 +112,9 @@ def measure(
     measured = {folder.facts.adapter: read_trial(folder) for folder in first.trials if folder.done}
     if missing := [name for name in adapters if name not in measured]:
         raise TailraceError(
-            f"{', '.join(missing)} could not be measured to calibrate the simulator on", remedy=f"see {first.folder}"
+            f"{', '.join(missing)} could not be measured to fit the simulator on", remedy=f"see {first.folder}"
         )
-    fitted = {name: calibrate(measured[name]) for name in adapters}
+    fitted = {name: fit(measured[name]) for name in adapters}
     picks: dict[str, Pick] = {}
     own: dict[str, str] = {}
     for name in adapters:
@@ -177,7 +177,7 @@ def choose(
 
 
 def choose_scaled(
-    fitted: Calibrated,
+    fitted: Fitted,
     trial: Trial,
     space: Mapping[str, tuple[Any, ...]],
     targets: Sequence[int],
@@ -208,7 +208,7 @@ def _scaled(trial: Trial, rate: float) -> Any:
     return rescale(trace, rate, 1).arrivals_ns
 
 
-def _predicted(fitted: Calibrated, trial: Trial, pick: Pick, objective: Objective) -> dict[str, float]:
+def _predicted(fitted: Fitted, trial: Trial, pick: Pick, objective: Objective) -> dict[str, float]:
     system = applied(fitted.system, pick.settings, fitted.cold_start_s.model_s)
     simulated = simulate(system, _scaled(trial, pick.rate), span_ns=trial.span_ns)
     return simulated.figures(objective.p99_ms)

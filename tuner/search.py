@@ -28,8 +28,8 @@ from tailrace.harness.records.summary import CellSummary, RunSummary, TrialSumma
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.runner import run_or_go_on
-from tailrace.simulator.calibration import calibrate, read_trial
 from tailrace.simulator.engine import simulate
+from tailrace.simulator.fitting import fit, read_trial
 from tailrace.tuner.grid import CALIBRATED_ON, Settings, applied, best_by, combinations, sensible, tuning
 from tailrace.tuner.objective import Expected, Objective
 
@@ -203,18 +203,18 @@ class Search:
                 )
 
     def _by_simulation(self, budget: int, found: Found) -> None:
-        """One run to calibrate on; then those that the calibrated simulator ranks highest, and some that it does not."""
+        """One run to fit on; then those that the fitted simulator ranks highest, and some that it does not."""
         first = {name: _nearest(CALIBRATED_ON.get(name), values) for name, values in self.space.items()}
         step = self._measure(_name(first), first, found, prunes=False)
         if step is None:
             raise TailraceError(
-                "the setting to calibrate the simulator on could not be measured",
+                "the setting to fit the simulator on could not be measured",
                 remedy="leave --simulate-first out",
                 detail="\n".join(found.failed),
             )
         (folder,) = RunFolder.open(self.folder / step.name).trials
         trial = read_trial(folder)
-        system = calibrate(trial).system
+        system = fit(trial).system
         grid = [settings for settings in combinations(self.space) if settings != first]
         figures = [
             simulate(applied(system, settings), trial.arrivals_ns, span_ns=trial.span_ns).figures(self.objective.p99_ms)

@@ -10,7 +10,7 @@ from typing import Any
 from tailrace.harness.analysis.metrics import Ints
 from tailrace.simulator.capacity import CHECKED_SEEDS, ENOUGH_SEEDS
 from tailrace.simulator.engine import simulate
-from tailrace.simulator.reference import AUTOSCALER, SYSTEM
+from tailrace.simulator.published_case import AUTOSCALER, SYSTEM
 from tailrace.simulator.system import Autoscaler, Batching, Failure, System
 from tailrace.traces import catalogue
 from tailrace.tuner.grid import Settings, combinations
@@ -93,7 +93,7 @@ class TightCase:
 
 
 def tight_case(objective: Objective, trace: str, seed: int) -> TightCase:
-    """Simulate every setting of the reference case on a trace, and choose."""
+    """Simulate every setting of the published case on a trace, and choose."""
     traffic = catalogue.load(trace, seed=seed)
     failures = tuple(failure for failure in SYSTEM.failures if failure.at_s < traffic.span_s)
     base = SYSTEM.model_copy(update={"failures": failures})

@@ -410,7 +410,7 @@ class TrialSummary(Figures):
     start_lag_p99_ms: Milliseconds | None
     """the generator's own part of it: from the intended instant until the arrival was taken up"""
     utilization: Proportion | None
-    """emulated: busy time ÷ (span × devices); cuda: mean NVML utilisation; cpu: CPU time of the server ÷ (span × cores)"""
+    """emulated: busy time ÷ (span × devices); cuda: mean NVML utilization; cpu: CPU time of the server ÷ (span × cores)"""
     server_cpu_cores: Cores | None
     """CPU time of the server's process tree ÷ span"""
     server_memory_bytes: Bytes | None

@@ -89,9 +89,9 @@ _OFTEN: dict[str, Query] = {
 
 
 class NvidiaGpus:
-    """Utilisation, memory, power, energy, clocks, temperature, throttling and ECC errors of some GPUs, through NVML.
+    """Utilization, memory, power, energy, clocks, temperature, throttling and ECC errors of some GPUs, through NVML.
 
-    Memory and utilisation are also told by process, about once a second: the server's own against all others, of those
+    Memory and utilization are also told by process, about once a second: the server's own against all others, of those
     that compute. A query that a card does not support, or that this user may not make, is left out from then on, and
     told once; so is a GPU that NVML has lost. ``close`` lets NVML go.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def timelines(cells: Sequence[CellView]) -> list[Figure]:
-    """One figure per cell, all on the same scales: rate, attainment, p99, utilisation, queue depth, batch, power, and replicas
+    """One figure per cell, all on the same scales: rate, attainment, p99, utilization, queue depth, batch, power, and replicas
     where their number changes in some cell, on one time axis."""
     drawn = [(cell, cell.evidence) for cell in cells if cell.evidence is not None]
     if not drawn:
@@ -99,7 +99,7 @@ def _timeline(cell: CellView, evidence: Evidence, shared: _Shared) -> Figure:
         _line(p99, evidence.p99_ms, colour, scale=scale)
         for ax, name in zip(others, shared.gauges, strict=True):
             if name == "utilization":
-                heading(canvas, ax, "Utilisation, %")
+                heading(canvas, ax, "Utilization, %")
                 percent_axis(ax)
             else:
                 heading(canvas, ax, _GAUGE_HEADINGS[name])

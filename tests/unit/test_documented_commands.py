@@ -29,7 +29,7 @@ LONG = {
     "load-worker",
     "validate-sim",
     "clean",
-    "calibrate",
+    "fit",
 }
 """These start servers, look for other runs of this user's, or need a run that a server made."""
 

@@ -33,7 +33,7 @@ NO_SERVERS = {
         "gate",
         "recommend",
         "simulate",
-        "calibrate",
+        "fit",
         "adapters",
         "doctor",
         "clean",

@@ -24,7 +24,7 @@ from tailrace.harness.records.store import RunFolder
 from tailrace.harness.run.preflight import check
 from tailrace.reports.by_model import by_model as rows_by_model
 from tailrace.reports.evidence import view
-from tailrace.simulator.calibration import read_trial
+from tailrace.simulator.fitting import read_trial
 from tailrace.traces.catalogue import load
 from tests.conftest import tailrace
 from tests.records import change

@@ -12,7 +12,7 @@ from tailrace.harness.errors import StorageError
 from tailrace.harness.records.document import RECORDS, filled, rows_of
 from tailrace.harness.records.facts import Fault, TrialFacts
 from tailrace.harness.records.summary import CellSummary, ResourceUse, TrialSummary
-from tailrace.simulator.calibration import PREDICTED
+from tailrace.simulator.fitting import PREDICTED
 from tailrace.tuner.search import SHOWN
 from tests.records import facts
 

@@ -1,4 +1,4 @@
-"""The simulator: the reference case to the digit, laws of queues that it must obey, and what every mechanism does."""
+"""The simulator: the published case to the digit, laws of queues that it must obey, and what every mechanism does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tailrace.harness.analysis.metrics import Ints
 from tailrace.harness.errors import InputError
-from tailrace.simulator import event_loop, reference
+from tailrace.simulator import event_loop, published_case
 from tailrace.simulator.engine import ANSWERED, LOST, NS_PER_S, QUEUED, SHED, Simulated, simulate
 from tailrace.simulator.system import (
     Autoscaler,
@@ -46,20 +46,20 @@ def at_ms(*instants: float) -> Ints:
     return np.array([round(instant * 1e6) for instant in instants], np.int64)
 
 
-class TestTheReferenceCase:
+class TestThePublishedCase:
     def test_as_it_was_published(self) -> None:
-        published, _, _ = reference.run()
+        published, _, _ = published_case.run()
         assert published.served == 3328
         assert f"{published.throughput_rps:.1f}" == "110.9"
         assert f"{published.mean_ms:.1f}" == "63.4"
         assert f"{published.p50_ms:.1f}" == "55.0"
         assert f"{published.p99_ms:.1f}" == "163.0"
-        assert f"{100 * published.utilisation:.1f}" == "56.7"
+        assert f"{100 * published.utilization:.1f}" == "56.7"
         assert (published.replicas_min, published.replicas_max) == (1, 3)
         assert published.slo_met
 
     def test_what_came_to_pass(self) -> None:
-        _, actual, arrivals = reference.run()
+        _, actual, arrivals = published_case.run()
         assert (actual.arrived, actual.dispatched, actual.answered) == (6606, 6605, 6599)
         assert (actual.lost, actual.queued) == (6, 1)
         assert actual.throughput_rps == pytest.approx(6599 / 30)
@@ -67,26 +67,31 @@ class TestTheReferenceCase:
 
     def test_the_event_loop_agrees_with_what_came_to_pass(self) -> None:
         """It has no ticks: a batch starts when its window ends, and not at the tick after that."""
-        published, actual, arrivals = reference.run()
-        simulated = simulate(reference.SYSTEM, arrivals, span_ns=reference.SPAN_S * NS_PER_S)
-        figures = simulated.figures(reference.SLO_MS)
+        published, actual, arrivals = published_case.run()
+        simulated = simulate(published_case.SYSTEM, arrivals, span_ns=published_case.SPAN_S * NS_PER_S)
+        figures = simulated.figures(published_case.SLO_MS)
         assert figures["arrived"] == actual.arrived
         assert figures["lost"] == actual.lost
         assert figures["p50_ms"] == pytest.approx(published.p50_ms, abs=6)
         assert figures["p99_ms"] == pytest.approx(published.p99_ms, abs=20)
-        assert figures["utilisation"] == pytest.approx(published.utilisation, abs=0.03)
+        assert figures["utilization"] == pytest.approx(published.utilization, abs=0.03)
         assert (figures["replicas_min"], figures["replicas_max"]) == (1, 3)
 
     def test_on_the_command_line(self, tmp_path: Path) -> None:
-        done = tailrace("simulate", "reference", "--format", "json", cwd=tmp_path)
+        done = tailrace("simulate", "published", "--format", "json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
-        published, actual, _ = reference.run()
+        published, actual, _ = published_case.run()
         assert told == {"published": asdict(published), "actual": asdict(actual)}
         assert {"arrived", "dispatched", "answered", "lost", "queued"} <= told["actual"].keys()
-        refused = tailrace("simulate", "reference", "--set", "replicas=3", cwd=tmp_path)
+        refused = tailrace("simulate", "published", "--set", "replicas=3", cwd=tmp_path)
         assert refused.returncode == 2
         assert "--set" in refused.stderr
+
+    def test_its_former_name_is_known(self, tmp_path: Path) -> None:
+        done = tailrace("simulate", "reference", "--format", "json", cwd=tmp_path)
+        assert json.loads(done.stdout)["published"]["served"] == 3328
+        assert "`tailrace simulate published`" in done.stderr
 
 
 class TestLaws:
@@ -311,7 +316,7 @@ class TestMechanisms:
         figures = simulated.figures(100)
         assert figures["arrived"] == 0
         assert math.isnan(figures["p99_ms"])
-        assert figures["utilisation"] == 0
+        assert figures["utilization"] == 0
 
 
 @pytest.mark.parametrize(

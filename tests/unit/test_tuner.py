@@ -23,8 +23,8 @@ from tailrace.harness.records.store import RunFolder
 from tailrace.harness.replay.driver import Progress
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.registry import get_adapter
-from tailrace.simulator.calibration import calibrate
 from tailrace.simulator.engine import Simulated, simulate
+from tailrace.simulator.fitting import fit
 from tailrace.simulator.system import Service, System
 from tailrace.traces import catalogue
 from tailrace.tuner import search
@@ -164,7 +164,7 @@ class MadeUp:
                     "p99_ms": figures["p99_ms"],
                     "slo_attainment": figures["slo_attainment"],
                     "goodput_rps_per_device": figures["goodput_rps"] / 3,
-                    "utilization": figures["utilisation"],
+                    "utilization": figures["utilization"],
                     "batch_size_mean": figures["mean_batch"],
                     "scenario": scenario["name"],
                     "verdict": "INVALID" if reasons else "VALID",
@@ -314,7 +314,7 @@ class TestThePicksOfTheFrontier:
         assert all(pick.settings["replicas"] == 3 for pick in picks)
 
     def test_who_scales_itself_gets_the_cheapest_that_keeps_the_objective(self) -> None:
-        fitted = calibrate(measured_trial(TRUE, 1))
+        fitted = fit(measured_trial(TRUE, 1))
         assert fitted.cold_start_s.model_s == pytest.approx(0.8)
         assert fitted.cold_start_s.server_s == pytest.approx(2.9)
         trial = measured_trial(TRUE, 1)

@@ -1,4 +1,4 @@
-"""The reference case: a small published simulation, ticked by the millisecond, reproduced to the digit, and its error named.
+"""The published case: a small simulation, ticked by the millisecond, reproduced to the digit, and its error named.
 
 It was published with a throughput of half of what it served: a replica that the autoscaler retires takes its count of
 served requests with it. :func:`run` gives both: the figures as they were published, and what came to pass.
@@ -40,7 +40,7 @@ class Published:
     mean_ms: float
     p50_ms: float
     p99_ms: float
-    utilisation: float
+    utilization: float
     replicas_min: int
     replicas_max: int
     slo_met: bool
@@ -81,7 +81,7 @@ class _State:
     arrivals_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     lost: int = 0
-    utilisations: list[float] = field(default_factory=list)
+    utilizations: list[float] = field(default_factory=list)
     ready_counts: list[int] = field(default_factory=list)
 
 
@@ -141,7 +141,7 @@ def _scale(state: _State, now: float) -> None:
         idle = next((replica for replica in ready if replica.free_at <= now), None)
         if idle is not None:
             state.replicas.remove(idle)
-    state.utilisations.append(sum(replica.free_at > now for replica in ready) / max(1, len(ready)))
+    state.utilizations.append(sum(replica.free_at > now for replica in ready) / max(1, len(ready)))
     state.ready_counts.append(len(ready))
 
 
@@ -159,7 +159,7 @@ def _published(state: _State) -> Published:
         mean_ms=sum(latencies) / len(latencies) * 1e3,
         p50_ms=percentile_ms(0.50),
         p99_ms=p99_ms,
-        utilisation=sum(state.utilisations) / len(state.utilisations),
+        utilization=sum(state.utilizations) / len(state.utilizations),
         replicas_min=min(state.ready_counts),
         replicas_max=max(state.ready_counts),
         slo_met=p99_ms <= SLO_MS,

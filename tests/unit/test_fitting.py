@@ -14,7 +14,7 @@ from tailrace.harness.analysis.samples import Samples
 from tailrace.harness.errors import InputError
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder
-from tailrace.simulator.calibration import TOLD, calibrate, counted_service, fit_error, predict, read_trial
+from tailrace.simulator.fitting import TOLD, counted_service, fit, fit_error, predict, read_trial
 from tailrace.simulator.system import Service, System, load_system
 from tests.conftest import tailrace
 from tests.simulated import TRUE, TUNING, measured_trial
@@ -30,7 +30,7 @@ def test_counters_give_the_service_times() -> None:
 
 
 def test_a_known_system_is_found_and_predicts_other_arrivals() -> None:
-    found = calibrate(measured_trial(TRUE, 1))
+    found = fit(measured_trial(TRUE, 1))
     assert found.service_from == "the device's counters"
     assert found.error < 0.02
     assert found.system.router == "shared"
@@ -46,17 +46,17 @@ def test_a_known_system_is_found_and_predicts_other_arrivals() -> None:
 
 @pytest.mark.parametrize("router", ["round_robin", "random"])
 def test_how_requests_find_replicas_is_found(router: Any) -> None:
-    found = calibrate(measured_trial(TRUE.model_copy(update={"router": router}), 3))
+    found = fit(measured_trial(TRUE.model_copy(update={"router": router}), 3))
     assert found.system.router == router
 
 
 def test_what_a_server_says_of_itself_is_not_guessed() -> None:
     """Though another mechanism would fit a trial of this system better."""
     told = System(router="random", replicas=3, queue_limit=1024)
-    found = calibrate(replace(measured_trial(TRUE, 1), told=told))
+    found = fit(replace(measured_trial(TRUE, 1), told=told))
     assert (found.system.router, found.system.queue_limit, found.others) == ("random", 1024, ())
     assert found.system.service.base_ms == pytest.approx(12, rel=0.01)
-    assert found.error > 2 * calibrate(measured_trial(TRUE, 1)).error
+    assert found.error > 2 * fit(measured_trial(TRUE, 1)).error
 
 
 def test_what_a_server_says_of_itself_is_read_from_its_configuration(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_a_server_says_of_itself_is_read_from_its_configuration(tmp_path: P
 
 
 def test_without_counters_the_service_is_fitted() -> None:
-    found = calibrate(measured_trial(TRUE, 1, counters=False, tuning={**TUNING, "batch_window_ms": 0}))
+    found = fit(measured_trial(TRUE, 1, counters=False, tuning={**TUNING, "batch_window_ms": 0}))
     assert found.service_from == "the fit"
     assert found.error < 0.2
     assert fit_error(found.system, measured_trial(TRUE, 1)) == pytest.approx(found.error)
@@ -83,7 +83,7 @@ def test_without_counters_the_service_is_fitted() -> None:
 )
 def test_what_cannot_be_calibrated_is_told(tuning: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
-        calibrate(measured_trial(TRUE, 1, tuning=tuning))
+        fit(measured_trial(TRUE, 1, tuning=tuning))
 
 
 def test_a_trial_with_a_fault_is_refused(tmp_path: Path) -> None:
@@ -99,19 +99,22 @@ def test_a_trial_with_a_fault_is_refused(tmp_path: Path) -> None:
 
 def test_the_commands_on_a_run(tmp_path: Path) -> None:
     make_run(tmp_path / "run", scenarios=("no-fault",), trials=2)
-    fitted = tailrace("calibrate", "run", "--out", "system.yaml", "--format", "json", cwd=tmp_path)
+    fitted = tailrace("fit", "run", "--out", "system.yaml", "--format", "json", cwd=tmp_path)
     assert fitted.returncode == 0, fitted.stderr
     told = json.loads(fitted.stdout)
     assert load_system(str(tmp_path / "system.yaml")) == System.model_validate(told["system"])
     assert tailrace("simulate", "system.yaml", cwd=tmp_path).returncode == 0
-    assert "fitted to" in tailrace("calibrate", "run", "--trial", told["trial"], cwd=tmp_path).stdout
-    refused = tailrace("calibrate", "run", "--trial", "another", cwd=tmp_path)
+    assert "fitted to" in tailrace("fit", "run", "--trial", told["trial"], cwd=tmp_path).stdout
+    former = tailrace("calibrate", "run", "--format", "json", cwd=tmp_path)
+    assert json.loads(former.stdout) == told
+    assert "`tailrace fit`" in former.stderr
+    refused = tailrace("fit", "run", "--trial", "another", cwd=tmp_path)
     assert refused.returncode == 2
     assert told["trial"] in refused.stderr
     validated = tailrace("validate-sim", "run", "--format", "json", cwd=tmp_path)
     assert validated.returncode == 0, validated.stderr
     rows = json.loads(validated.stdout)["rows"]
-    assert {row["figure"] for row in rows} == {"p50_ms", "p99_ms", "goodput_rps", "utilisation", "mean_batch"}
+    assert {row["figure"] for row in rows} == {"p50_ms", "p99_ms", "goodput_rps", "utilization", "mean_batch"}
     assert len(rows) == 2 * 5
     assert "predicted" in tailrace("validate-sim", "run", cwd=tmp_path).stdout
 
@@ -125,7 +128,7 @@ def test_one_trial_validates_nothing(tmp_path: Path) -> None:
 
 def test_the_commands_tell_what_they_miss(tmp_path: Path) -> None:
     for arguments, word in (
-        (["calibrate", "nowhere"], "nowhere"),
+        (["fit", "nowhere"], "nowhere"),
         (["validate-sim", "nowhere", "--trials", "3"], "for a new run"),
         (["validate-sim", "nowhere"], "nowhere"),
     ):

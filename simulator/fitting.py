@@ -68,7 +68,7 @@ class ColdStart:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class Fitted:
     """The system that fits a trial best."""
 
     system: System
@@ -85,7 +85,7 @@ def read_trial(folder: TrialFolder) -> Trial:
     """A trial that is done and had no faults. Raises :class:`InputError` for any other."""
     requests = folder.request_columns(*MEASURED_COLUMNS) if folder.done else None
     if requests is None:
-        raise InputError(f"{folder.folder} is not done: there is nothing to calibrate on")
+        raise InputError(f"{folder.folder} is not done: there is nothing to fit on")
     figures = summarise_trial(folder, {})
     if figures.faults:
         raise InputError(f"{folder.folder} had faults, which a calibration would take for the system")
@@ -95,26 +95,26 @@ def read_trial(folder: TrialFolder) -> Trial:
     if figures.nodes > 1:
         raise InputError(
             f"{folder.folder} had {figures.nodes} nodes, and the load balancer between is not modelled",
-            remedy="calibrate on a trial of one node",
+            remedy="fit on a trial of one node",
         )
     if len(folder.facts.models) > 1:
         raise InputError(
             f"{folder.folder} had {len(folder.facts.models)} models, which are not modelled",
-            remedy="calibrate on a trial of one model",
+            remedy="fit on a trial of one model",
         )
     if any(event["event"] == "scaled" for event in folder.events):
-        raise InputError(f"{folder.folder} was scaled while it ran", remedy="calibrate on a trial without a scaler")
+        raise InputError(f"{folder.folder} was scaled while it ran", remedy="fit on a trial without a scaler")
     trace = measured(requests)
     if len(trace) < _MIN_ARRIVALS:
         raise InputError(
             f"{folder.folder} has {len(trace)} arrivals, fewer than the {_MIN_ARRIVALS} from which its tail can be fitted",
-            remedy="calibrate on a longer trace",
+            remedy="fit on a longer trace",
         )
     response = trace.response_ms()
     if not math.isfinite(percentile(response, max(FITTED_QUANTILES))):
         raise InputError(
             f"{folder.folder}: more than 1 % of its requests failed: there is no p99 to fit",
-            remedy="calibrate on a trial within the system's capacity",
+            remedy="fit on a trial within the system's capacity",
         )
     samples = Samples(folder.samples if folder.samples is not None else SAMPLE_SCHEMA.empty_table())
     span_ns = round(figures.span_s * NS_PER_S)
@@ -122,11 +122,11 @@ def read_trial(folder: TrialFolder) -> Trial:
     return Trial(folder.id, trace.intended_ns, response, span_ns, figures, samples, told)
 
 
-def calibrate(trial: Trial) -> Calibrated:
+def fit(trial: Trial) -> Fitted:
     """Fit service time, overhead and mechanism to one trial. Where its server has not told its mechanisms, its tuning must have
     said ``replicas``; a batch is as large as ``max_batch``, or 1."""
     if "autoscale" in trial.figures.tuning:
-        raise InputError(f"{trial.id} was scaled while it ran: calibrate on a trial with a fixed number of replicas")
+        raise InputError(f"{trial.id} was scaled while it ran: fit on a trial with a fixed number of replicas")
     counted = counted_service(trial.samples)
     devices = trial.figures.devices if trial.figures.device == "emulated" else None
     found: list[tuple[float, str, System]] = []
@@ -136,7 +136,7 @@ def calibrate(trial: Trial) -> Calibrated:
         found.append((error, f"{system.router} queue, window from {system.batching.window_opens}", fitted))
     found.sort(key=lambda one: one[0])
     best = found[0]
-    return Calibrated(
+    return Fitted(
         system=best[2],
         error=best[0],
         service_from="the device's counters" if counted else "the fit",
@@ -152,7 +152,7 @@ def _candidates(trial: Trial) -> list[System]:
     if replicas is None:
         raise InputError(
             f"{trial.id}: how many replicas served is not known, for its tuning leaves `replicas` to the framework",
-            remedy="calibrate on a trial whose tuning says `replicas` (and `max_batch`)",
+            remedy="fit on a trial whose tuning says `replicas` (and `max_batch`)",
         )
     routers = _ROUTERS if replicas > 1 else _ROUTERS[:1]
     windows: tuple[WindowOpens, ...] = ("arrival", "idle") if tuning.get("batch_window_ms") else ("arrival",)
@@ -230,7 +230,7 @@ PREDICTED = {
     "p50_ms": "p50_ms",
     "p99_ms": "p99_ms",
     "goodput_rps": "goodput_rps",
-    "utilisation": "utilization",
+    "utilization": "utilization",
     "mean_batch": "batch_size_mean",
 }
 """What is predicted, and the summary's name for what was measured."""
@@ -243,11 +243,11 @@ def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     for trial in trials:
         slo_ms = trial.figures.slo_ms
         outcome = simulate(system, trial.arrivals_ns, span_ns=trial.span_ns)
-        simulated = {**outcome.figures(slo_ms), "utilisation": device_share(outcome, trial.figures.devices)}
+        simulated = {**outcome.figures(slo_ms), "utilization": device_share(outcome, trial.figures.devices)}
         for name, key in PREDICTED.items():
             # Of what computes for others too (a host's cores, a GPU's gauge) the model knows nothing.
             emulated = trial.figures.device == "emulated"
-            true = trial.figures.figure(key) if name != "utilisation" or emulated else None
+            true = trial.figures.figure(key) if name != "utilization" or emulated else None
             error = None if true is None or not math.isfinite(true) or true <= 0 else simulated[name] / true - 1
             rows.append(
                 {
@@ -261,7 +261,7 @@ def predict(system: System, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def calibrate_run(run: RunFolder, name: str | None = None) -> tuple[TrialFolder, Calibrated]:
+def fit_run(run: RunFolder, name: str | None = None) -> tuple[TrialFolder, Fitted]:
     """The trial of that name, else the first one that a system can be fitted to, and that system. Raises
     :class:`InputError`, of the first trial where none can be used."""
     known = {folder.id: folder for folder in run.trials}
@@ -272,7 +272,7 @@ def calibrate_run(run: RunFolder, name: str | None = None) -> tuple[TrialFolder,
     refused = []
     for folder in [known[name]] if name is not None else known.values():
         try:
-            return folder, calibrate(read_trial(folder))
+            return folder, fit(read_trial(folder))
         except InputError as error:
             refused.append(error)
     raise refused[0]
@@ -292,7 +292,7 @@ def validate(run: RunFolder) -> list[dict[str, Any]]:
                 remedy="run it with --trials 2 or more",
             )
         first, *others = (read_trial(folder) for folder in folders)
-        fitted = calibrate(first)
+        fitted = fit(first)
         common = {"cell": cell, "router": fitted.system.router, "fit_error": fitted.error}
         rows += [{**common, **row} for row in predict(fitted.system, others)]
     return rows
