@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tailrace.harness.plan.cells import interleave
 from tailrace.harness.plan.experiment import Experiment
+from tailrace.harness.records.facts import Fault
 from tailrace.harness.records.schema import OUTCOME_NAMES, REQUEST_SCHEMA, SAMPLE_SCHEMA, Outcome
 from tailrace.harness.records.store import RunFolder, write_json
 
@@ -59,8 +60,10 @@ def main() -> None:
         size = (trial.folder / "requests.parquet").stat().st_size
         print(f"{arrivals:,} arrivals, {size / 2**20:.0f} MiB of Parquet")
         measure("summary, steady", _ANALYSE, run)
-        fault = {"kind": "kill_replica", "at_s": trial.facts["span_s"] / 2, "injected_s": trial.facts["span_s"] / 2}
-        write_json(trial.facts_path, {**trial.facts, "faults": [fault], "planned_faults": 1})
+        half_s = trial.facts.span_s / 2
+        trial.facts.faults = [Fault(kind="kill_replica", at_s=half_s, injected_s=half_s)]
+        trial.facts.planned_faults = 1
+        trial.write(trial.facts)
         measure("summary, with a fault", _ANALYSE, run)
         measure("report", _REPORT, run)
 

@@ -199,7 +199,7 @@ def _doing(run: Path) -> str:
     if not begun:
         return "before the trials"
     stages = [event["stage"] for event in begun[-1].events if event["event"] == "stage"]
-    return f"{begun[-1].facts['scenario']}: {'done' if begun[-1].done else stages[-1] if stages else 'beginning'}"
+    return f"{begun[-1].facts.scenario}: {'done' if begun[-1].done else stages[-1] if stages else 'beginning'}"
 
 
 def race(adapter: str, kills: int, seed: int, folder: Path, tell: Callable[[str], None]) -> list[Kill]:

@@ -41,9 +41,6 @@ from tailrace.harness.records.summary import (
 
 SUMMARY_FILE = "summary.json"
 
-Summary = Any
-"""TRANSITIONAL, while readers are converted: a :class:`TrialSummary`, a :class:`CellSummary` or a :class:`RunSummary`."""
-
 
 def summarise(run: RunFolder) -> RunSummary:
     """The summary of a run."""

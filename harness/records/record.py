@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -35,13 +35,11 @@ Ends = tuple[float, float]
 """Of an interval: its lower and its upper end."""
 
 
-class Record(BaseModel, Mapping[str, Any]):
+class Record(BaseModel):
     """A part of a record. A docstring below a field says what it means, also of the fields right above it that have none;
     ``docs/record.md`` is made of them (:mod:`tailrace.harness.records.document`).
 
     What was never set is not written: a key that is absent says that nothing came to it, ``null`` that it is not known.
-
-    TRANSITIONAL, while readers are converted to attributes: it can be read as the mapping that it was. To be deleted.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,23 +47,6 @@ class Record(BaseModel, Mapping[str, Any]):
     def dump(self) -> dict[str, Any]:
         """As plain data, what was set alone, in the order of the fields; infinite and undefined floats as they are."""
         return self.model_dump(exclude_unset=True)
-
-    def __getitem__(self, key: str) -> Any:
-        if key in type(self).model_fields:
-            return getattr(self, key)
-        return self.dump()[key]
-
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        return iter(self.dump())
-
-    def __len__(self) -> int:
-        return len(self.dump())
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.dump()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
 
 
 class Source(Record):

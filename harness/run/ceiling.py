@@ -19,6 +19,7 @@ from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.gpus import gpus
 from tailrace.harness.processes import log_tail
 from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import CellSummary, RunSummary
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.runner import experiment_of
 from tailrace.harness.servers.devices import device_environment
@@ -232,24 +233,24 @@ def model_of(runs: Sequence[RunFolder], workload: str | None) -> dict[str, Any]:
     }
 
 
-def settings(cell: Mapping[str, Any]) -> tuple[int, int]:
+def settings(cell: CellSummary) -> tuple[int, int]:
     """The batch and the copies, of all nodes, of a cell: what it left to the framework is one."""
-    tuning = cell["tuning"]
+    tuning = cell.tuning
     replicas = (tuning.get("autoscale") or {}).get("max") or tuning.get("replicas") or 1
-    return int(tuning.get("max_batch") or 1), int(replicas) * int(cell["nodes"])
+    return int(tuning.get("max_batch") or 1), int(replicas) * cell.nodes
 
 
-def best_cells(summaries: Mapping[str, Mapping[str, Any]]) -> list[Reached]:
+def best_cells(summaries: Mapping[str, RunSummary]) -> list[Reached]:
     """Of summaries by run: of each framework at each batch and number of copies the cell with the most goodput, unless
     it is INVALID or a fault was injected into it."""
     best: dict[tuple[str, int, int], Reached] = {}
     for run, summary in summaries.items():
-        faulty = {trial["cell"] for trial in summary["trials"] if trial["faults"]}
-        for cell in summary["cells"]:
-            if cell["verdict"] == "INVALID" or cell["cell"] in faulty:
+        faulty = {trial.cell for trial in summary.trials if trial.faults}
+        for cell in summary.cells:
+            if cell.verdict == "INVALID" or cell.cell in faulty:
                 continue
-            reached = Reached(run, cell["cell"], float(cell["goodput_rps"]), *settings(cell))
-            key = (cell["adapter"], reached.batch, reached.instances)
+            reached = Reached(run, cell.cell, cell.goodput_rps or 0.0, *settings(cell))
+            key = (cell.adapter, reached.batch, reached.instances)
             if key not in best or reached.goodput_rps > best[key].goodput_rps:
                 best[key] = reached
     return sorted(best.values(), key=lambda reached: (reached.batch, reached.instances, reached.cell))

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tailrace import __version__
-from tailrace.harness.analysis.summary import Summary, summarise_trial, write_summary
+from tailrace.harness.analysis.summary import summarise_trial, write_summary
 from tailrace.harness.contract.observations import observations_of
 from tailrace.harness.differences import differences
 from tailrace.harness.errors import InputError, StorageError, TailraceError
@@ -23,6 +23,7 @@ from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.plan.keys import explain
 from tailrace.harness.plan.schedule import offered_rates
 from tailrace.harness.records.store import RunFolder, ending, now
+from tailrace.harness.records.summary import RunSummary
 from tailrace.harness.run.features.load import load_workers
 from tailrace.harness.run.observer import Observer
 from tailrace.harness.run.preflight import Checked, check
@@ -33,7 +34,7 @@ from tailrace.harness.servers.guardian import sweep
 from tailrace.traces.trace import describe
 
 
-def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> Summary:
+def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> RunSummary:
     """Run a whole experiment into a new folder and return its summary (also written as ``summary.json``).
 
     A trial whose server fails is recorded as such and the others go on; afterwards :class:`TailraceError` tells of the
@@ -52,7 +53,7 @@ def run_experiment(experiment: Experiment, folder: Path, observer: Observer) -> 
         return _carry_out(checked, run, observer)
 
 
-def resume_run(folder: Path, observer: Observer) -> Summary:
+def resume_run(folder: Path, observer: Observer) -> RunSummary:
     """Go on with a run that was killed, interrupted or cut off, and return the summary of the whole.
 
     Trials that are done stay as they are; those that had begun are moved to ``set-aside``, never deleted, and run again
@@ -106,7 +107,7 @@ def _clean(observer: Observer) -> list[str]:
     return cleaned
 
 
-def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> Summary:
+def _carry_out(checked: Checked, run: RunFolder, observer: Observer) -> RunSummary:
     """Run what is not done yet, and analyse the whole."""
     for name, contestant in checked.contestants.items():
         if contestant.adapter.exposes:

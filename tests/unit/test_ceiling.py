@@ -15,16 +15,15 @@ from tailrace.cli.ceiling import parts
 from tailrace.cli.main import app
 from tailrace.cli.show import read
 from tailrace.harness.errors import InputError, TailraceError
+from tailrace.harness.records.summary import CellSummary, RunSummary
 from tailrace.harness.run.ceiling import BareModel, Ceiling, Reached, best_cells, settings, told
 from tests.fake_nvml import FakeGpu, install
+from tests.records import cell_summary, trial_summary
 
 
-def _cell(adapter: str, goodput: float, tuning: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    cell = f"{adapter}--{goodput:g}"
-    return {
-        "adapter": adapter, "cell": cell, "goodput_rps": goodput, "tuning": tuning, "nodes": 1, "verdict": "VALID",
-        **changes,
-    }  # fmt: skip
+def _cell(adapter: str, goodput_rps: float, tuning: dict[str, Any], **more: Any) -> CellSummary:
+    told = {"cell": f"{adapter}--{goodput_rps:g}", "adapter": adapter, "goodput_rps": goodput_rps, "tuning": tuning}
+    return cell_summary(**{**told, **more})
 
 
 def _silent(_: str) -> None:
@@ -75,8 +74,9 @@ def test_the_best_cell_of_each_setting_is_compared_at_the_same_batch() -> None:
         _cell("kserve", 9, {}),
         _cell("ray_serve", 60, {"max_batch": 8, "replicas": 1}, nodes=2),
     ]
-    trials = [{"cell": "triton--killed", "faults": [{"kind": "kill_replica"}]}]
-    reached = best_cells({"run": {"cells": cells, "trials": trials}})
+    trials = [trial_summary(cell="triton--killed", faults=[{"kind": "kill_replica", "recovery": None}])]
+    summary = RunSummary.model_construct(cells=cells, trials=trials)
+    reached = best_cells({"run": summary})
     assert [(one.cell, one.batch, one.instances) for one in reached] == [
         ("kserve--9", 1, 1),
         ("ray_serve--60", 8, 2),

@@ -590,7 +590,7 @@ def test_the_runner_up_is_the_one_that_the_paired_ratio_favours(tmp_path: Path) 
 def test_a_trial_without_its_pair_makes_nobody_the_leader(pair_of_trials: RunFolder) -> None:
     goodputs = {("triton", 1): 100.0, ("triton", 2): 300.0, ("ray_serve", 1): 140.0, ("ray_serve", 2): 140.0}
     seen = _with_goodput(pair_of_trials, lambda a, n: goodputs[a, n])
-    cut = [replace(c, trials=c.trials[:1]) if c.summary["adapter"] == "ray_serve" else c for c in seen.cells]
+    cut = [replace(c, trials=c.trials[:1]) if c.summary.adapter == "ray_serve" else c for c in seen.cells]
     lede = headline(replace(seen, cells=tuple(cut))).lede
     assert "Ray Serve reaches 1.40× the goodput of Triton (1\u00a0trial each: no interval)" in lede
 
@@ -1069,7 +1069,7 @@ def test_a_baseline_leads_nobody_and_has_a_sentence_of_its_own(tmp_path: Path) -
     goodputs = {"triton": 160.0, "ray_serve": 100.0, "kserve": 200.0}
     seen = _with_goodput(run, lambda a, n: goodputs[a] * (1 + 0.01 * n))
     assert headline(seen).lede.count("KServe reaches 1.25×") == 1, "as a framework it leads"
-    cells = tuple(replace(cell, baseline=cell.summary["adapter"] == "kserve") for cell in seen.cells)
+    cells = tuple(replace(cell, baseline=cell.summary.adapter == "kserve") for cell in seen.cells)
     told = headline(replace(seen, cells=cells))
     assert "Triton reaches 1.60×" in told.lede
     assert "KServe" not in told.lede

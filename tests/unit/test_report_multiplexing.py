@@ -133,7 +133,7 @@ def test_tables_say_what_each_cell_met(run: RunFolder, told: Multiplexing) -> No
     assert {len(row) for row in told.brief} == {len(BRIEF_HEADINGS)}
     driven = {row[0].split(" · ")[0]: row[3] for row in told.rows}
     assert driven == {"Reference server": "itself", "Triton": "the harness"}
-    cell = next(c for c in view([run])[0].cells if c.summary["cell"] == "reference--pinned-200")
+    cell = next(c for c in view([run])[0].cells if c.summary.cell == "reference--pinned-200")
     row = next(row for row in told.rows if row[0] == cell.label)
     assert row[1:3] == ("200\u202fMiB", "gdsf, 1 pinned")
     assert cell.summary.multiplexing.models == SHARING
