@@ -137,7 +137,7 @@ def test_tables_say_what_each_cell_met(run: RunFolder, told: Multiplexing) -> No
     row = next(row for row in told.rows if row[0] == cell.label)
     assert row[1:3] == ("200\u202fMiB", "gdsf, 1 pinned")
     assert cell.summary.multiplexing.models == SHARING
-    assert row[MULTIPLEXING_HEADINGS.index("Loads")] == f"{cell.summary['multiplexing']['loads']:,}"
+    assert row[MULTIPLEXING_HEADINGS.index("Loads")] == f"{cell.summary.multiplexing.loads:,}"
     assert row[MULTIPLEXING_HEADINGS.index("Least headroom")] == "0\u202fMiB"
 
 
