@@ -421,7 +421,7 @@ def test_a_saved_baseline_is_what_the_run_was_and_small(runs: Path, tmp_path: Pa
     assert saved.cells == fresh.cells
     summary = summarise(run).trials[0]
     trial = next(t for t in saved.cells[summary.cell].trials if t.number == summary.number)
-    assert trial.figures == {key: summary[key] for key in FIGURES}
+    assert trial.figures == {key: summary.figure(key) for key in FIGURES}
     assert trial.seed == run.manifest["trials"][0]["seed"]
     assert find("main", tmp_path / "baselines") == find(str(path), tmp_path) == saved
 
