@@ -282,9 +282,10 @@ def test_a_control_that_beats_all_is_a_miss_of_the_simulator() -> None:
 
 
 def confirmed(p99_ms: float, low: float, high: float, verdict: str = "VALID") -> Found:
-    step = Step("max_batch-4", {"max_batch": 4}, {"p99_ms": 110.0, "slo_attainment": 1.0})
-    cell = {"p99_ms": p99_ms, "p99_ci_ms": [low, high], "slo_attainment": 1.0, "verdict": verdict, "trials": 3}
-    return Found(steps=[step], best=step, confirmed={"best": cell, "defaults": {**cell, "verdict": "VALID"}})
+    step = Step("max_batch-4", {"max_batch": 4}, trial_summary(p99_ms=110.0))
+    cell = cell_summary(p99_ms=p99_ms, p99_ci_ms=[low, high], slo_attainment=1.0, trials=3)
+    best = cell.model_copy(update={"verdict": verdict})
+    return Found(steps=[step], best=step, confirmed={"best": best, "defaults": cell})
 
 
 @pytest.mark.parametrize(
