@@ -29,6 +29,7 @@ from tailrace.harness.errors import InputError, TailraceError
 from tailrace.harness.plan.experiment import Experiment
 from tailrace.harness.records.schema import SAMPLE_SCHEMA
 from tailrace.harness.records.store import RunFolder
+from tailrace.harness.records.summary import StageFigures
 from tailrace.harness.run.preflight import check
 from tailrace.harness.run.prepare import prepare
 from tailrace.harness.run.registry import get_adapter
@@ -553,29 +554,32 @@ def test_figures_of_a_stage() -> None:
     own = [*_growing("stages", "stage_answers_total", 60), *_growing("stages", "stage_answer_s_total", 3)]
     servers = [*_growing("server", "stage_answers_total", 60), *_growing("server", "stage_answer_s_total", 6)]
     known = {"stage": "s", "items_rps": 60, "batch_size_mean": 3, "predict_ms": 25}
-    assert stage_figures("s", samples(computed), 10) == pytest.approx({**known, "answer_ms": None}, nan_ok=True)
-    assert stage_figures("s", samples([*computed, *own]), 10)["answer_ms"] == pytest.approx(50)
-    assert stage_figures("s", samples([*computed, *own, *servers]), 10)["answer_ms"] == pytest.approx(100), (
+    assert stage_figures("s", samples(computed), 10).dump() == pytest.approx({**known, "answer_ms": None})
+    assert stage_figures("s", samples([*computed, *own]), 10).answer_ms == pytest.approx(50)
+    assert stage_figures("s", samples([*computed, *own, *servers]), 10).answer_ms == pytest.approx(100), (
         "the server's own"
     )
-    assert stage_figures("other", samples(computed), 10)["items_rps"] is None
+    assert stage_figures("other", samples(computed), 10).items_rps is None
 
 
 def _cells(folder: Path, *, cannot: str | None = None) -> list[CellView]:
     """Two scenarios of one run as if they were the same pipeline, composed (a third slower) and in one process."""
     (run,) = view([make_run(folder, adapters=("triton",), scenarios=("no-fault", "defaults"), trials=3)])
     composed, alone = run.cells
-    stage = {"stage": "classify", "items_rps": 60.0, "batch_size_mean": 2.0, "predict_ms": 20.0, "answer_ms": 36.0}
+    stage = StageFigures(stage="classify", items_rps=60.0, batch_size_mean=2.0, predict_ms=20.0, answer_ms=36.0)
     told: list[CellView] = []
     for cell, composition, factor in ((composed, "framework", 4 / 3), (alone, "one-process", 1.0)):
-        trials = tuple({**t, "p50_ms": 30.0 * factor, "server_cpu_cores": 0.2 * factor} for t in alone.trials)
-        summary = {
-            **alone.summary,
-            "composition": composition,
-            "p50_ms": 30.0 * factor,
-            "stages": [stage if composition == "framework" else {**stage, "answer_ms": None}],
-            "left_out": {"composition": cannot} if cannot and composition == "one-process" else {},
-        }
+        figures = {"p50_ms": 30.0 * factor, "server_cpu_cores": 0.2 * factor}
+        trials = tuple(trial.model_copy(update=figures) for trial in alone.trials)
+        composed_here = composition == "framework"
+        summary = alone.summary.model_copy(
+            update={
+                "composition": composition,
+                "p50_ms": 30.0 * factor,
+                "stages": [stage if composed_here else stage.model_copy(update={"answer_ms": None})],
+                "left_out": {"composition": cannot} if cannot and not composed_here else {},
+            }
+        )
         told.append(dataclasses.replace(cell, summary=summary, trials=trials, conditions=alone.conditions))
     return told
 
