@@ -139,8 +139,8 @@ def raced(folder: Path, adapter: str, faults: list[dict[str, Any]], *arguments: 
     (told,) = json.loads((folder / "out" / "summary.json").read_text())["trials"]
     assert [reason for reason in told["reasons"] if reason["code"] not in OWN_FAULT] == []
     assert told["accounting"]["closed"]
-    assert trial.facts["outputs"]["mismatched"] == 0
-    for fault in trial.facts["faults"]:
+    assert trial.facts.outputs.mismatched == 0
+    for fault in trial.facts.dump()["faults"]:
         assert fault["injected_s"] >= fault["at_s"], fault
         assert (fault["healed_s"] is not None) is ("duration_s" in fault), fault
     return trial
@@ -178,7 +178,7 @@ def test_triton_on_two_containers(engine: Engine, tmp_path: Path) -> None:
         assert happened(trial, "balancer-up", node=node)
     assert happened(trial, "node-died", node="node-0", how="ended by SIGKILL, exit status 137")
     assert happened(trial, "node-first-answer", node="node-0"), "started again by the harness"
-    assert len(trial.facts["containers_ended"]) >= 3, "two at first, and one in place of the one that was killed"
+    assert len(trial.facts.containers_ended) >= 3, "two at first, and one in place of the one that was killed"
     samples = trial.samples
     assert samples is not None
     told = {(row["source"], row["metric"]) for row in samples.to_pylist()}
@@ -208,7 +208,7 @@ def test_ray_serve_in_one_container(engine: Engine, tmp_path: Path) -> None:
     trace = measured(requests)
 
     def outcomes(kind: str) -> Any:
-        (fault,) = [one for one in trial.facts["faults"] if one["kind"] == kind]
+        (fault,) = [one for one in trial.facts.dump()["faults"] if one["kind"] == kind]
         # Clear of both ends, by more than a busy machine needs to do as told.
         begin_ns, end_ns = (fault["injected_s"] + 0.3) * 1e9, (fault["healed_s"] - 0.3) * 1e9
         return trace.outcome[(trace.intended_ns > begin_ns) & (trace.intended_ns < end_ns)]

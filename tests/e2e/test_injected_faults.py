@@ -80,9 +80,9 @@ def test_every_kind_on_two_nodes(tmp_path: Path) -> None:
         *("--set", "trace={name: steady, params: {rate: 60, duration_s: 16}}", "--set", "tuning={replicas: 2}"),
         *("--set", f"scenarios={json.dumps(scenarios)}", *SHORT),
     )
-    processes, connections = sorted(trials, key=lambda trial: str(trial.facts["scenario"]), reverse=True)
+    processes, connections = sorted(trials, key=lambda trial: str(trial.facts.scenario), reverse=True)
     for trial, planned in ((processes, [*slow, *ON_PROCESSES]), (connections, ON_CONNECTIONS)):
-        told = trial.facts["faults"]
+        told = trial.facts.dump()["faults"]
         assert [fault["kind"] for fault in told] == [fault["kind"] for fault in planned]
         for fault in told:
             assert fault["injected_s"] >= fault["at_s"], fault
@@ -121,7 +121,7 @@ def test_a_random_schedule_is_the_same_again(tmp_path: Path) -> None:
             *("--adapter", "null", "--set", "nodes=2", "--set", "tuning={replicas: 8}", "--set", schedule),
             *("--set", "trace={name: steady, params: {rate: 60, duration_s: 6}}", *SHORT),
         )
-        faults = trial.facts["faults"]
+        faults = trial.facts.dump()["faults"]
         assert all(fault["injected_s"] is not None for fault in faults)
         injected.append([(fault["kind"], fault["at_s"]) for fault in faults])
     assert injected[0] == injected[1] != []
@@ -168,8 +168,10 @@ def test_killed_amid_faults_the_harness_leaves_nothing_and_the_run_goes_on(
     done = tailrace("run", "--resume", "out", cwd=tmp_path)
     assert done.returncode in (0, 3), done.stderr
     (trial,) = RunFolder.open(tmp_path / "out").trials
-    assert trial.facts["state"] == "done"
-    assert [fault["healed_s"] is not None for fault in trial.facts["faults"]] == [True] * len(faults), "by the end"
+    assert trial.facts.state == "done"
+    assert [fault["healed_s"] is not None for fault in trial.facts.dump()["faults"]] == [True] * len(faults), (
+        "by the end"
+    )
 
 
 @pytest.mark.parametrize("adapter", ["triton", "ray_serve", "torchserve", "kserve"])
@@ -189,7 +191,7 @@ def test_the_mandatory_faults_on_every_framework(tmp_path: Path, adapter: str) -
         *("--set", f"scenarios=[{{name: all, faults: {json.dumps(faults)}}}]"),
         *("--set", "trace={name: steady, params: {rate: 30, duration_s: 16}}", *SHORT),
     )
-    told = trial.facts["faults"]
+    told = trial.facts.dump()["faults"]
     assert [fault["kind"] for fault in told] == [fault["kind"] for fault in faults]
     assert all(fault["injected_s"] is not None for fault in told)
     assert all(fault["healed_s"] is not None for fault in told if fault.get("duration_s"))

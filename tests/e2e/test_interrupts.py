@@ -60,5 +60,5 @@ def test_a_second_ctrl_c_does_not_cut_the_cleaning_up(
     run = RunFolder.open(events.parents[2])
     (trial,) = run.trials
     assert run.manifest["state"] == "interrupted"
-    assert trial.facts["state"] == "interrupted"
+    assert trial.facts.state == "interrupted"
     assert trial.requests is not None and trial.requests.num_rows > 0, "what was measured is kept"

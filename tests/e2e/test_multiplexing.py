@@ -39,10 +39,11 @@ def served(
     (trial,) = RunFolder.open(folder / "out").trials
     (told,) = json.loads((folder / "out" / "summary.json").read_text())["trials"]
     assert [reason for reason in told["reasons"] if reason["code"] not in OWN_FAULT] == []
-    assert trial.facts["verified_before"] >= MODELS
-    outputs = trial.facts["outputs"]
-    assert outputs["checked"] + outputs["unchecked"] == told["accounting"]["outcomes"]["ok"] > 0
-    assert outputs["mismatched"] == 0
+    assert trial.facts.verified_before >= MODELS
+    outputs = trial.facts.outputs
+    assert outputs is not None
+    assert outputs.checked + outputs.unchecked == told["accounting"]["outcomes"]["ok"] > 0
+    assert outputs.mismatched == 0
     assert told["accounting"]["closed"]
     assert trial.samples is not None
     samples = [sample for sample in trial.samples.to_pylist() if sample["source"] == "memory"]
@@ -70,8 +71,8 @@ def outcomes(told: Any) -> dict[str, int]:
 def test_models_come_and_go_and_no_request_fails(adapter: str, tmp_path: Path) -> None:
     trial, told = served(tmp_path, adapter)
     assert set(outcomes(told)) == {"ok"}
-    assert trial.facts["memory"]["controlled"] is (adapter == "triton")
-    assert trial.facts.get("not_applied", []) == []
+    assert trial.facts.memory.controlled is (adapter == "triton")
+    assert not trial.facts.not_applied
     account = told["accounting"]
     assert account["executed"] == account["outcomes"]["ok"], "nothing is computed twice or in vain"
     # Ray's figures are up to two seconds old.
@@ -106,7 +107,7 @@ def test_real_models_share_a_memory(adapter: str, rate: float, tmp_path: Path) -
 @pytest.mark.parametrize("adapter", ["reference", "triton"])
 def test_a_load_whose_process_is_killed_is_done_again(adapter: str, tmp_path: Path) -> None:
     trial, told = served(tmp_path, adapter, faults="[{kind: kill_loading, at_s: 1}]")
-    (fault,) = trial.facts["faults"]
+    (fault,) = trial.facts.dump()["faults"]
     assert fault["injected_s"] >= 1
     assert set(outcomes(told)) == {"ok"}, "who waited for the model got an answer after all"
     happened = what_happened(trial)
@@ -120,12 +121,12 @@ def test_a_load_whose_process_is_killed_is_done_again(adapter: str, tmp_path: Pa
 
 def test_ray_serve_starts_another_replica_for_one_that_was_killed_while_loading(tmp_path: Path) -> None:
     trial, told = served(tmp_path, "ray_serve", faults="[{kind: kill_loading, at_s: 1}]")
-    (fault,) = trial.facts["faults"]
+    (fault,) = trial.facts.dump()["faults"]
     assert fault["injected_s"] >= 1
     assert set(outcomes(told)) <= {"ok", "error", "shed"}
     after = [e for e in trial.events if e["event"] == "model-loaded" and e["t_ns"] > fault["injected_s"] * 1e9]
     assert {event["pid"] for event in after} not in (set(), {fault["pid"]})
-    assert trial.facts["final_probe"]["answers"]
+    assert trial.facts.final_probe.answers
 
 
 @pytest.mark.parametrize("adapter", ["reference", "ray_serve"])
@@ -133,8 +134,8 @@ def test_who_asks_for_a_model_that_fails_to_load_is_told_so_and_others_are_serve
     target = MODELS - 1
     faults = f"[{{kind: load_failure, at_s: 0.5, duration_s: 6, target: {target}}}]"
     trial, told = served(tmp_path, adapter, faults=faults)
-    (fault,) = trial.facts["faults"]
-    assert fault["target"] == trial.facts["models"][target]
+    (fault,) = trial.facts.dump()["faults"]
+    assert fault["target"] == trial.facts.models[target]
     assert fault["healed_s"] - fault["injected_s"] >= 6
     failed = [event for event in trial.events if event["event"] == "model-failed"]
     assert {event["model"] for event in failed} == {fault["target"]}

@@ -67,15 +67,15 @@ def test_all_frameworks_under_a_kill_and_on_their_defaults(tmp_path: Path) -> No
         assert 4 <= fault["injected_s"] < 6
     for trial_folder in RunFolder.open(tmp_path / "out").trials:
         facts = trial_folder.facts
-        assert facts["not_applied"] == []
+        assert facts.not_applied == []
         assert list((trial_folder.server / "config").rglob("*")), "the rendered configuration is kept"
         events = [event["event"] for event in trial_folder.events]
         assert events.index("spawned") < events.index("first-answer")
-        if facts["scenario"] != "kill-replica":
+        if facts.scenario != "kill-replica":
             continue
         assert events.index("first-answer") < events.index("fault") < events.index("replica-died")
         # The others replace it, in a time of their own that may be longer than what is left of this short trace.
-        if facts["adapter"] == "triton":
+        if facts.adapter == "triton":
             assert "replica-born" not in events, "Triton never replaces a dead worker"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "KServe ran without «max_batch» and «batch_window_ms»" in page
@@ -140,5 +140,5 @@ def test_every_framework_serves_several_models_and_never_mixes_them_up(tmp_path:
         assert 0.1 < shares[2] < shares[0] < 0.7, shares
         assert all(model["good"] > 0 for model in trial["models"])
     for folder in RunFolder.open(tmp_path / "out").trials:
-        assert folder.facts["verified_before"] == 3 * 16, "each model's answers are compared with its own reference"
+        assert folder.facts.verified_before == 3 * 16, "each model's answers are compared with its own reference"
     assert "emulated-02" in (tmp_path / "out" / "report.html").read_text()

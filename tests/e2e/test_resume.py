@@ -84,8 +84,8 @@ def assert_complete(run: Path) -> None:
     trials = RunFolder.open(run).trials
     assert [trial.id for trial in trials] == [FIRST, SECOND]
     assert all(trial.done for trial in trials)
-    assert len({trial.facts["seed"] for trial in trials}) == 2
-    assert [trial.facts["seed"] for trial in trials] == [planned["seed"] for planned in manifest_of(run)["trials"]]
+    assert len({trial.facts.seed for trial in trials}) == 2
+    assert [trial.facts.seed for trial in trials] == [planned["seed"] for planned in manifest_of(run)["trials"]]
     summary = json.loads((run / "summary.json").read_text())
     assert [trial["state"] for trial in summary["trials"]] == ["done", "done"]
     assert all(trial["ok"] == trial["arrivals"] for trial in summary["trials"])

@@ -24,7 +24,7 @@ def scaled(folder: Path, *arguments: str, scaler: dict[str, Any]) -> TrialFolder
     )
     assert done.returncode in (0, 3), done.stdout + done.stderr
     (trial,) = RunFolder.open(folder / "out").trials
-    assert any("not by the framework" in warning for warning in trial.facts["warnings"])
+    assert any("not by the framework" in warning for warning in trial.facts.warnings)
     assert "not by the framework" in (folder / "out" / "report.html").read_text(encoding="utf-8")
     return trial
 

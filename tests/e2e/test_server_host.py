@@ -93,4 +93,4 @@ def test_all_load_may_come_from_another_machine(namespaces: None, tmp_path: Path
     assert requests is not None
     assert requests.num_rows > 150
     assert set(requests["outcome"].to_pylist()) == {"ok"}
-    assert trial.facts["outputs"]["mismatched"] == 0
+    assert trial.facts.outputs.mismatched == 0

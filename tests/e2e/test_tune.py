@@ -62,12 +62,10 @@ def test_a_setting_that_is_lost_is_not_measured_to_its_end(tmp_path: Path) -> No
     (lost,) = found.pruned
     assert "arrivals had missed 500 ms" in lost.pruned
     (trial,) = RunFolder.open(tmp_path / lost.name).trials
-    assert trial.facts["state"] == "pruned"
+    assert trial.facts.state == "pruned"
     recorded = trial.request_columns("phase")
     assert recorded is not None
-    assert 0 < len(recorded) < 0.9 * (trial.facts["arrivals"] + 200), (
-        "what had been sent is kept, the rest was never sent"
-    )
+    assert 0 < len(recorded) < 0.9 * (trial.facts.arrivals + 200), "what had been sent is kept, the rest was never sent"
     begun = trial.facts_path.stat().st_mtime_ns
     again = search.run(1, simulate_first=False, trials=1)
     assert [step.name for step in again.pruned] == [lost.name]
@@ -81,12 +79,12 @@ def test_the_frontier_is_measured_where_the_simulator_picks(tmp_path: Path) -> N
     for cell in outcome.cells:
         assert (cell.predicted is None) == (cell.scenario == "defaults")
         if cell.predicted is not None:
-            assert cell.cell["offered_rps"] == pytest.approx(cell.predicted["arrived"] / 6, rel=0.2)
+            assert cell.cell.offered_rps == pytest.approx(cell.predicted["arrived"] / 6, rel=0.2)
     best = outcome.best("triton", OBJECTIVE)
-    sure = [cell for cell in outcome.cells if (cell.cell["p99_ci_ms"] or [0, 1e9])[1] <= OBJECTIVE.p99_ms]
-    goodputs = [cell.cell["goodput_rps_per_device"] for cell in sure if cell.cell["verdict"] != "INVALID"]
+    sure = [cell for cell in outcome.cells if (cell.cell.p99_ci_ms or [0, 1e9])[1] <= OBJECTIVE.p99_ms]
+    goodputs = [cell.cell.goodput_rps_per_device for cell in sure if cell.cell.verdict != "INVALID"]
     assert (best is None) == (not goodputs)
-    assert best is None or best.cell["goodput_rps_per_device"] == max(goodputs)
+    assert best is None or best.cell.goodput_rps_per_device == max(goodputs)
     assert "on the frontier" in build([outcome.run]).lower()
 
 

@@ -24,6 +24,7 @@ from tailrace.harness.processes import free_ports
 from tailrace.harness.records.schema import Outcome
 from tailrace.harness.replay import http, wire
 from tailrace.harness.replay.http import HttpReplay
+from tailrace.harness.replay.http_connection import Connection
 from tailrace.harness.replay.recorder import Answers, Recorder
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: text/plain\r\n\r\nok"
@@ -493,11 +494,11 @@ def test_connections_leave_no_garbage_behind() -> None:
             result = replay(server.port, [0.5 * k for k in range(200)], max_connections=400)
             opened = result.engine.connections_opened
             del result
-            unreachable = [thing for thing in _unreachable() if type(thing).__module__.startswith("harness.")]
+            unreachable = [thing for thing in _unreachable() if type(thing).__module__.startswith("tailrace.harness.")]
         finally:
             gc.enable()
     assert opened >= 200
-    assert not [thing for thing in unreachable if isinstance(thing, http._Connection)]
+    assert not [thing for thing in unreachable if isinstance(thing, Connection)]
 
 
 def _unreachable() -> list[object]:

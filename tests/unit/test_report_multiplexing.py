@@ -30,7 +30,7 @@ from tailrace.reports.multiplexing import (
 )
 from tailrace.reports.report import build
 from tailrace.reports.text import NOTHING
-from tailrace.simulator.multiplexed_trial import calibrated, predict, read_multiplexed
+from tailrace.simulator.multiplexed_trial import fitted, predict, read_multiplexed
 from tests.synthetic import COST, SHARING, STARTED_S, make_run
 
 MEMORIES = {
@@ -109,7 +109,7 @@ def test_the_simulator_finds_again_what_it_has_made(run: RunFolder, told: Multip
     trial = next(trial for trial in run.trials if trial.id == "reference--lru-200--1")
     recorded = read_multiplexed(trial)
     assert recorded is not None
-    device = calibrated(recorded, COST)
+    device = fitted(recorded, COST)
     assert np.median(device.starts_s) == pytest.approx(STARTED_S, abs=0.02)
     assert device.ready_s == pytest.approx(0.0, abs=0.01)
     assert device.overhead_ms == pytest.approx(2.0, abs=0.5)

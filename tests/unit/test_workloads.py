@@ -173,7 +173,7 @@ def test_whatever_matters_makes_another_artifact(toy: Path, monkeypatch: pytest.
     (toy / "notes" / "readme.txt").write_text("a new file")
     prepared.append(_prepare(toy))
     monkeypatch.setattr(
-        "tailrace.harness.servers.environments.fingerprint", lambda kind, requirements: "another environment"
+        "tailrace.harness.servers.environments.fingerprint", lambda kind, requirements, **_: "another environment"
     )
     prepared.append(_prepare(toy))
     assert len({one.artifact for one in prepared}) == len(prepared)
