@@ -31,8 +31,9 @@ ORDER = (
     "load_failure",
 )
 
-BROWNOUT = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-"""The example of docs/extend.md."""
+ADD_A_FAULT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8").partition("\n## Add a fault\n")[2]
+BROWNOUT = re.findall(r"```python\n(.*?)```", ADD_A_FAULT, re.DOTALL)[0]
+"""The example of that page."""
 EXPERIMENT = """
 name: dim
 adapters: ["null"]
