@@ -34,6 +34,7 @@ NO_SERVERS = {
         "recommend",
         "simulate",
         "fit",
+        "calibrate",
         "adapters",
         "doctor",
         "clean",

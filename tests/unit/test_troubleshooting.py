@@ -21,6 +21,6 @@ def documented() -> dict[str, set[str]]:
 def test_every_reason_of_a_verdict_has_its_row() -> None:
     source = (ROOT / "harness" / "analysis" / "verdicts.py").read_text(encoding="utf-8")
     invalid = set(re.findall(r'_invalid\(\s*"([\w-]+)"', source))
-    unknown = set(re.findall(r'_unknown(\s*"([\w-]+)"', source))
+    unknown = set(re.findall(r'_unknown\(\s*"([\w-]+)"', source))
     assert invalid and unknown
     assert documented() == {"INVALID": invalid, "UNKNOWN": unknown}
